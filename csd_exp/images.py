@@ -1,0 +1,94 @@
+"""Image files in and out, always as float tensors in [0, 1]."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from csd_exp.errors import InputError
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 100_000_000
+
+
+def read_image(path: str | Path, key: str = "modality.path") -> Tensor:
+    """An image file as [3, H, W] in [0, 1], after EXIF rotation.
+
+    One channel is repeated, 16 bits are kept in full precision, transparency is laid over white.
+    Raises InputError, naming the key and the file, when it is missing, unreadable or above MAX_PIXELS.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{key}={path} is no file; give the path of a {', '.join(SUFFIXES)} image.")
+    try:
+        with Image.open(path) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise InputError(
+                    f"{key}={path} has {opened.width} x {opened.height} pixels; at most {MAX_PIXELS:,} are accepted."
+                )
+            return _to_tensor(ImageOps.exif_transpose(opened))
+    except InputError:
+        raise
+    except Exception as e:  # Pillow's decoders raise many types; all mean that the file is unusable.
+        raise InputError(
+            f"{key}={path} cannot be read as an image ({e}); it may be truncated or damaged."
+        ) from e
+
+
+def read_images(path: str | Sequence[str], key: str = "modality.path") -> list[Tensor]:
+    """One image, every image of a folder in order of name, or a list of files, all of one size."""
+    files = [path] if isinstance(path, (str, Path)) else list(path)
+    if len(files) == 1 and Path(files[0]).is_dir():
+        folder = Path(files[0])
+        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
+        if not files:
+            raise InputError(f"{key}={folder} holds no image; accepted are {', '.join(SUFFIXES)} files.")
+    images = [read_image(f, key) for f in files]
+    for file, image in zip(files, images, strict=True):
+        if image.shape != images[0].shape:
+            sizes = [f"{i.shape[2]} x {i.shape[1]}" for i in (images[0], image)]
+            raise InputError(
+                f"{key}: {file} has {sizes[1]} pixels and {files[0]} {sizes[0]}; all must be alike."
+            )
+    return images
+
+
+def to_uint8(image: Tensor) -> np.ndarray:
+    """[3, H, W] in [0, 1] as the [H, W, 3] bytes that a PNG holds."""
+    return (image.detach().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def write_png(image: Tensor, path: Path) -> None:
+    """Write [3, H, W] in [0, 1] as an 8-bit PNG, whole or not at all."""
+    partial = path.with_name(path.name + ".part")
+    Image.fromarray(to_uint8(image)).save(partial, format="PNG")
+    partial.replace(path)
+
+
+def pad_to(images: Tensor, height: int, width: int, circular: bool = False) -> Tensor:
+    """Pad [n, 3, H, W] at the bottom and right by reflection, columns circularly if so asked."""
+    rows = _reflected(images.shape[-2], height)
+    columns = torch.arange(width) % images.shape[-1] if circular else _reflected(images.shape[-1], width)
+    return images[..., rows[:, None], columns]
+
+
+def _reflected(side: int, padded: int) -> Tensor:
+    """Indices into a side that continue it by reflection, as often as needed."""
+    period = max(2 * side - 2, 1)
+    position = torch.arange(padded) % period
+    return torch.where(position < side, position, period - position)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float32)
+        # 32-bit modes are how some decoders hand over 16-bit files.
+        gray = torch.from_numpy(values / (65535.0 if values.max() > 255 else 255.0)).clamp(0, 1)
+        return gray.expand(3, -1, -1).clone()
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255

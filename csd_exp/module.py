@@ -1,0 +1,200 @@
+"""The one step: particles, a prior, a residual and a kernel, joined in a LightningModule."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, get_args
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from csd_exp.errors import InputError, accept
+from csd_exp.methods import Residual, Source
+from csd_exp.particles import Particles
+from csd_exp.priors.base import Guidance, Prior, Query, predict, row_count
+from csd_exp.schedules import Draw, Level, Timesteps, Weight, weight
+from csd_exp.svgd import Kernel, svgd
+
+Noise = Literal["independent", "shared"]
+Features = Callable[[Tensor], Tensor]
+
+
+class CSDModule(L.LightningModule):
+    """Optimises particles under a frozen prior; one Lightning step is one optimisation step.
+
+    prior: what scores the views; kept outside the module's state, so checkpoints stay small.
+    residual: one of `csd_exp.methods`. kernel: one of `csd_exp.svgd`.
+    timestep, weight: the schedule, w(t) included. optimizer, lr: constructors of a torch optimizer and
+    learning-rate scheduler. seed: the key of every random draw. noise: `independent` for each view
+    (official) or `shared` by all views of a step.
+    source_prompt, negative_prompt: text of the baseline and of the null conditioning; `prompt` is the
+    particles'. features: images [n, 3, H, W] to [n, D], seen by a kernel on `features`.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        particles: Particles,
+        residual: Residual,
+        kernel: Kernel,
+        timestep: Timesteps,
+        optimizer: Callable,
+        weight: Weight = "sigma2",
+        lr: Callable | None = None,
+        seed: int = 0,
+        noise: Noise = "independent",
+        source_prompt: str = "",
+        negative_prompt: str = "",
+        features: Features | None = None,
+    ):
+        super().__init__()
+        accept("method.noise", noise, get_args(Noise))
+        if timestep.t_max >= len(prior.alphas_cumprod):
+            raise InputError(
+                f"schedule.timestep.t_max must be below the prior's {len(prior.alphas_cumprod)} timesteps, "
+                f"not {timestep.t_max}."
+            )
+        if kernel.on == "features" and features is None:
+            raise InputError("kernel.on=features needs a feature extractor; choose one with features=pooled.")
+        self.prior, self.residual, self.kernel = prior, residual, kernel
+        self.timestep, self.weight, self.optimizer, self.lr = timestep, weight, optimizer, lr
+        self.seed, self.noise = seed, noise
+        self.source_prompt, self.negative_prompt = source_prompt, negative_prompt
+        self.features = features
+        self.particles = particles
+        self.rows = 0  # network rows this rank has evaluated
+        with torch.no_grad():
+            pixels, posterior = particles.pixels, self._posterior_noise()
+            particles.start(prior.encode(pixels, posterior), prior.condition(pixels, posterior))
+
+    def training_step(self, batch: object, batch_idx: int) -> Tensor:
+        draw = Draw(self.seed, self.global_step)
+        chosen = self.particles.choose(draw)
+        ids, own = self._shard(chosen)
+        level = Level.at(self.timestep(draw), self.prior.alphas_cumprod)
+
+        x = self._latents(self.particles.views(ids))
+        x_t, r = self._score(x.detach(), ids, level, draw)
+        phi, pull = self._kernel_space(x.detach(), x_t, level)
+        r, phi = self._gather(r, len(chosen)), self._gather(phi, len(chosen))
+        if not torch.isfinite(r).all():
+            raise FloatingPointError(self._blame(level))
+
+        k, repulsion = self.kernel(phi)
+        update = svgd(r, k, pull(repulsion[own]), self.kernel.normalize, own, self._sum_over_ranks)
+        g = weight(level, self.weight) * update.view(-1, *x.shape[1:])
+        x, ids = x[: len(g)], ids[: len(g)]
+        share = self.particles.share(ids, chosen)
+        self._log_step(level, r, k, repulsion)
+        # DDP averages gradients over ranks; times their number that is the exact sum.
+        return self.trainer.world_size * (x * (share * g).detach()).sum()
+
+    def _shard(self, chosen: Tensor) -> tuple[Tensor, slice]:
+        """This rank's ids, padded so that all ranks hold equally many, and its rows of the gathered set."""
+        n, world = len(chosen), self.trainer.world_size
+        padded = chosen[torch.arange(-(-n // world) * world) % n]
+        return padded[self.global_rank :: world], slice(self.global_rank, n, world)
+
+    def _gather(self, mine: Tensor, n: int) -> Tensor:
+        """Every rank's rows as [n, D], in the order of the chosen ids, without the padding."""
+        flat = mine.flatten(1)
+        if self.trainer.world_size == 1:
+            return flat
+        return self.all_gather(flat).transpose(0, 1).flatten(0, 1)[:n]
+
+    def _sum_over_ranks(self, x: Tensor) -> Tensor:
+        return x if self.trainer.world_size == 1 else self.all_gather(x).sum()
+
+    def _latents(self, views: Tensor) -> Tensor:
+        return self.prior.encode(views) if self.particles.space == "pixel" else views
+
+    @torch.no_grad()
+    def _score(self, x: Tensor, ids: Tensor, level: Level, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Noisy views and residuals of clean views x, all network rows in one `predict`."""
+        keys = [0 if self.noise == "shared" else int(i) for i in ids]
+        noise = torch.stack([draw.normal("noise", key, x.shape[1:]) for key in keys]).to(x)
+        conditions, negative = self.particles.condition(ids), self.negative_prompt
+        target = [
+            self.prior.guidance(prompt, c, negative)
+            for prompt, c in zip(self.particles.prompts(ids), conditions, strict=True)
+        ]
+        baseline = [self.prior.guidance(self.source_prompt, c, negative) for c in conditions]
+        source = Source(self._latents(self.particles.source(ids)), baseline)
+        return self.residual(self._predict, x, noise, level, target, source)
+
+    def _predict(self, queries: Sequence[Query]) -> list[Tensor]:
+        self.rows += row_count(queries)
+        return predict(self.prior, queries)
+
+    def _kernel_space(
+        self, x: Tensor, x_t: Tensor, level: Level
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """phi [n, D], and the map of a gradient in phi to one on the views [n, D'], scaled as configured.
+
+        On x_t the map is the identity: the factor alpha_t of the chain rule is absorbed in w(t), as it is
+        for the residual (Appendix A).
+        """
+        scale = level.sigma if self.kernel.repulsion_scale == "stein" else 1.0
+        if self.kernel.repulsion == "off":
+            scale = 0.0
+        if self.kernel.on != "features":
+            return (x_t if self.kernel.on == "x_t" else x).flatten(1), partial(torch.mul, scale)
+        x = x.requires_grad_()
+        with torch.enable_grad():
+            phi = self.features(self.prior.decode(x).clamp(0, 1)).flatten(1)
+
+        def pull(v: Tensor) -> Tensor:
+            (grad,) = torch.autograd.grad(phi[: len(v)], x, v)
+            return scale * grad[: len(v)].flatten(1)
+
+        return phi.detach(), pull
+
+    def _log_step(self, level: Level, r: Tensor, k: Tensor, repulsion: Tensor) -> None:
+        rows = k / k.sum(dim=1, keepdim=True)
+        self.log_dict(
+            {
+                "step/timestep": float(level.t),
+                "step/residual_norm": r.norm(dim=1).mean(),
+                "step/kernel_mean": k.mean(),
+                "step/kernel_entropy": torch.special.entr(rows).sum(dim=1).mean(),
+                "step/repulsion_norm": repulsion.norm(dim=1).mean(),
+                "step/rows": float(self.rows),
+            }
+        )
+
+    def _blame(self, level: Level) -> str:
+        saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none yet"
+        return (
+            f"The residual is not finite at step {self.global_step}, timestep {level.t}; "
+            f"the last checkpoint is {saved}."
+        )
+
+    def _posterior_noise(self) -> Tensor:
+        """What the encoder's posterior is sampled with, where the prior samples it."""
+        m, _, height, width = self.particles.pixels.shape
+        shape = (self.prior.channels, height // self.prior.factor, width // self.prior.factor)
+        return torch.stack([Draw(self.seed, 0).normal("encode", i, shape) for i in range(m)])
+
+    @torch.no_grad()
+    def images(self) -> list[Tensor]:
+        """The particles as they stand: images [3, H, W] in [0, 1], exactly the pixels of the input."""
+        return self._finished(self.particles.render())
+
+    def _finished(self, rendered: Tensor) -> list[Tensor]:
+        decoded = self.prior.decode(rendered) if self.particles.space == "latent" else rendered
+        return [image.clamp(0, 1) for image in self.particles.finish(decoded)]
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer(self.particles.parameters())
+        if self.lr is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr(optimizer), "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["csd_exp"] = {"prior": self.prior.fingerprint, "rows": self.rows}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        saved = checkpoint["csd_exp"]
+        if saved["prior"] != self.prior.fingerprint:
+            raise InputError("ckpt_path was made with another prior; resume it with the same prior weights.")
+        self.rows = saved["rows"]

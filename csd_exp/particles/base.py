@@ -1,0 +1,73 @@
+"""What is optimised, and how the views that a prior scores are taken from it.
+
+Particles know images, latents and geometry, never a prior: `module.py` encodes their `pixels`, hands
+the latents to `start`, and decodes what `render` returns.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from csd_exp.schedules import Draw
+
+
+class Particles(nn.Module):
+    """A modality: latents to optimise [m, C, h, w], their source and condition, and views of them.
+
+    pixels: [m, 3, H, W] in [0, 1], the source images as the prior must encode them (padded).
+    An id is an integer >= 0 that names a view for good: the noise of a view is keyed by it.
+    """
+
+    space: Literal["latent", "pixel"] = "latent"
+    pixels: Tensor
+
+    def __init__(self, prompt: str = "", dtype: str = "float32"):
+        super().__init__()
+        self.prompt = prompt
+        self.dtype = getattr(torch, dtype)
+
+    def start(self, latent: Tensor, condition: Tensor | None) -> None:
+        """Begin at the source: latent [m, C, h, w] is copied into the parameters."""
+        self.latent = nn.Parameter(latent.to(self.dtype).clone())
+        # Neither is state: both follow from the source image and the prior.
+        self.register_buffer("source_latent", latent.to(self.dtype), persistent=False)
+        self.register_buffer("condition_latent", condition, persistent=False)
+
+    def choose(self, draw: Draw) -> Tensor:
+        """The distinct ids [n] of this step's views, the same on every rank."""
+        raise NotImplementedError
+
+    def crop(self, canvas: Tensor, ids: Tensor) -> Tensor:
+        """Views [n, C, h, w] of a canvas laid out as the latents; differentiable."""
+        raise NotImplementedError
+
+    def views(self, ids: Tensor) -> Tensor:
+        """What the prior scores, [n, C, h, w]; differentiable in the parameters."""
+        return self.crop(self.latent, ids)
+
+    def source(self, ids: Tensor) -> Tensor:
+        """The same views of the source."""
+        return self.crop(self.source_latent, ids)
+
+    def condition(self, ids: Tensor) -> list[Tensor | None]:
+        """Each view's condition [C, h, w], or None."""
+        if self.condition_latent is None:
+            return [None] * len(ids)
+        return list(self.crop(self.condition_latent, ids))
+
+    def prompts(self, ids: Tensor) -> list[str]:
+        """Each view's prompt."""
+        return [self.prompt] * len(ids)
+
+    def share(self, ids: Tensor, chosen: Tensor) -> Tensor:
+        """[n, 1, h, w]: 1 / in how many of the step's `chosen` views each latent of views `ids` appears."""
+        raise NotImplementedError
+
+    def render(self) -> Tensor:
+        """What is to be decoded, in `space`, laid out as `pixels`."""
+        return self.latent
+
+    def finish(self, images: Tensor) -> list[Tensor]:
+        """Decoded images [m, 3, H, W], cropped to exactly the pixels of the input."""
+        raise NotImplementedError

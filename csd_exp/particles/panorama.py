@@ -1,0 +1,115 @@
+"""One large image, seen through overlapping windows of the prior's native size."""
+
+import torch
+from torch import Tensor
+
+from csd_exp.errors import InputError
+from csd_exp.images import pad_to, read_image
+from csd_exp.particles.base import Particles
+from csd_exp.schedules import Draw
+
+
+class Panorama(Particles):
+    """An image of any size and aspect as windows in latent space; overlaps are averaged by count.
+
+    The image is padded by reflection to whole latents and at least one window, and cropped back. A
+    window's id is top * width + left in latents, so its noise stays with its place.
+
+    path: the image file. factor: pixels per latent. window: side of a window in latents.
+    stride: latents between windows (official: a quarter of the window); the last sits flush at the border.
+    batch: how many windows a step takes, drawn anew; None takes all.
+    wrap: windows cross the left and right border, for 360-degree images.
+    jitter: shift the windows by a random offset below the stride each step, so that no seam stays in place.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        factor: int,
+        window: int,
+        multiple: int = 1,
+        stride: int | None = None,
+        batch: int | None = None,
+        wrap: bool = False,
+        jitter: bool = False,
+        prompt: str = "",
+        dtype: str = "float32",
+    ):
+        super().__init__(prompt, dtype)
+        stride = max(window // 4, 1) if stride is None else stride
+        if window < 1 or window % multiple:
+            raise InputError(
+                f"modality.window must be a positive multiple of {multiple} latents for this prior, not {window}."
+            )
+        if not 1 <= stride <= window:
+            raise InputError(
+                f"modality.stride must lie between 1 and the window ({window} latents), not {stride}."
+            )
+        if batch is not None and batch < 1:
+            raise InputError(f"modality.batch must be at least 1, or null for all windows, not {batch}.")
+        self.factor, self.window, self.stride = factor, window, stride
+        self.batch, self.wrap, self.jitter = batch, wrap, jitter
+        image = read_image(path)
+        self.size = tuple(image.shape[-2:])
+        height, width = (max(-(-side // factor), window) * factor for side in self.size)
+        self.grid = (height // factor, width // factor)
+        # With wrap, the encoder and the decoder must see past the border what lies beyond it.
+        self.margin = min(window // 2, self.grid[1]) if wrap else 0
+        self.pixels = pad_to(image[None], height, width, circular=wrap)
+        self.pixels = self._with_margin(self.pixels, self.margin * factor)
+
+    def start(self, latent: Tensor, condition: Tensor | None) -> None:
+        inner = slice(self.margin, self.margin + self.grid[1])
+        super().start(latent[..., inner], None if condition is None else condition[..., inner])
+
+    def choose(self, draw: Draw) -> Tensor:
+        generator = draw.generator("views")
+        height, width = self.grid
+        down, right = generator.integers(0, self.stride, 2) if self.jitter else (0, 0)
+        tops = self._starts(height, int(down))
+        if self.wrap:
+            lefts = [(left + int(right)) % width for left in range(0, width, self.stride)]
+        else:
+            lefts = self._starts(width, int(right))
+        ids = torch.tensor([top * width + left for top in tops for left in lefts])
+        if self.batch is None or self.batch >= len(ids):
+            return ids
+        return ids[torch.from_numpy(generator.permutation(len(ids))[: self.batch])]
+
+    def crop(self, canvas: Tensor, ids: Tensor) -> Tensor:
+        # Wrapped windows read on into a copy of the left border.
+        canvas = torch.cat([canvas, canvas[..., : self.window - 1]], -1) if self.wrap else canvas
+        views = [
+            canvas[0, :, top : top + self.window, left : left + self.window]
+            for top, left in self.corners(ids)
+        ]
+        return torch.stack(views)
+
+    def corners(self, ids: Tensor) -> list[tuple[int, int]]:
+        """Top and left of each window, in latents."""
+        return [divmod(int(i), self.grid[1]) for i in ids]
+
+    def share(self, ids: Tensor, chosen: Tensor) -> Tensor:
+        height, width = self.grid
+        count = self.latent.new_zeros(1, 1, height, width)
+        for top, left in self.corners(chosen):
+            columns = torch.arange(left, left + self.window, device=count.device) % width
+            count[:, :, top : top + self.window, columns] += 1
+        return 1 / self.crop(count, ids)
+
+    def render(self) -> Tensor:
+        return self._with_margin(self.latent, self.margin)
+
+    def finish(self, images: Tensor) -> list[Tensor]:
+        left = self.margin * self.factor
+        height, width = self.size
+        return [images[0, :, :height, left : left + width]]
+
+    def _starts(self, side: int, shift: int) -> list[int]:
+        """Window starts along a side: every stride, shifted back, the first and last flush to the border."""
+        last = side - self.window
+        return sorted({min(max(start, 0), last) for start in range(-shift, last + self.stride, self.stride)})
+
+    @staticmethod
+    def _with_margin(canvas: Tensor, margin: int) -> Tensor:
+        return torch.cat([canvas[..., canvas.shape[-1] - margin :], canvas, canvas[..., :margin]], -1)

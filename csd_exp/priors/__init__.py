@@ -1,0 +1,1 @@
+"""What scores a view: a frozen diffusion model, or a Gaussian mixture in closed form."""

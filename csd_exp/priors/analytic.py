@@ -1,0 +1,106 @@
+"""A Gaussian mixture whose diffused scores are known in closed form: to test the mathematics exactly."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from csd_exp.errors import InputError
+from csd_exp.priors.base import Cond, Guidance
+
+
+class GaussianMixture:
+    """x_0 ~ sum_k pi_k N(mean_k, std^2 I) over latents, images at one latent per pixel, in [-1, 1].
+
+    means: [K, C] (one colour per component, the same at every position) or [K, C, h, w].
+    prompts: mixture weights for each prompt; any other prompt, the empty one included, has the weights of "".
+    image_std: an image condition is x_0 plus normal noise of this standard deviation, so conditioning on
+    an image is again a mixture, by Bayes.
+    guidance_scale, image_guidance_scale: w_y and w_s of InstructPix2Pix Eq. 3; without an image
+    condition, guidance_scale alone, as in classifier-free guidance.
+    """
+
+    factor = 1
+    multiple = 1
+
+    def __init__(
+        self,
+        means: Sequence | Tensor = ((-0.6, -0.2, 0.3), (0.7, 0.3, -0.5)),
+        std: float = 0.2,
+        prompts: Mapping[str, Sequence[float]] | None = None,
+        image_std: float = 1.0,
+        guidance_scale: float = 1.0,
+        image_guidance_scale: float = 1.0,
+        window: int = 16,
+        row_chunk: int = 64,
+        device: str = "cpu",
+    ):
+        means = torch.as_tensor(means, dtype=torch.float64)
+        self.means = (means if means.ndim == 4 else means[:, :, None, None]).to(device)
+        self.std, self.image_std = std, image_std
+        self.prompts = {"": [1.0] * len(self.means)} | dict(prompts or {})
+        for prompt, weights in self.prompts.items():
+            if len(weights) != len(self.means) or min(weights) < 0 or sum(weights) <= 0:
+                raise InputError(
+                    f"prior.prompts[{prompt!r}] needs {len(self.means)} weights >= 0 that are not all zero, "
+                    f"not {list(weights)}."
+                )
+        self.guidance_scale, self.image_guidance_scale = guidance_scale, image_guidance_scale
+        self.channels, self.window, self.row_chunk = self.means.shape[1], window, row_chunk
+        # The scaled-linear schedule of Stable Diffusion.
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        self.alphas_cumprod = torch.cumprod(1 - betas, 0)
+        described = repr((self.means.tolist(), std, image_std, sorted(self.prompts.items())))
+        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        return 2 * image - 1
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return (latent + 1) / 2
+
+    def condition(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self.encode(image)
+
+    def guidance(self, prompt: str, condition: Tensor | None = None, negative_prompt: str = "") -> Guidance:
+        null = self._weights(negative_prompt)
+        text = null if prompt == negative_prompt else self._weights(prompt)
+        w_y, w_s = self.guidance_scale, self.image_guidance_scale
+        nothing = Cond(null)
+        if condition is None:
+            return [(w_y, nothing if text is null else Cond(text)), (1 - w_y, nothing)]
+        image = Cond(null, condition)
+        both = image if text is null else Cond(text, condition)
+        return [(w_y, both), (w_s - w_y, image), (1 - w_s, nothing)]
+
+    def eps(self, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
+        """-sigma_t grad log p_t(x_t | c), exact, in the dtype of x_t."""
+        alpha_bar = self.alphas_cumprod.to(x_t.device)[t].to(x_t.dtype)
+        return torch.stack([self._eps(x, a, c) for x, a, c in zip(x_t, alpha_bar, conds, strict=True)])
+
+    def _eps(self, x_t: Tensor, alpha_bar: Tensor, cond: Cond) -> Tensor:
+        means, variance, log_weights = self._posterior(x_t, cond)
+        alpha, spread = alpha_bar.sqrt(), alpha_bar * variance + 1 - alpha_bar
+        away = x_t - alpha * means
+        responsibility = torch.softmax(log_weights - away.square().flatten(1).sum(1) / (2 * spread), 0)
+        return (1 - alpha_bar).sqrt() * torch.einsum("k,kchw->chw", responsibility, away) / spread
+
+    def _posterior(self, x: Tensor, cond: Cond) -> tuple[Tensor, float, Tensor]:
+        """Means [K, C, h, w], variance and log weights [K] of the mixture given the conditioning."""
+        means = self.means.to(x).expand(-1, *x.shape)
+        weights = self._weights("") if cond.text is None else cond.text
+        log_weights = weights.to(x).log()
+        if cond.image is None:
+            return means, self.std**2, log_weights
+        prior_var, image_var = self.std**2, self.image_std**2
+        gain = prior_var / (prior_var + image_var)
+        away = (cond.image.to(x) - means).square().flatten(1).sum(1)
+        return (
+            means + gain * (cond.image.to(x) - means),
+            gain * image_var,
+            log_weights - away / (2 * (prior_var + image_var)),
+        )
+
+    def _weights(self, prompt: str) -> Tensor:
+        return torch.tensor(self.prompts.get(prompt, self.prompts[""]), dtype=torch.float64)

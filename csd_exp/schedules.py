@@ -1,0 +1,94 @@
+"""Which timestep, which weight and which noise a step uses; every draw counted, none stateful."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csd_exp.errors import InputError, accept
+
+Weight = Literal["one", "sigma2", "sigma", "snr"]
+Anneal = Literal["uniform", "linear", "fixed"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All randomness of one optimisation step: Philox keyed by (seed, step, particle, which draw).
+
+    No global generator is read, so a draw depends on nothing that ran before it: resume is exact, and
+    numbers depend neither on the number of ranks nor on the device nor on chunk sizes.
+    """
+
+    seed: int
+    step: int
+
+    def generator(self, purpose: str, particle: int = 0) -> np.random.Generator:
+        """A fresh numpy generator for one purpose (`noise`, `timestep`, ...) and one particle id >= 0."""
+        key = np.array([self.seed, int.from_bytes(purpose.encode()[:8], "little")], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, particle, self.step]))
+
+    def normal(self, purpose: str, particle: int, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal float32 noise of `shape`, on the host."""
+        return torch.from_numpy(self.generator(purpose, particle).standard_normal(shape, dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class Level:
+    """One timestep t of a diffusion with x_t = alpha x_0 + sigma noise, alpha^2 + sigma^2 = 1."""
+
+    t: int
+    alpha: float
+    sigma: float
+
+    @classmethod
+    def at(cls, t: int, alphas_cumprod: Tensor) -> "Level":
+        """The level of integer timestep t in [0, T) of a table alphas_cumprod [T]."""
+        alpha_bar = float(alphas_cumprod[t])
+        return cls(t, alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
+
+    def noised(self, x: Tensor, noise: Tensor) -> Tensor:
+        """x_t of clean x (Eq. 1)."""
+        return self.alpha * x + self.sigma * noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timesteps:
+    """The timestep of each step, one for all particles: an integer in [t_min, t_max], both included.
+
+    anneal: `uniform` draws (official), `linear` goes from t_max to t_min over `steps`, `fixed` is t_max.
+    """
+
+    t_min: int
+    t_max: int
+    anneal: Anneal = "uniform"
+    steps: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.t_min <= self.t_max:
+            raise InputError(
+                f"schedule.timestep needs 0 <= t_min <= t_max, not t_min={self.t_min} and t_max={self.t_max}."
+            )
+        accept("schedule.timestep.anneal", self.anneal, get_args(Anneal))
+
+    def __call__(self, draw: Draw) -> int:
+        match self.anneal:
+            case "uniform":
+                return int(draw.generator("timestep").integers(self.t_min, self.t_max + 1))
+            case "linear":
+                done = min(draw.step / max(self.steps - 1, 1), 1.0)
+                return round(self.t_max + (self.t_min - self.t_max) * done)
+            case _:
+                return self.t_max
+
+
+def weight(level: Level, rule: Weight) -> float:
+    """w(t): `one`, `sigma2` = 1 - alpha_bar (public code, threestudio), `sigma`, or `snr` = alpha / sigma (Eq. 4)."""
+    accept("schedule.weight", rule, get_args(Weight))
+    return {
+        "one": 1.0,
+        "sigma2": level.sigma**2,
+        "sigma": level.sigma,
+        "snr": level.alpha / level.sigma,
+    }[rule]
