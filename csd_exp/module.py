@@ -54,8 +54,8 @@ class CSDModule(L.LightningModule):
                 f"schedule.timestep.t_max must be below the prior's {len(prior.alphas_cumprod)} timesteps, "
                 f"not {timestep.t_max}."
             )
-        if kernel.on == "features" and features is None:
-            raise InputError("kernel.on=features needs a feature extractor; choose one with features=pooled.")
+        if kernel.space == "features" and features is None:
+            raise InputError("kernel.space=features needs a feature extractor; choose one with features=pooled.")
         self.prior, self.residual, self.kernel = prior, residual, kernel
         self.timestep, self.weight, self.optimizer, self.lr = timestep, weight, optimizer, lr
         self.seed, self.noise = seed, noise
@@ -137,8 +137,8 @@ class CSDModule(L.LightningModule):
         scale = level.sigma if self.kernel.repulsion_scale == "stein" else 1.0
         if self.kernel.repulsion == "off":
             scale = 0.0
-        if self.kernel.on != "features":
-            return (x_t if self.kernel.on == "x_t" else x).flatten(1), partial(torch.mul, scale)
+        if self.kernel.space != "features":
+            return (x_t if self.kernel.space == "x_t" else x).flatten(1), partial(torch.mul, scale)
         x = x.requires_grad_()
         with torch.enable_grad():
             phi = self.features(self.prior.decode(x).clamp(0, 1)).flatten(1)

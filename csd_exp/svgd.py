@@ -58,7 +58,7 @@ class Kernel:
 
     bandwidth: `median` (official), `median_offdiagonal`, or gamma itself (a number > 0).
     scale: multiplies gamma.
-    on: what the kernel sees: the noisy view `x_t` (official), the clean view `x_0`, or `features`.
+    space: what the kernel sees: the noisy view `x_t` (official), the clean view `x_0`, or `features`.
     repulsion: `pullback` to the view, or `off`.
     repulsion_scale: `official` adds the kernel's gradient as it is, `stein` times sigma_t, which makes
         the update that of Liu & Wang 2016 for the density of x_t, in noise units.
@@ -70,7 +70,7 @@ class Kernel:
 
     bandwidth: Bandwidth | float = "median"
     scale: float = 1.0
-    on: Space = "x_t"
+    space: Space = "x_t"
     repulsion: Repulsion = "pullback"
     repulsion_scale: RepulsionScale = "official"
     normalize: Normalize = "n"
@@ -82,7 +82,7 @@ class Kernel:
             raise InputError(f"kernel.bandwidth must be above 0, not {self.bandwidth}.")
         if not self.scale > 0:
             raise InputError(f"kernel.scale must be above 0, not {self.scale}.")
-        accept("kernel.on", self.on, get_args(Space))
+        accept("kernel.space", self.space, get_args(Space))
         accept("kernel.repulsion", self.repulsion, get_args(Repulsion))
         accept("kernel.repulsion_scale", self.repulsion_scale, get_args(RepulsionScale))
         accept("kernel.normalize", self.normalize, get_args(Normalize))
