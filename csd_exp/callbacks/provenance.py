@@ -1,0 +1,108 @@
+"""Where a result comes from: configuration, command, code, packages and machine."""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import distributions
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+import csd_exp
+
+
+class Provenance(L.Callback):
+    """Writes into `dir`, when training starts:
+
+    `config.yaml`, the resolved configuration as given; `command.txt`, the command as a shell takes it;
+    `provenance.json`, git commit, package versions, Python, platform and device; `git_diff.patch`,
+    where tracked files differ from that commit. A resumed run adds its command as one more line, and
+    its own `provenance_000050.json` and `git_diff_000050.patch`, named after the step it goes on from.
+    """
+
+    def __init__(self, dir: str | Path, config: str, command: Sequence[str]):
+        self.dir = Path(dir)
+        self.config = config
+        self.command = shlex.join(command)
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.dir.mkdir(parents=True, exist_ok=True)
+        step = trainer.global_step
+        resumed = f"_{step:06d}" if step else ""
+        git, diff = _git()
+        record = {
+            "command": self.command,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "resumed_from_step": step or None,
+            "git": git,
+            "device": _device(module.device),
+            "world_size": trainer.world_size,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "packages": _packages(),
+        }
+        commands = self.dir / "command.txt"
+        earlier = commands.read_text() if step and commands.exists() else ""
+        _write(self.dir / "config.yaml", self.config)
+        _write(commands, f"{earlier}{self.command}\n")
+        _write(self.dir / f"provenance{resumed}.json", json.dumps(record, indent=2) + "\n")
+        if diff:
+            _write(self.dir / f"git_diff{resumed}.patch", diff)
+
+
+def _git() -> tuple[dict | None, str]:
+    """Commit and diff of the checkout that this package, or else the working directory, lies in."""
+    package = Path(csd_exp.__file__)
+    # A package installed below someone else's checkout is no part of it.
+    tracked = _run_git(package.parent, "ls-files", "--error-unmatch", package.name) is not None
+    folder, of = (package.parent, "csd_exp") if tracked else (Path.cwd(), "working directory")
+    commit = _run_git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None, ""
+    root = Path((_run_git(folder, "rev-parse", "--show-toplevel") or str(folder)).strip())
+    diff = _run_git(root, "diff", "HEAD") or ""
+    status = (_run_git(root, "status", "--porcelain") or "").splitlines()
+    untracked = [line[3:] for line in status if line.startswith("??")]
+    return {"of": of, "commit": commit.strip(), "changed": bool(diff), "untracked": untracked}, diff
+
+
+def _run_git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors="replace")
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device}, CUDA {torch.version.cuda})"
+    return f"{_processor()} ({torch.get_num_threads()} threads)"
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _packages() -> dict[str, str]:
+    found = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
