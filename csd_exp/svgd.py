@@ -7,7 +7,7 @@ literally, Eq. 8 of Collaborative Score Distillation (arXiv 2307.04787) would at
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import log
+from math import inf, log
 from typing import Literal, get_args
 
 import torch
@@ -25,9 +25,9 @@ Normalize = Literal["n", "rowsum", "none", "rms"]
 def squared_distances(phi: Tensor) -> Tensor:
     """All pairwise |phi_i - phi_j|^2 of phi [N, D] as [N, N], diagonal exactly 0.
 
-    Avoids the matmul shortcut, whose cancellation hides the distance between near-equal particles.
+    Differences first: the matmul shortcut would cancel away the distance between near-equal particles.
     """
-    return torch.cdist(phi, phi, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return torch.stack([(x - phi).square().sum(1) for x in phi])
 
 
 def inverse_bandwidth(distances: Tensor, rule: Bandwidth | float) -> Tensor:
@@ -44,8 +44,10 @@ def inverse_bandwidth(distances: Tensor, rule: Bandwidth | float) -> Tensor:
     off_diagonal = distances[~torch.eye(n, dtype=torch.bool, device=distances.device)]
     entries = distances.flatten() if rule == "median" else off_diagonal
     median = entries.median() if len(entries) else distances.new_zeros(())
-    if median == 0:
-        positive = off_diagonal[off_diagonal > 0]
+    # Below this, 1 / D would overflow: as good as identical.
+    zero = torch.finfo(distances.dtype).smallest_normal / torch.finfo(distances.dtype).eps
+    if median <= zero:
+        positive = off_diagonal[off_diagonal > zero]
         if len(positive) == 0:
             return distances.new_zeros(())
         median = positive.median()
@@ -76,12 +78,13 @@ class Kernel:
     normalize: Normalize = "n"
 
     def __post_init__(self):
-        if isinstance(self.bandwidth, str):
-            accept("kernel.bandwidth", self.bandwidth, (*get_args(Bandwidth), "a number above 0"))
-        elif not self.bandwidth > 0:
-            raise InputError(f"kernel.bandwidth must be above 0, not {self.bandwidth}.")
-        if not self.scale > 0:
-            raise InputError(f"kernel.scale must be above 0, not {self.scale}.")
+        rules = get_args(Bandwidth)
+        if self.bandwidth not in rules and not _positive(self.bandwidth):
+            raise InputError(
+                f"kernel.bandwidth must be {', '.join(rules)} or a number above 0, not {self.bandwidth!r}."
+            )
+        if not _positive(self.scale):
+            raise InputError(f"kernel.scale must be a number above 0, not {self.scale!r}.")
         accept("kernel.space", self.space, get_args(Space))
         accept("kernel.repulsion", self.repulsion, get_args(Repulsion))
         accept("kernel.repulsion_scale", self.repulsion_scale, get_args(RepulsionScale))
@@ -164,3 +167,7 @@ def svgd(
         case "none":
             return update
     raise InputError(f"kernel.normalize must be one of {', '.join(get_args(Normalize))}, not {normalize!r}.")
+
+
+def _positive(x: object) -> bool:
+    return isinstance(x, (int, float)) and 0 < x < inf

@@ -1,0 +1,62 @@
+"""Tiny runs and images, made on the spot."""
+
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from csd_exp import methods
+from csd_exp.module import CSDModule
+from csd_exp.schedules import Timesteps
+from csd_exp.svgd import RBF
+
+
+@pytest.fixture
+def write_image(tmp_path):
+    """Write random uint8 pixels [height, width, 3] as a PNG and return its path."""
+
+    def write(height: int, width: int, seed: int = 0, name: str | None = None) -> Path:
+        pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        path = tmp_path / (name or f"{height}x{width}-{seed}.png")
+        Image.fromarray(pixels).save(path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def build():
+    """A CSD-Edit module with the settings of the public code, any of them changed by keyword."""
+
+    def build(prior, particles, **changes) -> CSDModule:
+        settings = {
+            "residual": methods.dds,
+            "kernel": RBF(),
+            "timestep": Timesteps(t_min=20, t_max=500),
+            "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=2.0),
+        }
+        return CSDModule(prior, particles, **settings | changes)
+
+    return build
+
+
+@pytest.fixture
+def fit(tmp_path):
+    """Fit a module for a number of steps on the CPU and return the trainer."""
+
+    def fit(module, steps: int, ckpt_path=None, **trainer) -> L.Trainer:
+        quiet = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path,
+        }
+        trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=steps, **quiet | trainer)
+        trainer.fit(module, range(1000), ckpt_path=ckpt_path)
+        return trainer
+
+    return fit
