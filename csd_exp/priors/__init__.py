@@ -1,1 +1,15 @@
 """What scores a view: a frozen diffusion model, or a Gaussian mixture in closed form."""
+
+from csd_exp.priors.analytic import GaussianMixture as GaussianMixture
+from csd_exp.priors.base import Prior as Prior
+
+__all__ = ["GaussianMixture", "InstructPix2Pix", "Prior", "StableDiffusion"]
+
+
+def __getattr__(name: str):
+    # diffusers takes seconds to import, and most of the package does without it.
+    if name not in ("InstructPix2Pix", "StableDiffusion"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from csd_exp.priors import stable_diffusion
+
+    return getattr(stable_diffusion, name)
