@@ -19,10 +19,15 @@ class Draw:
 
     No global generator is read, so a draw depends on nothing that ran before it: resume is exact, and
     numbers depend neither on the number of ranks nor on the device nor on chunk sizes.
+    Raises InputError for a seed that is no unsigned 64-bit integer.
     """
 
     seed: int
     step: int
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"seed must be an integer from 0 to 2**64 - 1, not {self.seed}.")
 
     def generator(self, purpose: str, particle: int = 0) -> np.random.Generator:
         """A fresh numpy generator for one purpose (`noise`, `timestep`, ...) and one particle id >= 0."""

@@ -1,0 +1,140 @@
+"""`predict` builds the fewest rows, and they give the answer of all rows."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from csd_exp.priors.analytic import GaussianMixture
+from csd_exp.priors.base import Cond, Query, predict, row_count
+
+TEXTS = {"": [1.0, 1.0], "red": [0.1, 2.0], "blue": [3.0, 0.2]}
+
+
+class Counting(GaussianMixture):
+    """The analytic prior, noting how many rows each network call had."""
+
+    def __init__(self, **settings):
+        super().__init__(prompts=TEXTS, image_std=0.5, **settings)
+        self.calls = []
+
+    def eps(self, x_t, t, conds):
+        assert len(x_t) == len(t) == len(conds)
+        self.calls.append(len(x_t))
+        return super().eps(x_t, t, conds)
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
+def csd_edit_queries(prior, views: int = 3, source: str = "", negative: str = "", image: bool = True):
+    x_t, source_t, condition = (normal(i, views, 3, 4, 4) for i in range(3))
+    conditions = condition if image else [None] * views
+    target = [prior.guidance("red", c, negative) for c in conditions]
+    baseline = [prior.guidance(source, c, negative) for c in conditions]
+    return [Query(x_t, 300, target), Query(source_t, 300, baseline)], conditions
+
+
+def all_rows(prior, x_t, t, prompt, negative, conditions, w_y, w_s):
+    """Every row of Eq. 3 evaluated, and every weight applied, also where it is zero."""
+    out = []
+    for x, image in zip(x_t, conditions, strict=True):
+        words, null = (torch.tensor(TEXTS[p], dtype=torch.float64) for p in (prompt, negative))
+
+        def eps(text, image, x=x):
+            return GaussianMixture.eps(prior, x[None], torch.tensor([t]), [Cond(text, image)])[0]
+
+        full, picture, nothing = eps(words, image), eps(null, image), eps(null, None)
+        out.append(nothing + w_s * (picture - nothing) + w_y * (full - picture))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(
+    ("w_y", "w_s", "source", "negative", "rows"),
+    [
+        (7.5, 5.0, "", "", 5),
+        (7.3, 1.1, "blue", "blue", 5),
+        (5.0, 5.0, "", "", 4),
+        (7.3, 7.3, "", "", 4),
+        (7.5, 1.0, "", "", 3),
+        (7.3, 1.0, "", "", 3),
+        (1.0, 1.0, "", "", 2),
+        (7.5, 5.0, "blue", "", 6),
+        (7.5, 5.0, "", "blue", 6),
+    ],
+)
+def test_rows_of_a_csd_edit_view_and_their_answer(w_y, w_s, source, negative, rows):
+    prior = Counting(guidance_scale=w_y, image_guidance_scale=w_s)
+    queries, conditions = csd_edit_queries(prior, source=source, negative=negative)
+    answers = predict(prior, queries)
+    assert sum(prior.calls) == row_count(queries) == 3 * rows
+    for query, answer, prompt in zip(queries, answers, ["red", source], strict=True):
+        expected = all_rows(prior, query.x_t, 300, prompt, negative, conditions, w_y, w_s)
+        torch.testing.assert_close(answer, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("w_y", "rows"), [(7.5, 3), (1.0, 2), (0.0, 2)])
+def test_rows_without_an_image_condition(w_y, rows):
+    prior = Counting(guidance_scale=w_y)
+    queries, _ = csd_edit_queries(prior, image=False)
+    target, baseline = predict(prior, queries)
+    assert sum(prior.calls) == row_count(queries) == 3 * rows
+    words = torch.tensor(TEXTS["red"], dtype=torch.float64)
+    t = torch.full((3,), 300)
+    eps = [GaussianMixture.eps(prior, queries[0].x_t, t, [Cond(text)] * 3) for text in (None, words)]
+    torch.testing.assert_close(target, eps[0] + w_y * (eps[1] - eps[0]), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(baseline, GaussianMixture.eps(prior, queries[1].x_t, t, [Cond(None)] * 3))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7, 15, 64])
+def test_the_chunk_size_changes_nothing(chunk):
+    whole = Counting(guidance_scale=7.5, image_guidance_scale=5.0, row_chunk=1000)
+    chunked = Counting(guidance_scale=7.5, image_guidance_scale=5.0, row_chunk=chunk)
+    queries, _ = csd_edit_queries(whole)
+    for one, other in zip(predict(whole, queries), predict(chunked, queries), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+    assert whole.calls == [15]
+    assert max(chunked.calls) <= chunk
+    assert len(chunked.calls) == -(-15 // chunk)
+
+
+def test_the_order_of_views_and_queries_is_restored():
+    prior = Counting(guidance_scale=7.5, image_guidance_scale=5.0, row_chunk=4)
+    queries, _ = csd_edit_queries(prior, views=4)
+    answers = predict(prior, queries)
+    for order in itertools.islice(itertools.permutations(range(4)), 1, None, 5):
+        shuffled = [
+            Query(q.x_t[list(order)], q.t, [q.guidance[i] for i in order]) for q in reversed(queries)
+        ]
+        for answer, other in zip(reversed(answers), predict(prior, shuffled), strict=True):
+            torch.testing.assert_close(other, answer[list(order)], rtol=1e-13, atol=1e-13)
+
+
+def test_conditions_are_compared_by_identity_never_by_value():
+    prior, image, text = Counting(), normal(0, 3, 4, 4), torch.tensor([1.0, 2.0])
+    one, twin = Cond(text, image), Cond(text, image)
+    assert one != twin
+    x_t = normal(1, 2, 3, 4, 4)
+    assert row_count([Query(x_t, 5, [[(1.0, one), (2.0, twin)]] * 2)]) == 4
+    same = [Query(x_t, 5, [[(1.0, one), (2.0, one)]] * 2)]
+    assert row_count(same) == 2
+    expected = 3 * GaussianMixture.eps(prior, x_t, torch.tensor([5, 5]), [one] * 2)
+    torch.testing.assert_close(predict(prior, same)[0], expected)
+
+
+def test_one_condition_in_two_views_or_two_queries_is_a_row_for_each():
+    prior, cond = Counting(), Cond(None)
+    x_t = normal(0, 2, 3, 4, 4)
+    first, second = predict(prior, [Query(x_t, 10, [[(1.0, cond)]] * 2), Query(x_t, 900, [[(1.0, cond)]] * 2)])
+    assert prior.calls == [4]
+    for answer, t in ((first, 10), (second, 900)):
+        torch.testing.assert_close(answer, GaussianMixture.eps(prior, x_t, torch.tensor([t, t]), [cond] * 2))
+
+
+def test_weights_that_cancel_cost_no_row_and_give_zero():
+    prior, cond = Counting(), Cond(None)
+    query = Query(normal(0, 1, 3, 4, 4), 10, [[(1.5, cond), (-1.5, cond)]])
+    assert (predict(prior, [query])[0] == 0).all()
+    assert prior.calls == []
