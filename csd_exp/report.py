@@ -1,0 +1,224 @@
+"""One self-contained HTML page for a run, made from the files in its directory."""
+
+import base64
+import csv
+import io
+import json
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from math import isfinite
+from pathlib import Path
+
+import matplotlib
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from PIL import Image
+
+from csd_exp.errors import InputError
+
+CURVES = {
+    "step/residual_norm": ("Residual norm", "mean over views of the residual's L2 norm, in noise units"),
+    "step/timestep": ("Timestep", "the diffusion timestep that all views share"),
+    "step/kernel_mean": ("Kernel mean", "mean entry of the kernel matrix; 1 couples all views fully"),
+    "step/kernel_entropy": (
+        "Kernel entropy",
+        "of a row scaled to sum 1, mean over rows, in nats; log N is uniform",
+    ),
+    "step/repulsion_norm": ("Repulsion norm", "mean over views of the repulsion's L2 norm"),
+    "step/rows_per_second": ("Rows per second", "network rows of all ranks together"),
+    "step/steps_per_second": ("Steps per second", "pictures and checkpoints left out"),
+    "step/memory_gib": ("Peak memory", "of the first process so far, in GiB"),
+    "step/rows": ("Network rows", "evaluated so far by the first process"),
+}
+SHOWN_PACKAGES = ("csd_exp", "torch", "lightning", "diffusers", "transformers", "numpy")
+MOST_INTERMEDIATE = 12
+
+# Colours that the page's style sheet replaces, so that curves follow the light or dark theme.
+INK, LINE = "#010203", "#040506"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A saved picture as the page embeds it: a data URI, its shape in pixels, and what it shows."""
+
+    uri: str
+    width: int
+    height: int
+    caption: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    title: str
+    meaning: str
+    svg: Markup
+    last: float
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into a run directory and return its path.
+
+    Reads only that directory: config.yaml, and as far as present provenance.json, command.txt, metrics.csv,
+    metrics.json and media/*.png. metrics.json maps a name to a number, or to {value, definition,
+    higher_is_better}. The page loads nothing from anywhere; pictures are the saved PNGs, above 2 MB JPEG.
+    Raises InputError where config.yaml is missing.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").is_file():
+        raise InputError(f"{run_dir} has no config.yaml, so it is no run directory; give one that csd wrote.")
+    page = _template().render(
+        config=OmegaConf.load(run_dir / "config.yaml"),
+        config_text=_text(run_dir / "config.yaml"),
+        command=_text(run_dir / "command.txt").strip(),
+        provenance=_json(run_dir / "provenance.json"),
+        shown_packages=SHOWN_PACKAGES,
+        pairs=_pairs(run_dir / "media"),
+        steps=_intermediate(run_dir / "media"),
+        differences=_differences(run_dir / "media"),
+        curves=_curves(run_dir / "metrics.csv"),
+        metrics=_metrics(_json(run_dir / "metrics.json")),
+    )
+    report = run_dir / "report.html"
+    partial = run_dir / "report.html.part"
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(report)
+    return report
+
+
+def _template():
+    environment = Environment(
+        loader=PackageLoader("csd_exp", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    return environment.get_template("report.html.j2")
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _json(path: Path) -> dict:
+    return json.loads(_text(path) or "{}")
+
+
+def _number(value: object) -> str:
+    """Four significant digits, without an exponent where a reader would rather see none."""
+    if not isinstance(value, (int, float)) or not isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def _pairs(media: Path) -> list[tuple[Picture, Picture]]:
+    """Source and edited picture of every image."""
+    sources = [_picture(f, "source") for f in _numbered(media, "source")]
+    edited = [_picture(f, "edited") for f in _numbered(media, "edited")]
+    return list(zip(sources, edited, strict=False))
+
+
+def _intermediate(media: Path) -> list[Picture]:
+    """Pictures on the way, of the first image: at most MOST_INTERMEDIATE, evenly spaced."""
+    found = {}
+    for file in sorted(media.glob("edited_*.png")):
+        if m := re.fullmatch(r"edited_(\d{6,})(_0+)?", file.stem):
+            found[int(m[1])] = file
+    steps = sorted(found)
+    kept = steps[:: -(-len(steps) // MOST_INTERMEDIATE)] if steps else []
+    return [_picture(found[step], f"step {step}", 400_000, 2048) for step in kept]
+
+
+def _differences(media: Path) -> list[Picture]:
+    gains = {m[1] for f in media.glob("difference_x*.png") if (m := re.match(r"difference_x(\d+)", f.stem))}
+    return [
+        _picture(file, f"{gain} × |edited − source|", 400_000, 2048)
+        for gain in sorted(gains)
+        for file in _numbered(media, f"difference_x{gain}")
+    ]
+
+
+def _numbered(media: Path, name: str) -> list[Path]:
+    """`name.png`, or `name_00.png`, `name_01.png` and so on; a step's number has six digits."""
+    return sorted(f for f in media.glob(f"{name}*.png") if re.fullmatch(rf"{name}(_\d{{2,5}})?", f.stem))
+
+
+def _picture(file: Path, caption: str, most_bytes: int = 2_000_000, longest: int = 8192) -> Picture:
+    """The file's own bytes, or a JPEG of at most `longest` pixels a side where it has more than `most_bytes`."""
+    content, kind = file.read_bytes(), "png"
+    with Image.open(file) as image:
+        width, height = image.size
+        if len(content) > most_bytes:
+            image.thumbnail((longest, longest))
+            buffer, kind = io.BytesIO(), "jpeg"
+            image.convert("RGB").save(buffer, "JPEG", quality=92, subsampling=0)
+            content = buffer.getvalue()
+    uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return Picture(uri, width, height, caption)
+
+
+def _metrics(found: dict) -> list[dict]:
+    """Name, value, direction and definition of each final metric; a definition's first line sums it up."""
+    rows = []
+    for name, entry in found.items():
+        entry = entry if isinstance(entry, dict) else {"value": entry}
+        summary, _, detail = entry.get("definition", "").strip().partition("\n")
+        better = {True: "higher", False: "lower"}.get(entry.get("higher_is_better"), "")
+        paragraphs = [" ".join(paragraph.split()) for paragraph in detail.strip().split("\n\n")]
+        rows.append(
+            {"name": name, "value": entry["value"], "better": better, "summary": summary}
+            | {"detail": "\n".join(paragraphs)}
+        )
+    return rows
+
+
+def _curves(path: Path) -> list[Curve]:
+    """One curve for every column of metrics.csv, in the order of CURVES, others after them."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns = [c for c in (rows[0] if rows else ()) if c not in ("step", "epoch")]
+    columns.sort(key=lambda c: list(CURVES).index(c) if c in CURVES else len(CURVES))
+    curves = []
+    for column in columns:
+        points = [(int(row["step"]), float(row[column])) for row in rows if row[column] not in ("", None)]
+        if points:
+            title, meaning = CURVES.get(column, (column, ""))
+            curves.append(Curve(title, meaning, _svg(column, points), points[-1][1]))
+    return curves
+
+
+def _svg(name: str, points: list[tuple[int, float]]) -> Markup:
+    """Values over steps, faint under a running mean over a tenth of the run where that says more."""
+    steps, values = zip(*points, strict=True)
+    monotone = all(a <= b for a, b in pairwise(values))
+    span = 0 if monotone else len(values) // 20
+    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False}
+    settings |= dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    with matplotlib.rc_context(settings):
+        axes = Figure(figsize=(4.2, 2.1), layout="constrained").add_subplot()
+        axes.plot(steps, values, color=LINE, linewidth=1.0 if span > 1 else 1.6, alpha=0.4 if span > 1 else 1)
+        if span > 1:
+            means = [_mean(values[max(0, i - span) : i + span + 1]) for i in range(len(values))]
+            axes.plot(steps, means, color=LINE, linewidth=1.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
+        axes.ticklabel_format(useOffset=False, scilimits=(-3, 5))
+        axes.locator_params(axis="x", integer=True, nbins=6)
+        axes.locator_params(axis="y", nbins=5)
+        axes.margins(x=0.01)
+        buffer = io.StringIO()
+        bare = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        axes.figure.savefig(buffer, format="svg", transparent=True, metadata=bare)
+    svg = buffer.getvalue()
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])
+    return Markup(svg.replace(INK, "currentColor").replace(LINE, "var(--accent)"))
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    return sum(values) / len(values)
