@@ -23,7 +23,7 @@ class Csv(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> "_Continued":
+    def experiment(self) -> Any:
         if self._experiment is None:
             self._experiment = _Continued(self.log_dir)
         return self._experiment

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -25,7 +26,7 @@ CURVES = {
     "step/kernel_mean": ("Kernel mean", "mean entry of the kernel matrix; 1 couples all views fully"),
     "step/kernel_entropy": (
         "Kernel entropy",
-        "of a row scaled to sum 1, mean over rows, in nats; log N is uniform",
+        "mean over rows scaled to sum 1, in nats; log N is uniform",
     ),
     "step/repulsion_norm": ("Repulsion norm", "mean over views of the repulsion's L2 norm"),
     "step/rows_per_second": ("Rows per second", "network rows of all ranks together"),
@@ -48,6 +49,15 @@ class Picture:
     width: int
     height: int
     caption: str
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    value: object
+    better: str
+    summary: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ def write_report(run_dir: str | Path) -> Path:
         steps=_intermediate(run_dir / "media"),
         differences=_differences(run_dir / "media"),
         curves=_curves(run_dir / "metrics.csv"),
-        metrics=_metrics(_json(run_dir / "metrics.json")),
+        metrics=[_metric(name, entry) for name, entry in _json(run_dir / "metrics.json").items()],
     )
     report = run_dir / "report.html"
     partial = run_dir / "report.html.part"
@@ -148,7 +158,7 @@ def _numbered(media: Path, name: str) -> list[Path]:
 
 
 def _picture(file: Path, caption: str, most_bytes: int = 2_000_000, longest: int = 8192) -> Picture:
-    """The file's own bytes, or a JPEG of at most `longest` pixels a side where it has more than `most_bytes`."""
+    """The file's own bytes, or above `most_bytes` a JPEG of at most `longest` pixels a side."""
     content, kind = file.read_bytes(), "png"
     with Image.open(file) as image:
         width, height = image.size
@@ -161,19 +171,18 @@ def _picture(file: Path, caption: str, most_bytes: int = 2_000_000, longest: int
     return Picture(uri, width, height, caption)
 
 
-def _metrics(found: dict) -> list[dict]:
-    """Name, value, direction and definition of each final metric; a definition's first line sums it up."""
-    rows = []
-    for name, entry in found.items():
-        entry = entry if isinstance(entry, dict) else {"value": entry}
-        summary, _, detail = entry.get("definition", "").strip().partition("\n")
-        better = {True: "higher", False: "lower"}.get(entry.get("higher_is_better"), "")
-        paragraphs = [" ".join(paragraph.split()) for paragraph in detail.strip().split("\n\n")]
-        rows.append(
-            {"name": name, "value": entry["value"], "better": better, "summary": summary}
-            | {"detail": "\n".join(paragraphs)}
-        )
-    return rows
+def _metric(name: str, entry: Any) -> Metric:
+    """A definition's first line sums it up, the rest is detail; its line breaks are its source's."""
+    entry = entry if isinstance(entry, dict) else {"value": entry}
+    summary, _, detail = entry.get("definition", "").strip().partition("\n")
+    better: dict[Any, str] = {True: "higher", False: "lower", None: ""}
+    return Metric(
+        name,
+        entry["value"],
+        better[entry.get("higher_is_better")],
+        summary,
+        "\n".join(" ".join(paragraph.split()) for paragraph in detail.strip().split("\n\n")),
+    )
 
 
 def _curves(path: Path) -> list[Curve]:
@@ -198,10 +207,11 @@ def _svg(name: str, points: list[tuple[int, float]]) -> Markup:
     steps, values = zip(*points, strict=True)
     monotone = all(a <= b for a, b in pairwise(values))
     span = 0 if monotone else len(values) // 20
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False}
     settings |= dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context(settings):
-        axes = Figure(figsize=(4.2, 2.1), layout="constrained").add_subplot()
+        figure = Figure(figsize=(4.2, 2.1), layout="constrained")
+        axes = figure.add_subplot()
         axes.plot(steps, values, color=LINE, linewidth=1.0 if span > 1 else 1.6, alpha=0.4 if span > 1 else 1)
         if span > 1:
             means = [_mean(values[max(0, i - span) : i + span + 1]) for i in range(len(values))]
@@ -214,7 +224,7 @@ def _svg(name: str, points: list[tuple[int, float]]) -> Markup:
         axes.margins(x=0.01)
         buffer = io.StringIO()
         bare = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        axes.figure.savefig(buffer, format="svg", transparent=True, metadata=bare)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=bare)
     svg = buffer.getvalue()
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])
     return Markup(svg.replace(INK, "currentColor").replace(LINE, "var(--accent)"))

@@ -32,7 +32,7 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        if trainer.fast_dev_run or trainer.global_step == self._saved_step:
+        if trainer.fast_dev_run or trainer.global_step == self._saved_step:  # type: ignore[attr-defined]
             return
         # Lightning writes through the system's temporary folder, often another disk: no atomic move.
         partial = self.path.with_name(self.path.name + ".part")

@@ -46,7 +46,7 @@ class Progress(ProgressBar):
             self._bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        step, shown = trainer.global_step, "  ".join(self.get_metrics(trainer, module).values())
+        step, shown = trainer.global_step, self._numbers(trainer)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, shown=shown)
         elif self._enabled and self._starts_a_tenth(step):
@@ -60,15 +60,15 @@ class Progress(ProgressBar):
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         self._stop()
 
-    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
-        """What the line shows, as text."""
+    @staticmethod
+    def _numbers(trainer: L.Trainer) -> str:
         formats = {
             "step/residual_norm": "residual {:.4g}",
             "step/rows_per_second": "{:,.1f} rows/s",
             "step/memory_gib": "{:.1f} GiB",
         }
         seen = trainer.callback_metrics
-        return {name: text.format(float(seen[name])) for name, text in formats.items() if name in seen}
+        return "  ".join(text.format(float(seen[name])) for name, text in formats.items() if name in seen)
 
     def _starts_a_tenth(self, step: int) -> bool:
         tenths, before = (self.LINES * s // self._total for s in (step, step - 1))
