@@ -1,5 +1,6 @@
 """Image files in and out, always as float tensors in [0, 1]."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,27 +12,28 @@ from torch import Tensor
 from csd_exp.errors import InputError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # Pillow's own limit against decompression bombs
 
 
 def read_image(path: str | Path, key: str = "modality.path") -> Tensor:
     """An image file as [3, H, W] in [0, 1], after EXIF rotation.
 
-    One channel is repeated, 16 bits are kept in full precision, transparency is laid over white.
+    One channel is repeated, 16-bit gray is kept in full precision (16-bit colour is read at 8 bits),
+    transparency is laid over white.
     Raises InputError, naming the key and the file, when it is missing, unreadable or above MAX_PIXELS.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{key}={path} is no file; give the path of a {', '.join(SUFFIXES)} image.")
     try:
-        with Image.open(path) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise InputError(
-                    f"{key}={path} has {opened.width} x {opened.height} pixels; at most {MAX_PIXELS:,} are accepted."
-                )
-            return _to_tensor(ImageOps.exif_transpose(opened))
+        if not path.is_file():
+            raise InputError(f"{key}={path} is no file; give the path of a {', '.join(SUFFIXES)} image.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                return _to_tensor(ImageOps.exif_transpose(opened))
     except InputError:
         raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
+        raise InputError(f"{key}={path} has too many pixels; at most {MAX_PIXELS:,} are accepted.") from e
     except Exception as e:  # Pillow's decoders raise many types; all mean that the file is unusable.
         raise InputError(
             f"{key}={path} cannot be read as an image ({e}); it may be truncated or damaged."
@@ -42,10 +44,9 @@ def read_images(path: str | Sequence[str], key: str = "modality.path") -> list[T
     """One image, every image of a folder in order of name, or a list of files, all of one size."""
     files = [path] if isinstance(path, (str, Path)) else list(path)
     if len(files) == 1 and Path(files[0]).is_dir():
-        folder = Path(files[0])
-        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
-        if not files:
-            raise InputError(f"{key}={folder} holds no image; accepted are {', '.join(SUFFIXES)} files.")
+        files = sorted(f for f in Path(files[0]).iterdir() if f.suffix.lower() in SUFFIXES)
+    if not files:
+        raise InputError(f"{key}={path} holds no image; accepted are {', '.join(SUFFIXES)} files.")
     images = [read_image(f, key) for f in files]
     for file, image in zip(files, images, strict=True):
         if image.shape != images[0].shape:
@@ -83,10 +84,11 @@ def _reflected(side: int, padded: int) -> Tensor:
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float32)
-        # 32-bit modes are how some decoders hand over 16-bit files.
-        gray = torch.from_numpy(values / (65535.0 if values.max() > 255 else 255.0)).clamp(0, 1)
+    if image.mode == "F" or image.mode.startswith("I"):
+        white = 1.0 if image.mode == "F" else 65535.0
+        gray = torch.from_numpy(np.asarray(image).astype(np.float32)) / white
+        if not (gray.min() >= 0 and gray.max() <= 1):
+            raise ValueError(f"its gray values do not lie between 0 and {white:g}")
         return gray.expand(3, -1, -1).clone()
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -103,7 +103,9 @@ def test_guidance_shares_one_null_condition_and_knows_prompts():
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0]])
 def test_impossible_mixture_weights_are_refused(weights):
-    with pytest.raises(InputError, match=r"prior.prompts\['red'\] needs 2 weights >= 0 that are not all zero"):
+    with pytest.raises(
+        InputError, match=r"prior.prompts\['red'\] needs 2 weights >= 0 that are not all zero"
+    ):
         GaussianMixture(prompts={"red": weights})
 
 

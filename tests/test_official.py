@@ -49,9 +49,7 @@ def kernel_and_gradient(views: list[np.ndarray]) -> tuple[np.ndarray, list[np.nd
     h = sqrt(0.5 * median / log(n + 1))
     gamma = 1 / (2 * h * h)
     k = np.array([[exp(-gamma * d) for d in row] for row in squared])
-    gradient = [
-        sum(-2 * gamma * k[i, j] * (views[i] - views[j]) for j in range(n)) for i in range(n)
-    ]
+    gradient = [sum(-2 * gamma * k[i, j] * (views[i] - views[j]) for j in range(n)) for i in range(n)]
     return k, gradient
 
 

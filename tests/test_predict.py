@@ -105,9 +105,7 @@ def test_the_order_of_views_and_queries_is_restored():
     queries, _ = csd_edit_queries(prior, views=4)
     answers = predict(prior, queries)
     for order in itertools.islice(itertools.permutations(range(4)), 1, None, 5):
-        shuffled = [
-            Query(q.x_t[list(order)], q.t, [q.guidance[i] for i in order]) for q in reversed(queries)
-        ]
+        shuffled = [Query(q.x_t[list(order)], q.t, [q.guidance[i] for i in order]) for q in reversed(queries)]
         for answer, other in zip(reversed(answers), predict(prior, shuffled), strict=True):
             torch.testing.assert_close(other, answer[list(order)], rtol=1e-13, atol=1e-13)
 
@@ -127,7 +125,9 @@ def test_conditions_are_compared_by_identity_never_by_value():
 def test_one_condition_in_two_views_or_two_queries_is_a_row_for_each():
     prior, cond = Counting(), Cond(None)
     x_t = normal(0, 2, 3, 4, 4)
-    first, second = predict(prior, [Query(x_t, 10, [[(1.0, cond)]] * 2), Query(x_t, 900, [[(1.0, cond)]] * 2)])
+    first, second = predict(
+        prior, [Query(x_t, 10, [[(1.0, cond)]] * 2), Query(x_t, 900, [[(1.0, cond)]] * 2)]
+    )
     assert prior.calls == [4]
     for answer, t in ((first, 10), (second, 900)):
         torch.testing.assert_close(answer, GaussianMixture.eps(prior, x_t, torch.tensor([t, t]), [cond] * 2))

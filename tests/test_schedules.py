@@ -104,7 +104,9 @@ def test_linear_timesteps_go_down_from_end_to_end():
 
 
 def test_fixed_timestep_is_the_largest():
-    assert {Timesteps(t_min=20, t_max=500, anneal="fixed")(Draw(s, k)) for s in (0, 1) for k in (0, 9)} == {500}
+    assert {Timesteps(t_min=20, t_max=500, anneal="fixed")(Draw(s, k)) for s in (0, 1) for k in (0, 9)} == {
+        500
+    }
 
 
 @pytest.mark.parametrize("ends", [(-1, 5), (6, 5)])

@@ -195,9 +195,7 @@ def test_liu_and_wang_in_noise_units():
 
 def plain_update(r, k, repulsion):
     n, d = r.shape
-    return [
-        [sum(k[i, j] * r[j, c] for j in range(n)) + repulsion[i, c] for c in range(d)] for i in range(n)
-    ]
+    return [[sum(k[i, j] * r[j, c] for j in range(n)) + repulsion[i, c] for c in range(d)] for i in range(n)]
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)

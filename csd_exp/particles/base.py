@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from csd_exp.errors import accept
 from csd_exp.schedules import Draw
 
 
@@ -24,6 +25,7 @@ class Particles(nn.Module):
 
     def __init__(self, prompt: str = "", dtype: str = "float32"):
         super().__init__()
+        accept("modality.dtype", dtype, ("float32", "float64"))
         self.prompt = prompt
         self.dtype = getattr(torch, dtype)
 
