@@ -26,6 +26,7 @@ EMBEDDED = Path(__file__).parents[1] / "assets" / "instruct_pix2pix"
 
 Conditioning = Literal["mode_unscaled", "official"]
 Posterior = Literal["mode", "sample"]
+Prediction = Literal["epsilon", "v_prediction"]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -257,8 +258,13 @@ def check_folder(path: str | Path, variant: str | None = None, image_conditions:
             with _hub(path):
                 model_info(str(path))
         return
-    for file in ("model_index.json", "scheduler/scheduler_config.json"):
-        _config(path, folder, file)
+    _config(path, folder, "model_index.json")
+    predicts = _config(path, folder, "scheduler/scheduler_config.json").get("prediction_type", "epsilon")
+    if predicts not in get_args(Prediction):
+        raise InputError(
+            f"prior.path={path}: prediction_type in scheduler/scheduler_config.json must be one of "
+            f"{', '.join(get_args(Prediction))}, not {predicts!r}."
+        )
     vae, text_encoder, unet = (
         _config(path, folder, f"{part}/config.json") for part in ("vae", "text_encoder", "unet")
     )

@@ -1,0 +1,616 @@
+"""Stable Diffusion priors on tiny random diffusers components, held against diffusers' own pipelines."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import AttnProcessor2_0
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from csd_exp.errors import InputError
+from csd_exp.particles import Images
+from csd_exp.priors import InstructPix2Pix, StableDiffusion, stable_diffusion
+from csd_exp.priors.base import Cond, Query, predict, row_count
+from csd_exp.priors.stable_diffusion import check_folder
+
+PROMPT, NEGATIVE, T = "turn it into a painting, at night", "blurry", 421
+
+
+def tokenizer(folder):
+    """A CLIP tokenizer of single bytes, in the two files of the public layout."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    ends = {"bos_token": words[-2], "eos_token": words[-1], "unk_token": words[-1], "pad_token": words[-1]}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 40, **ends})
+    )
+    return CLIPTokenizer.from_pretrained(str(folder))
+
+
+def tiny_unet(channels, takes, version):
+    two = {"use_linear_projection": True, "attention_head_dim": [2, 4]}
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=takes,
+        out_channels=channels,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        norm_num_groups=8,
+        **(two if version == 2 else {"attention_head_dim": 4}),
+    )
+
+
+def tiny_vae(channels, blocks=3):
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 16)[:blocks],
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=0.3,
+    )
+
+
+def tiny_text_encoder(vocabulary):
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=40,
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved random pipeline: folder(editing, prediction_type, channels), each made once."""
+    made = {}
+
+    def make(editing=True, prediction_type="epsilon", channels=4):
+        key = (editing, prediction_type, channels)
+        if key in made:
+            return made[key]
+        torch.manual_seed(0)
+        path = tmp_path_factory.mktemp("prior") / "pipeline"
+        words = tokenizer(path.with_name("tokenizer"))
+        pipeline = StableDiffusionInstructPix2PixPipeline if editing else StableDiffusionPipeline
+        pipe = pipeline(
+            vae=tiny_vae(channels),
+            text_encoder=tiny_text_encoder(len(words)),
+            tokenizer=words,
+            unet=tiny_unet(channels, channels * (1 + editing), 2 if prediction_type == "v_prediction" else 1),
+            scheduler=DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                prediction_type=prediction_type,
+                clip_sample=False,
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.save_pretrained(path)
+        shutil.rmtree(path / "tokenizer")
+        shutil.copytree(path.with_name("tokenizer"), path / "tokenizer")
+        return made.setdefault(key, path)
+
+    return make
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of the folder of an InstructPix2Pix, to be damaged."""
+    return shutil.copytree(folder(), tmp_path / "copy")
+
+
+class Recorder(DDIMScheduler):
+    """Keeps what a pipeline's guided network says at one timestep, and changes nothing."""
+
+    def set_timesteps(self, steps, device=None):
+        self.timesteps = torch.tensor([T])
+
+    def step(self, model_output, timestep, sample, **_):
+        self.recorded = model_output
+        return (sample,)
+
+
+def pipeline_estimate(pipeline, path, latents, **call):
+    """The guided network output in diffusers' own pipeline at timestep T, as a noise estimate."""
+    pipe = pipeline.from_pretrained(path, safety_checker=None, requires_safety_checker=False)
+    pipe.scheduler = Recorder.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    pipe(prompt=PROMPT, latents=latents, num_inference_steps=1, output_type="latent", **call)
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(1000)
+    clean = scheduler.step(pipe.scheduler.recorded, T, latents).pred_original_sample
+    alpha_bar = scheduler.alphas_cumprod[T]
+    return (latents - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
+
+
+def guided(prior, x_t, guidance):
+    return predict(prior, [Query(x_t, T, guidance)])[0]
+
+
+def image(height=32, width=32, n=1, dtype=torch.float32):
+    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def latent(channels=4, side=8, n=1, dtype=torch.float32):
+    return torch.randn(n, channels, side, side, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+@pytest.mark.parametrize("negative", ["", NEGATIVE])
+@pytest.mark.parametrize(("prediction_type", "channels"), [("epsilon", 4), ("v_prediction", 12)])
+def test_instruct_pix2pix_equals_diffusers_own_pipeline(folder, prediction_type, channels, negative):
+    path, x_t = folder(True, prediction_type, channels), latent(channels)
+    prior = InstructPix2Pix(str(path), guidance_scale=7.5, image_guidance_scale=1.7)
+    ours = guided(prior, x_t, [prior.guidance(PROMPT, prior.condition(image())[0], negative)])
+    theirs = pipeline_estimate(
+        StableDiffusionInstructPix2PixPipeline,
+        path,
+        x_t,
+        image=image(),
+        guidance_scale=7.5,
+        image_guidance_scale=1.7,
+        negative_prompt=negative,
+    )
+    assert torch.linalg.norm(ours - theirs) < 1e-5 * torch.linalg.norm(theirs)
+    assert prior.channels == channels
+
+
+@pytest.mark.parametrize("negative", ["", NEGATIVE])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_stable_diffusion_equals_diffusers_own_pipeline(folder, prediction_type, negative):
+    path, x_t = folder(False, prediction_type), latent()
+    prior = StableDiffusion(str(path), guidance_scale=7.5)
+    assert prior.condition(image()) is None
+    ours = guided(prior, x_t, [prior.guidance(PROMPT, None, negative)])
+    theirs = pipeline_estimate(
+        StableDiffusionPipeline, path, x_t, height=32, width=32, guidance_scale=7.5, negative_prompt=negative
+    )
+    assert torch.linalg.norm(ours - theirs) < 1e-5 * torch.linalg.norm(theirs)
+
+
+def test_geometry_and_noise_levels_are_the_folders(folder):
+    prior = InstructPix2Pix(folder(True, "v_prediction", 12))
+    assert (prior.factor, prior.channels, prior.window, prior.multiple) == (4, 12, 8, 2)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    assert prior.alphas_cumprod.dtype == torch.float64
+    torch.testing.assert_close(prior.alphas_cumprod, torch.cumprod(1 - betas, 0), rtol=1e-4, atol=0)
+    assert prior.encode(image(32, 48)).shape == (1, 12, 8, 12)
+    assert prior.decode(latent(12)).shape == (1, 3, 32, 32)
+    with pytest.raises(InputError, match="34 x 32 pixels"):
+        prior.encode(image(32, 34))
+
+
+@pytest.mark.parametrize(
+    ("scales", "negative", "rows"),
+    [
+        ((7.5, 5.0), "", 5),
+        ((3.0, 3.0), "", 4),
+        ((7.5, 1.0), "", 3),
+        ((1.0, 1.0), "", 2),
+        ((7.5, 5.0), NEGATIVE, 6),
+    ],
+)
+def test_a_csd_edit_view_costs_the_fewest_rows_and_nothing_is_lost(folder, scales, negative, rows):
+    w_y, w_s = scales
+    prior = InstructPix2Pix(folder(), guidance_scale=w_y, image_guidance_scale=w_s)
+    condition, x, source = prior.condition(image())[0], latent(), 0.5 * latent()
+    queries = [
+        Query(x, T, [prior.guidance(PROMPT, condition, negative)]),
+        Query(source, T, [prior.guidance("", condition, negative)]),
+    ]
+    assert row_count(queries) == rows
+    null = prior.embedding(negative)
+    for query, prompt, out in zip(queries, (PROMPT, ""), predict(prior, queries), strict=True):
+        conds = [Cond(prior.embedding(prompt), condition), Cond(null, condition), Cond(null)]
+        both, only_image, none = (prior.eps(query.x_t, torch.tensor([T]), [cond]) for cond in conds)
+        expected = none + w_s * (only_image - none) + w_y * (both - only_image)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_an_image_condition_guidance_is_classifier_free_with_zeros(folder):
+    prior = InstructPix2Pix(folder(), guidance_scale=3.0)
+    assert [(w, cond.image) for w, cond in prior.guidance(PROMPT)] == [(3.0, None), (-2.0, None)]
+    ((_, one), (_, other)) = prior.guidance(NEGATIVE, None, NEGATIVE)
+    assert one is other
+    zeros = Cond(prior.embedding(PROMPT), torch.zeros_like(latent()[0]))
+    t = torch.tensor([T])
+    assert torch.equal(prior.eps(latent(), t, [Cond(zeros.text)]), prior.eps(latent(), t, [zeros]))
+    assert torch.equal(
+        prior.eps(latent(), t, [Cond(None)]), prior.eps(latent(), t, [Cond(prior.embedding(""))])
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_an_estimate_does_not_depend_on_the_chunks(folder, chunk):
+    prior = InstructPix2Pix(folder(), row_chunk=5)
+    conditions, x_t = prior.condition(image(n=3)), latent(n=3)
+    guidance = [prior.guidance(PROMPT, condition) for condition in conditions]
+    whole = guided(prior, x_t, guidance)
+    prior.row_chunk = chunk
+    torch.testing.assert_close(guided(prior, x_t, guidance), whole, rtol=1e-5, atol=1e-5)
+    prior.row_chunk = 5
+    backwards = guided(prior, x_t.flip(0), guidance[::-1]).flip(0)
+    torch.testing.assert_close(backwards, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_network_sees_one_shape_only_and_says_the_same(folder):
+    plain = InstructPix2Pix(folder())
+    condition, x_t = plain.condition(image())[0], latent()
+    expected = guided(plain, x_t, [plain.guidance(PROMPT, condition)])
+    prior = InstructPix2Pix(folder(), compile=True, row_chunk=2)
+    assert prior.unet._compiled_call_impl is not None
+    shapes = []
+    prior.unet.conv_in.register_forward_hook(lambda _, inputs, __: shapes.append(len(inputs[0])))
+    with torch.compiler.set_stance("force_eager"):
+        out = guided(prior, x_t, [prior.guidance(PROMPT, condition)])
+    assert shapes == [2, 2]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_channels_last_changes_nothing(folder):
+    plain, last = (InstructPix2Pix(folder(), channels_last=flag) for flag in (False, True))
+    assert last.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    condition = plain.condition(image())
+    torch.testing.assert_close(last.condition(image()), condition, rtol=1e-4, atol=1e-5)
+    guidance = [plain.guidance(PROMPT, condition[0])]
+    torch.testing.assert_close(
+        guided(last, latent(), guidance), guided(plain, latent(), guidance), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float16", 0.02), ("float64", 1e-5)])
+def test_weights_are_held_in_dtype_and_outputs_are_the_callers(folder, dtype, tolerance):
+    exact, prior = InstructPix2Pix(folder()), InstructPix2Pix(folder(), dtype=dtype)
+    assert {p.dtype for p in prior.unet.parameters()} == {getattr(torch, dtype)}
+    pairs = [
+        (exact.encode(image()), prior.encode(image())),
+        (exact.decode(latent()), prior.decode(latent())),
+        tuple(guided(p, latent(), [p.guidance(PROMPT, p.condition(image())[0])]) for p in (exact, prior)),
+    ]
+    for expected, out in pairs:
+        assert out.dtype == torch.float32
+        assert torch.linalg.norm(out - expected) < tolerance * torch.linalg.norm(expected)
+    double = prior.eps(latent().double(), torch.tensor([T]), [Cond(prior.embedding(PROMPT))])
+    assert double.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+
+
+def test_encode_takes_the_posteriors_mode_or_samples_it(folder):
+    noise = latent()
+    prior, sampling = InstructPix2Pix(folder()), InstructPix2Pix(folder(), posterior="sample")
+    with torch.no_grad():
+        posterior = prior.vae.encode(2 * image() - 1).latent_dist
+    mode, sample = 0.3 * posterior.mode(), 0.3 * (posterior.mean + posterior.std * noise)
+    assert (mode - sample).abs().max() > 0.01
+    torch.testing.assert_close(prior.encode(image(), noise), mode)
+    torch.testing.assert_close(sampling.encode(image()), mode)
+    torch.testing.assert_close(sampling.encode(image(), noise), sample)
+    torch.testing.assert_close(prior.condition(image(), noise), posterior.mode())
+    torch.testing.assert_close(sampling.condition(image(), noise), posterior.mode())
+    sampling.conditioning = "official"
+    torch.testing.assert_close(sampling.condition(image(), noise), sample)
+
+
+def test_latents_are_shifted_where_the_autoencoder_says_so(folder):
+    prior = InstructPix2Pix(folder())
+    before, decoded = prior.encode(image()), prior.decode(latent())
+    prior.vae.register_to_config(shift_factor=0.7)
+    torch.testing.assert_close(prior.encode(image()), before - 0.7 * 0.3)
+    torch.testing.assert_close(prior.decode(latent() - 0.7 * 0.3), decoded)
+    prior.vae.register_to_config(shift_factor=None)
+
+
+@pytest.mark.parametrize("tile", [None, 16])
+def test_encode_and_decode_have_the_gradients_of_finite_differences(folder, tile):
+    prior = InstructPix2Pix(folder(), dtype="float64", tile=tile)
+    assert not any(p.requires_grad for part in (prior.vae, prior.unet) for p in part.parameters())
+    for function, x in (
+        (prior.encode, image(dtype=torch.float64)),
+        (prior.decode, latent(dtype=torch.float64)),
+    ):
+        direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).double()
+        probe = x.clone().requires_grad_()
+        loss = function(probe).square().sum()
+        (grad,) = torch.autograd.grad(loss, probe)
+        ahead, behind = (function(x + h * direction).square().sum() for h in (1e-5, -1e-5))
+        torch.testing.assert_close((grad * direction).sum(), (ahead - behind) / 2e-5, rtol=1e-5, atol=1e-8)
+
+
+def test_large_images_go_through_the_autoencoder_in_tiles(folder):
+    whole, tiled = InstructPix2Pix(folder(), tile=None), InstructPix2Pix(folder(), tile=64)
+    picture, z = image(72, 200), torch.randn(1, 4, 18, 50, generator=torch.Generator().manual_seed(4))
+    for x, name in ((picture, "encode"), (z, "decode")):
+        expected, out = getattr(whole, name)(x), getattr(tiled, name)(x)
+        assert out.shape == expected.shape
+        # Group norms see one tile only, so tiles cannot be exact; in a wrong place they would be 1.4 away.
+        assert 0 < torch.linalg.norm(out - expected) < 0.4 * torch.linalg.norm(expected)
+    small = image(64, 64)
+    assert torch.equal(tiled.encode(small), whole.encode(small))
+    with pytest.raises(InputError, match=r"prior\.tile must be a multiple of 16"):
+        InstructPix2Pix(folder(), tile=72)
+
+
+def test_tiles_leave_no_seam(folder):
+    prior, z = InstructPix2Pix(folder(), tile=64), torch.ones(1, 4, 16, 60)
+
+    def jump():
+        columns = prior.decode(z)[..., 32:-32]
+        return (columns[..., 1:] - columns[..., :-1]).abs().mean((0, 1, 2)).max()
+
+    blended = jump()
+    prior.vae.tile_overlap_factor = 0.0
+    assert blended < 0.5 * jump()
+
+
+def test_the_text_encoder_runs_once_for_each_string(folder):
+    prior, calls = StableDiffusion(folder(False)), []
+    prior.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    for prompt in ("a", "b", "a", "", "a"):
+        prior.guidance(prompt)
+    assert len(calls) == 3
+
+
+def test_a_prompt_longer_than_the_tokenizers_limit_is_cut_with_one_warning(folder):
+    prior = StableDiffusion(folder(False))
+    with pytest.warns(UserWarning, match="has 52 tokens and the text encoder reads the first 40") as seen:
+        long = prior.embedding("x " * 50)
+    assert len(seen) == 1
+    assert torch.equal(long, StableDiffusion(folder(False)).embedding("x " * 38))
+
+
+def test_attention_is_scaled_dot_product(folder):
+    prior = InstructPix2Pix(folder())
+    processors = [*prior.unet.attn_processors.values(), *prior.vae.attn_processors.values()]
+    assert processors
+    assert all(type(p) is AttnProcessor2_0 for p in processors)
+    assert prior.text_encoder.config._attn_implementation == "sdpa"
+
+
+def test_the_fingerprint_is_that_of_the_weights(folder, copy):
+    prior = InstructPix2Pix(folder())
+    again = InstructPix2Pix(copy, guidance_scale=1.0, row_chunk=1, channels_last=True)
+    assert again.fingerprint == prior.fingerprint
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_in.bias"][0] += 1e-6
+    save_file(weights, file, metadata={"format": "pt"})
+    assert InstructPix2Pix(copy).fingerprint != prior.fingerprint
+    assert InstructPix2Pix(folder(True, "v_prediction", 12)).fingerprint != prior.fingerprint
+
+
+def test_the_older_public_layout_loads_to_the_same_prior(folder, copy):
+    """As of 2022: .bin files, `text_model.` keys with position ids, renamed autoencoder attention, PNDM."""
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for part in ("unet", "vae", "text_encoder"):
+        (file,) = (copy / part).glob("*.safetensors")
+        weights = load_file(file)
+        if part == "text_encoder":
+            weights = {f"text_model.{name.removeprefix('text_model.')}": w for name, w in weights.items()}
+            weights["text_model.embeddings.position_ids"] = torch.arange(40)[None]
+        if part == "vae":
+            for new, old in old_names.items():
+                weights = {name.replace(new, old): w for name, w in weights.items()}
+            assert "decoder.mid_block.attentions.0.proj_attn.weight" in weights
+        file.unlink()
+        stem = "pytorch_model" if part == "text_encoder" else "diffusion_pytorch_model"
+        torch.save(weights, copy / part / f"{stem}.bin")
+    (copy / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "PNDMScheduler",
+                "_diffusers_version": "0.6.0",
+                "beta_start": 0.00085,
+                "beta_end": 0.012,
+                "beta_schedule": "scaled_linear",
+                "num_train_timesteps": 1000,
+                "skip_prk_steps": True,
+                "set_alpha_to_one": False,
+                "steps_offset": 1,
+                "trained_betas": None,
+            }
+        )
+    )
+    assert InstructPix2Pix(copy).fingerprint == InstructPix2Pix(folder()).fingerprint
+
+
+def test_a_variant_names_the_weight_files(folder, copy):
+    for file in copy.glob("*/*.safetensors"):
+        half = {name: w.half() if w.is_floating_point() else w for name, w in load_file(file).items()}
+        save_file(half, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+        file.unlink()
+    with pytest.raises(
+        InputError, match=r"vae: vae/diffusion_pytorch_model.safetensors.*prior\.variant=null"
+    ):
+        check_folder(copy)
+    check_folder(copy, "fp16")
+    prior, exact = InstructPix2Pix(copy, variant="fp16"), InstructPix2Pix(folder())
+    assert torch.equal(prior.unet.conv_in.weight, exact.unet.conv_in.weight.half().float())
+
+
+def test_loading_is_silent(folder, capfd, caplog, recwarn):
+    InstructPix2Pix(folder()).embedding(PROMPT)
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "model_index.json",
+        "scheduler",
+        "scheduler/scheduler_config.json",
+        "text_encoder",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer",
+        "tokenizer/merges.txt",
+        "unet",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ],
+)
+def test_a_missing_part_is_named_before_weights_are_read(copy, missing, monkeypatch):
+    path = copy / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for cls in (AutoencoderKL, CLIPTextModel, UNet2DConditionModel):
+        monkeypatch.setattr(cls, "from_pretrained", None)
+    message = path.name if path.suffix else f"its {missing}"
+    for attempt in (check_folder, InstructPix2Pix):
+        with pytest.raises(InputError, match=message) as error:
+            attempt(copy)
+        assert str(copy) in str(error.value)
+        assert str(error.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_damaged_weights_are_named(copy, part):
+    (file,) = (copy / part).glob("*.safetensors")
+    weights = load_file(file)
+    removed = sorted(weights)[3]
+    save_file({k: w for k, w in weights.items() if k != removed}, file, metadata={"format": "pt"})
+    check_folder(copy)
+    with pytest.raises(InputError, match=f"the weights of its {part} lack 1 tensors, {removed} for one"):
+        InstructPix2Pix(copy)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match=f"its {part} cannot be loaded"):
+        InstructPix2Pix(copy)
+
+
+def test_a_folder_of_the_other_family_is_refused_with_its_name(folder):
+    with pytest.raises(
+        InputError, match=r"takes 8 channels for latents of 4, as of.*prior=instruct_pix2pix\."
+    ):
+        StableDiffusion(folder(True))
+    with pytest.raises(
+        InputError, match=r"takes 4 channels for latents of 4, as of.*prior=stable_diffusion\."
+    ):
+        InstructPix2Pix(folder(False))
+    check_folder(folder(False))
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("unet", "in_channels", 9, "takes 9 channels for latents of 4"),
+        ("unet", "out_channels", 8, "and returns 8"),
+        ("unet", "cross_attention_dim", 2048, "reads text 2048 wide"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(copy, file, key, value, message):
+    config = copy / file / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=message):
+        check_folder(copy)
+    config.write_text("{")
+    with pytest.raises(InputError, match=f"{file}/config.json is not valid JSON"):
+        check_folder(copy)
+
+
+def test_a_prediction_type_other_than_epsilon_and_v_is_refused(copy):
+    config = copy / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
+    with pytest.raises(InputError, match=r"prediction_type.*epsilon, v_prediction.*'sample'"):
+        check_folder(copy)
+
+
+def test_what_cannot_be_found_is_one_sentence(monkeypatch, tmp_path):
+    def offline(*_, **__):
+        raise OSError("no route")
+
+    for path in ("/nope", tmp_path / "nope", "nope"):
+        for attempt in (check_folder, InstructPix2Pix):
+            with pytest.raises(InputError, match=r"is no folder; give a folder in the diffusers layout"):
+                attempt(path)
+    monkeypatch.setattr(stable_diffusion, "model_info", offline)
+    monkeypatch.setattr(stable_diffusion.DiffusionPipeline, "download", offline)
+    for attempt in (check_folder, InstructPix2Pix):
+        with pytest.raises(
+            InputError, match=r"prior\.path=nobody/nothing is no folder here.*cannot be reached"
+        ):
+            attempt("nobody/nothing")
+
+
+def test_a_hub_id_is_downloaded_without_what_is_not_needed(folder, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(stable_diffusion, "model_info", lambda name: asked.setdefault("info", name))
+    monkeypatch.setattr(
+        stable_diffusion.DiffusionPipeline,
+        "download",
+        lambda name, **options: asked.update(options, name=name) or str(folder()),
+    )
+    check_folder("some/model")
+    prior = InstructPix2Pix("some/model")
+    assert prior.fingerprint == InstructPix2Pix(folder()).fingerprint
+    assert asked["info"] == asked["name"] == "some/model"
+    assert {"safety_checker", "feature_extractor", "image_encoder", "variant"} <= set(asked)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "int8"}, r"prior\.dtype must be one of float32"),
+        ({"posterior": "median"}, r"prior\.posterior must be one of mode, sample"),
+        ({"conditioning": "paper"}, r"prior\.conditioning must be one of mode_unscaled, official"),
+        ({"row_chunk": 0}, r"prior\.row_chunk must be at least 1"),
+        ({"device": "cuda:99"}, r"prior\.device=cuda:99 is not here"),
+        ({"device": "tpu"}, r"prior\.device=tpu is not here"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(folder, change, message):
+    with pytest.raises(InputError, match=message):
+        InstructPix2Pix(folder(), **change)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "expected"), [("auto", "1", 1), ("cuda", "3", 1), ("cuda:0", "1", 0)]
+)
+def test_each_rank_takes_its_own_gpu(monkeypatch, name, rank, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert stable_diffusion._device(name) == torch.device("cuda", expected)
+    assert stable_diffusion._device("cpu") == torch.device("cpu")
+
+
+def test_csd_edit_runs_on_it(folder, write_image, build, fit):
+    files = [str(write_image(32, 32, seed)) for seed in range(2)]
+    runs = []
+    for chunk in (16, 3):
+        prior = InstructPix2Pix(folder(), row_chunk=chunk)
+        particles = Images(files, factor=prior.factor, multiple=prior.multiple, prompt=PROMPT)
+        module = build(prior, particles)
+        source = torch.stack(module.images())
+        fit(module, steps=2)
+        runs.append(torch.stack(module.images()))
+        assert module.rows == 2 * 2 * 5
+    assert (runs[0] - source).abs().max() > 1e-3
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-5, atol=1e-5)
