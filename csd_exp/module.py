@@ -11,7 +11,7 @@ from torch import Tensor
 from csd_exp.errors import InputError, accept
 from csd_exp.methods import Residual, Source
 from csd_exp.particles import Particles
-from csd_exp.priors.base import Guidance, Prior, Query, predict, row_count
+from csd_exp.priors.base import Prior, Query, predict, row_count
 from csd_exp.schedules import Draw, Level, Timesteps, Weight, weight
 from csd_exp.svgd import Kernel, svgd
 
@@ -31,6 +31,9 @@ class CSDModule(L.LightningModule):
     particles'. features: images [n, 3, H, W] to [n, D], seen by a kernel on `features`.
     """
 
+    prior: Prior
+    features: Features | None
+
     def __init__(
         self,
         prior: Prior,
@@ -49,18 +52,20 @@ class CSDModule(L.LightningModule):
     ):
         super().__init__()
         accept("method.noise", noise, get_args(Noise))
+        accept("schedule.weight", weight, get_args(Weight))
         if timestep.t_max >= len(prior.alphas_cumprod):
             raise InputError(
                 f"schedule.timestep.t_max must be below the prior's {len(prior.alphas_cumprod)} timesteps, "
                 f"not {timestep.t_max}."
             )
         if kernel.space == "features" and features is None:
-            raise InputError("kernel.space=features needs a feature extractor; choose one with features=pooled.")
-        self.prior, self.residual, self.kernel = prior, residual, kernel
+            raise InputError("kernel.space=features needs a feature extractor: features=pooled.")
+        # Not registered: frozen weights are no state, even where they are modules.
+        vars(self).update(prior=prior, features=features)
+        self.residual, self.kernel = residual, kernel
         self.timestep, self.weight, self.optimizer, self.lr = timestep, weight, optimizer, lr
         self.seed, self.noise = seed, noise
         self.source_prompt, self.negative_prompt = source_prompt, negative_prompt
-        self.features = features
         self.particles = particles
         self.rows = 0  # network rows this rank has evaluated
         with torch.no_grad():
@@ -83,11 +88,10 @@ class CSDModule(L.LightningModule):
         k, repulsion = self.kernel(phi)
         update = svgd(r, k, pull(repulsion[own]), self.kernel.normalize, own, self._sum_over_ranks)
         g = weight(level, self.weight) * update.view(-1, *x.shape[1:])
-        x, ids = x[: len(g)], ids[: len(g)]
-        share = self.particles.share(ids, chosen)
+        share = self.particles.share(ids, chosen)[: len(g)]
         self._log_step(level, r, k, repulsion)
         # DDP averages gradients over ranks; times their number that is the exact sum.
-        return self.trainer.world_size * (x * (share * g).detach()).sum()
+        return self.trainer.world_size * (x[: len(g)] * (share * g).detach()).sum()
 
     def _shard(self, chosen: Tensor) -> tuple[Tensor, slice]:
         """This rank's ids, padded so that all ranks hold equally many, and its rows of the gathered set."""
@@ -185,7 +189,10 @@ class CSDModule(L.LightningModule):
         return [image.clamp(0, 1) for image in self.particles.finish(decoded)]
 
     def configure_optimizers(self):
-        optimizer = self.optimizer(self.particles.parameters())
+        try:
+            optimizer = self.optimizer(self.particles.parameters())
+        except ValueError as e:  # torch checks the ranges
+            raise InputError(f"optimizer is not accepted: {e}.") from e
         if self.lr is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr(optimizer), "interval": "step"}}
@@ -194,7 +201,9 @@ class CSDModule(L.LightningModule):
         checkpoint["csd_exp"] = {"prior": self.prior.fingerprint, "rows": self.rows}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        saved = checkpoint["csd_exp"]
+        saved = checkpoint.get("csd_exp")
+        if saved is None:
+            raise InputError("ckpt_path is no checkpoint of csd_exp; give the last.ckpt of a run.")
         if saved["prior"] != self.prior.fingerprint:
             raise InputError("ckpt_path was made with another prior; resume it with the same prior weights.")
         self.rows = saved["rows"]

@@ -47,7 +47,7 @@ def build():
 def fit(tmp_path):
     """Fit a module for a number of steps on the CPU and return the trainer."""
 
-    def fit(module, steps: int, ckpt_path=None, **trainer) -> L.Trainer:
+    def fit(module, steps: int, loader=range(1000), ckpt_path=None, **trainer) -> L.Trainer:
         quiet = {
             "logger": False,
             "enable_checkpointing": False,
@@ -56,7 +56,7 @@ def fit(tmp_path):
             "default_root_dir": tmp_path,
         }
         trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=steps, **quiet | trainer)
-        trainer.fit(module, range(1000), ckpt_path=ckpt_path)
+        trainer.fit(module, loader, ckpt_path=ckpt_path)
         return trainer
 
     return fit

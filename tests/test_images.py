@@ -142,9 +142,8 @@ def test_lossy_files_are_near_their_image(tmp_path, suffix):
 
 
 def refused(path, message: str, key: str = "modality.path"):
-    with warnings.catch_warnings(), pytest.raises(InputError, match=message) as caught:
-        warnings.simplefilter("error")  # no second complaint beside the sentence
-        read_image(path)
+    with warnings.catch_warnings(action="error"), pytest.raises(InputError, match=message) as caught:
+        read_image(path)  # with no second complaint beside the sentence
     sentence = str(caught.value)
     assert sentence.startswith(f"{key}={path}")
     assert "\n" not in sentence

@@ -45,7 +45,7 @@ def guided(prior, x_t, t, text, image):
 def kernel_and_gradient(views: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     n = len(views)
     squared = [[float(((a - b) ** 2).sum()) for b in views] for a in views]
-    median = sorted(sum(squared, []))[(n * n - 1) // 2]
+    median = sorted(d for row in squared for d in row)[(n * n - 1) // 2]
     h = sqrt(0.5 * median / log(n + 1))
     gamma = 1 / (2 * h * h)
     k = np.array([[exp(-gamma * d) for d in row] for row in squared])

@@ -77,7 +77,7 @@ def test_draws_neither_read_nor_move_global_generators():
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_a_seed_that_no_key_can_hold_is_refused(seed):
-    with pytest.raises(InputError, match="^seed must be "):
+    with pytest.raises(InputError, match=r"^seed must be "):
         Draw(seed, 0)
 
 
@@ -111,12 +111,12 @@ def test_fixed_timestep_is_the_largest():
 
 @pytest.mark.parametrize("ends", [(-1, 5), (6, 5)])
 def test_an_empty_or_negative_range_is_refused(ends):
-    with pytest.raises(InputError, match="schedule.timestep needs 0 <= t_min <= t_max"):
+    with pytest.raises(InputError, match=r"schedule.timestep needs 0 <= t_min <= t_max"):
         Timesteps(t_min=ends[0], t_max=ends[1])
 
 
 def test_an_unknown_anneal_is_refused():
-    with pytest.raises(InputError, match="schedule.timestep.anneal must be one of uniform, linear, fixed"):
+    with pytest.raises(InputError, match=r"schedule.timestep.anneal must be one of uniform, linear, fixed"):
         Timesteps(t_min=0, t_max=5, anneal="cosine")
 
 
@@ -145,5 +145,5 @@ def test_noised_has_the_moments_of_the_forward_process():
 
 
 def test_an_unknown_weight_is_refused():
-    with pytest.raises(InputError, match="schedule.weight must be one of one, sigma2, sigma, snr"):
+    with pytest.raises(InputError, match=r"schedule.weight must be one of one, sigma2, sigma, snr"):
         weight(Level.at(5, ALPHAS), "sigma3")

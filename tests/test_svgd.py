@@ -228,7 +228,7 @@ def test_rms_of_a_vanishing_update_is_zero():
 
 def test_equal_residuals_pass_rowsum_unchanged_and_shrink_under_n():
     r = particles(1).expand(24, -1)
-    k, repulsion = RBF()(particles(24, 4096))
+    k, _ = RBF()(particles(24, 4096))
     torch.testing.assert_close(svgd(r, k, 0 * r, "rowsum"), r)
     gain = svgd(r, k, 0 * r, "n") / r
     # At the median distance K = 1 / (N + 1): (1 + 23 / 25) / 24.
@@ -300,10 +300,10 @@ def test_a_permutation_of_the_particles_permutes_the_update(n, seed, kind, bandw
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(setting, key):
-    with pytest.raises(InputError, match=f"^{key} must be "):
+    with pytest.raises(InputError, match=rf"^{key} must be "):
         RBF(**setting)
 
 
 def test_svgd_refuses_an_unknown_normalization():
-    with pytest.raises(InputError, match="kernel.normalize must be one of n, rowsum, none, rms"):
+    with pytest.raises(InputError, match=r"kernel.normalize must be one of n, rowsum, none, rms"):
         svgd(particles(2), torch.eye(2).double(), particles(2), "mean")
