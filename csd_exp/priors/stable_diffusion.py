@@ -210,7 +210,7 @@ class InstructPix2Pix(StableDiffusion):
     image_guidance_scale: w_s of CSD Eq. 3.
     conditioning: the network was trained on the posterior's unscaled mode, `mode_unscaled`; the public CSD
         code feeds it what `encode` returns for the start, `official`.
-    shared: as for StableDiffusion.
+    The rest is as for StableDiffusion.
     """
 
     image_conditions = 1
@@ -218,12 +218,22 @@ class InstructPix2Pix(StableDiffusion):
     def __init__(
         self,
         path: str | Path | Parts = "embedded",
+        variant: str | None = None,
+        guidance_scale: float = 7.5,
         image_guidance_scale: float = 1.5,
         conditioning: Conditioning = "mode_unscaled",
-        **shared,
+        posterior: Posterior = "mode",
+        dtype: Dtype = "float32",
+        device: str = "auto",
+        row_chunk: int = 16,
+        channels_last: bool = False,
+        compile: bool = False,
+        tile: int | None = 1024,
     ):
         accept("prior.conditioning", conditioning, get_args(Conditioning))
-        super().__init__(path, **shared)
+        super().__init__(
+            path, variant, guidance_scale, posterior, dtype, device, row_chunk, channels_last, compile, tile
+        )
         self.image_guidance_scale, self.conditioning = image_guidance_scale, conditioning
 
     def condition(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
