@@ -186,7 +186,7 @@ def _metric(name: str, entry: Any) -> Metric:
 
 
 def _curves(path: Path) -> list[Curve]:
-    """One curve for every column of metrics.csv, in the order of CURVES, others after them."""
+    """One curve for every column of metrics.csv with several values, in the order of CURVES, then others."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -196,7 +196,7 @@ def _curves(path: Path) -> list[Curve]:
     curves = []
     for column in columns:
         points = [(int(row["step"]), float(row[column])) for row in rows if row[column] not in ("", None)]
-        if points:
+        if len(points) > 1:
             title, meaning = CURVES.get(column, (column, ""))
             curves.append(Curve(title, meaning, _svg(column, points), points[-1][1]))
     return curves

@@ -39,7 +39,8 @@ class Media(L.Callback):
     @rank_zero_only
     def on_train_batch_end(self, trainer: L.Trainer, module: CSDModule, *_) -> None:
         step = trainer.global_step
-        if self.every_n_steps and step % self.every_n_steps == 0 and step < trainer.max_steps:
+        due = self.every_n_steps > 0 and step % self.every_n_steps == 0
+        if due and step < trainer.estimated_stepping_batches:
             self._show(trainer, "edited", module.images(), f"_{step:06d}")
 
     @rank_zero_only
