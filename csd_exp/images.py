@@ -62,6 +62,11 @@ def to_uint8(image: Tensor) -> np.ndarray:
     return (image.detach().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
+def as_saved(image: Tensor) -> Tensor:
+    """[3, H, W] in [0, 1], on the host, as it comes back from its 8-bit file."""
+    return torch.from_numpy(to_uint8(image)).permute(2, 0, 1).float() / 255
+
+
 def write_png(image: Tensor, path: Path) -> None:
     """Write [3, H, W] in [0, 1] as an 8-bit PNG, whole or not at all."""
     partial = path.with_name(path.name + ".part")
