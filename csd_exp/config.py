@@ -64,9 +64,8 @@ class RunConfig:
 
 
 ConfigStore.instance().store("run_schema", RunConfig)
-OmegaConf.register_new_resolver(
-    "device", lambda accelerator: {"gpu": "cuda"}.get(accelerator, accelerator), replace=True
-)
+# Lightning says gpu where torch says cuda.
+OmegaConf.register_new_resolver("device", lambda name: "cuda" if name == "gpu" else name, replace=True)
 OmegaConf.register_new_resolver("asset", lambda name: str(PACKAGE / "assets" / name), replace=True)
 
 # What a configuration may construct: configurations are shared between people, and `_target_` runs code.
@@ -121,20 +120,16 @@ def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
 def sentence(error: Exception) -> str:
     """What Hydra or OmegaConf says, as one sentence that names the key and what is accepted."""
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
-    if m := re.search(
-        r"In '[^']*': Could not find '([^']*)/([^'/]*)' Available options in '[^']*': (.*?) Config search path",
-        text,
-    ):
-        group, choice, options = m[1], m[2], m[3].replace("\t", " ").split()
-        return (
-            f"{group}={choice} does not exist{_closest(choice, options)}; accepted are {', '.join(options)}."
-        )
+    choice = r"Could not find '([^']*)/([^'/]*)' Available options in '[^']*': (.*?) Config search path"
+    if m := re.search(choice, text):
+        options = m[3].split()
+        return f"{m[1]}={m[2]} does not exist{_closest(m[2], options)}; accepted are {', '.join(options)}."
     if m := re.search(r"Could not override '([^']*)'\. No match in the defaults list", text):
         return f"{m[1]} is no group; csd --help lists the groups."
-    if m := re.search(r"(?:Could not override '|full_key: )([\w.]+)", text):
-        if "Could not override" in text or re.search(r"Key '[^']*' (is )?not in", text):
-            parent, _, leaf = m[1].rpartition(".")
-            return _unknown_key(parent, leaf, [] if parent else [f.name for f in fields(RunConfig)])
+    unknown = "Could not override" in text or re.search(r"Key '[^']*' (is )?not in", text)
+    if unknown and (m := re.search(r"(?:Could not override '|full_key: )([\w.]+)", text)):
+        parent, _, leaf = m[1].rpartition(".")
+        return _unknown_key(parent, leaf, [] if parent else [f.name for f in fields(RunConfig)])
     if m := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+) full_key: (\S+)", text):
         kind = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}.get(m[2], m[2])
         return f"{m[3]} must be {kind}, not {m[1]!r}."
@@ -157,7 +152,10 @@ def _closest(word: str, known: Sequence[str]) -> str:
 def check(config: DictConfig) -> None:
     """Everything about a composed run that can be wrong before a weight is loaded; raises InputError."""
     for group in ("prior", "modality", "method", "kernel", "schedule", "optimizer", "trainer"):
-        if OmegaConf.is_missing(config, group) or not isinstance(config.get(group), DictConfig):
+        node = None if OmegaConf.is_missing(config, group) else config.get(group)
+        if not isinstance(node, DictConfig) or (
+            "_target_" not in node and group not in ("method", "schedule")
+        ):
             raise InputError(f"{group} is missing; choose one with {group}=NAME, csd --help lists them.")
     check_targets(config)
     if not re.fullmatch(r"[\w][\w.-]*", config.name):
@@ -170,8 +168,8 @@ def check(config: DictConfig) -> None:
         raise InputError(f"seed must lie in [0, 2^63), not {config.seed}.")
     if str(config.trainer.get("precision", "32-true")) not in ("32-true", "32"):
         raise InputError(
-            f"trainer.precision={config.trainer.precision} is not accepted: particles, kernel and optimizer stay "
-            "in 32-true; set prior.dtype to hold the network in half precision."
+            f"trainer.precision={config.trainer.precision} is not accepted: particles, kernel and optimizer "
+            "stay in 32-true; set prior.dtype to hold the network in half precision."
         )
     config.prompt = prompt_of(config)
 
@@ -196,15 +194,16 @@ def prompt_of(config: DictConfig) -> str:
 def check_targets(config: DictConfig, provided: Sequence[str] = ()) -> None:
     """Refuse any `_target_` off the allow-list, and any key or type that its target does not take."""
     for path, node in _nodes(config):
+        in_hydra = path.split(".")[0] == "hydra"
         if "_target_" in node:
             target = node._get_node("_target_")._value()
-            if path.split(".")[0] == "hydra":
+            if in_hydra:
                 _resolved(f"{path}._target_", target, ALLOWED_HYDRA_PREFIXES, ())
             else:
                 _check_call(
                     path, node, _resolved(f"{path}._target_", target, ALLOWED_PREFIXES, ALLOWED_EXACT)
                 )
-        if path.split(".")[0] == "hydra" and ("()" in node or "ext://" in str(node.get("class", ""))):
+        if in_hydra and ("()" in node or "ext://" in str(node.get("class", ""))):
             raise InputError(f"{path} builds an object by logging's '()' key, which is not accepted.")
 
 
@@ -261,7 +260,7 @@ def _located(target: str) -> Any:
 
 
 def _parameters(target: Any) -> tuple[list[str], dict[str, Any], bool]:
-    """What a target accepts: names, their type hints, and whether anything else too; **kwargs go to its base."""
+    """What a target accepts, **kwargs being its base's: names, type hints, and whether anything else too."""
     names: list[str] = []
     hints: dict[str, Any] = {}
     for call in [c.__init__ for c in target.__mro__] if inspect.isclass(target) else [target]:

@@ -16,7 +16,7 @@ Predict = Callable[[Sequence[Query]], list[Tensor]]
 
 
 class Source(NamedTuple):
-    """What an edit starts from: clean views x [n, C, h, w] and the guidance of their baseline, one per view."""
+    """What an edit starts from: clean views x [n, C, h, w] and each view's baseline guidance."""
 
     x: Tensor
     guidance: Sequence[Guidance]

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import os
 import re
 import shlex
@@ -21,7 +22,9 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
+from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
@@ -67,11 +70,12 @@ def run(config: DictConfig, run_dir: Path, overrides: Sequence[str]) -> Result:
 
     Under DDP every rank returns the result and rank zero alone writes.
     """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware lists, advertisements
     config = _without_hydra(config)
     config.dir = str(run_dir)
     module = build_module(config, constructed(config.prior))
     provenance = Provenance(run_dir, OmegaConf.to_yaml(config, resolve=True), ["csd", *overrides])
-    trainer = constructed(
+    trainer = _trainer(
         config.trainer,
         logger=[constructed(logger) for logger in (config.logger or {}).values()],
         callbacks=[provenance, *(constructed(callback) for callback in (config.callbacks or {}).values())],
@@ -85,6 +89,15 @@ def run(config: DictConfig, run_dir: Path, overrides: Sequence[str]) -> Result:
         _write_json(run_dir / "metrics.json", metrics)
         write_report(run_dir)
     return Result(images, {name: entry["value"] for name, entry in metrics.items()}, run_dir)
+
+
+def _trainer(node: DictConfig, **arguments) -> Trainer:
+    try:
+        return constructed(node, **arguments)
+    except InstantiationException as e:
+        if isinstance(e.__cause__, MisconfigurationException):
+            raise InputError(f"trainer is not accepted: {' '.join(str(e.__cause__).split())}") from e
+        raise
 
 
 def measured(config: DictConfig, edited: Sequence[Tensor], sources: Sequence[Tensor]) -> dict[str, dict]:

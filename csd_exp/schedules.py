@@ -89,7 +89,7 @@ class Timesteps:
 
 
 def weight(level: Level, rule: Weight) -> float:
-    """w(t): `one`, `sigma2` = 1 - alpha_bar (public code, threestudio), `sigma`, or `snr` = alpha / sigma (Eq. 4)."""
+    """w(t): `one`, `sigma2` = 1 - alpha_bar (public code), `sigma`, or `snr` = alpha / sigma (Eq. 4)."""
     accept("schedule.weight", rule, get_args(Weight))
     return {
         "one": 1.0,

@@ -39,7 +39,7 @@ class Panorama(Particles):
         stride = max(window // 4, 1) if stride is None else stride
         if window < 1 or window % multiple:
             raise InputError(
-                f"modality.window must be a positive multiple of {multiple} latents for this prior, not {window}."
+                f"modality.window must be a positive multiple of {multiple} latents, not {window}."
             )
         if not 1 <= stride <= window:
             raise InputError(
