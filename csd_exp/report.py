@@ -79,8 +79,12 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise InputError(f"{run_dir} has no config.yaml, so it is no run directory; give one that csd wrote.")
+    config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    name = config.get("name", run_dir.name)
     page = _template().render(
-        config=OmegaConf.load(run_dir / "config.yaml"),
+        title=config.get("prompt") or name,
+        name=name,
+        config=config,
         config_text=_text(run_dir / "config.yaml"),
         command=_text(run_dir / "command.txt").strip(),
         provenance=_json(run_dir / "provenance.json"),
