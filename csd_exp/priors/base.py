@@ -46,7 +46,10 @@ class Prior(Protocol):
     window: int  # native side of a view, in latents
     multiple: int  # a view's sides, in latents, must be multiples of this
     row_chunk: int  # most rows per network call
-    fingerprint: str  # identifies the weights; a checkpoint resumes only under the same one
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the weights; a checkpoint resumes only under the same ones."""
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents [n, C, h, w] of images [n, 3, H, W] in [0, 1]; differentiable.

@@ -43,8 +43,8 @@ class Parts(NamedTuple):
 class StableDiffusion:
     """Stable Diffusion (Rombach et al. 2022) with classifier-free guidance: 1.5, 2.1 and their fine-tunes.
 
-    path: a folder in the diffusers layout, a hub id, `embedded` for the model that the package ships, or
-        loaded Parts. variant: which weight files of it, such as `fp16`.
+    path: a folder in the diffusers layout, a hub id, or loaded Parts. variant: which weight files of it,
+        such as `fp16`.
     guidance_scale: w_y of CSD Eq. 2.
     posterior: encode to the `mode` of the autoencoder's posterior, or `sample` it (official).
     dtype: what the weights are held in. Inputs are cast to it; outputs are float32 on the caller's
@@ -207,6 +207,7 @@ class StableDiffusion:
 class InstructPix2Pix(StableDiffusion):
     """InstructPix2Pix (Brooks et al. 2023): edits an image by an instruction, guided by both.
 
+    path: as for StableDiffusion; by default the small one that the package ships.
     image_guidance_scale: w_s of CSD Eq. 3.
     conditioning: the network was trained on the posterior's unscaled mode, `mode_unscaled`; the public CSD
         code feeds it what `encode` returns for the start, `official`.
@@ -217,7 +218,7 @@ class InstructPix2Pix(StableDiffusion):
 
     def __init__(
         self,
-        path: str | Path | Parts = "embedded",
+        path: str | Path | Parts = EMBEDDED,
         variant: str | None = None,
         guidance_scale: float = 7.5,
         image_guidance_scale: float = 1.5,
@@ -309,7 +310,7 @@ def load(path: str | Path, variant: str | None = None, image_conditions: int | N
 
 def _local(path: str | Path) -> Path | None:
     """The folder that `path` names, None for what can only be a hub id."""
-    folder = EMBEDDED if str(path) == "embedded" else Path(path).expanduser()
+    folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if isinstance(path, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):

@@ -1,0 +1,301 @@
+"""`csd-bench`: what a step of CSD-Edit costs beyond the network itself.
+
+Every step of a Lightning run is timed whole, and right after it the bare network on the very inputs that the
+step gave it, so that both meet the same machine; the medians over the steps are compared.
+"""
+
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import lightning as L
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from tokenizers import pre_tokenizers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from csd_exp.build import build_module, constructed
+from csd_exp.callbacks.throughput import peak_memory
+from csd_exp.config import RunConfig, check, composed
+from csd_exp.errors import InputError
+from csd_exp.priors.stable_diffusion import Dtype, InstructPix2Pix, Parts, StableDiffusion
+
+USAGE = """csd-bench [KEY=VALUE ...]
+
+Times whole optimisation steps and, in turn, the bare network on the same rows; prints and writes a table.
+
+  csd-bench                                                              the embedded prior on the CPU
+  csd-bench prior=random_sd15 prior.dtype=bfloat16 trainer=gpu           the size of Stable Diffusion 1.5
+  csd-bench repeats=100 modality.batch=null prior.row_chunk=64 json=big.json
+
+KEY is any of csd's, or one of the benchmark's:
+
+"""
+OWN = ["warmup", "repeats", "json"]
+
+
+@dataclass
+class BenchConfig(RunConfig):
+    """The keys of a run, and: steps that are not timed, steps that are, and the file to write."""
+
+    warmup: int = MISSING
+    repeats: int = MISSING
+    json: str = MISSING
+
+
+ConfigStore.instance().store("bench_schema", BenchConfig)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Medians over `repeats` steps.
+
+    rows: network rows of a step, the filling of compiled calls included. step_seconds: a whole step.
+    network_seconds: the bare network on the same rows, in the same calls. ratio: their quotient.
+    rows_per_second: of the whole step. peak_memory_gib: of the process so far, allocated on CUDA, resident
+    in RAM otherwise.
+    """
+
+    rows: int
+    step_seconds: float
+    network_seconds: float
+    ratio: float
+    rows_per_second: float
+    peak_memory_gib: float
+    repeats: int
+    device: str
+    dtype: str
+    parameters: int
+    threads: int
+    torch: str
+
+
+def main() -> None:
+    """The command line `csd-bench`: exit code 2 and one sentence for anything a user got wrong."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    try:
+        if {"-h", "--help"} & set(sys.argv):
+            print(USAGE + OmegaConf.to_yaml(OmegaConf.masked_copy(composed([], "bench"), OWN)))
+        else:
+            bench(sys.argv[1:])
+    except InputError as e:
+        print(f"csd-bench: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def bench(overrides: Sequence[str]) -> Cost:
+    """Measure, print and write the cost of a step; overrides are of conf/bench.yaml.
+
+    Raises InputError, before anything runs, where a key cannot be used.
+    """
+    config = composed(overrides, "bench")
+    check(config)
+    if config.warmup < 0 or config.repeats < 1:
+        raise InputError(
+            f"repeats must be at least 1 and warmup at least 0, not {config.repeats} and {config.warmup}."
+        )
+    config.steps = config.warmup + config.repeats
+    prior = constructed(config.prior)
+    if not isinstance(prior, StableDiffusion):
+        raise InputError("prior must have a network to compare with: instruct_pix2pix or stable_diffusion.")
+    module = build_module(config, prior)
+    network = prior.unet = Recorded(prior.unet)
+    clock = Clock(network, prior.device)
+    trainer = constructed(
+        config.trainer,
+        logger=False,
+        callbacks=[clock],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, DataLoader(range(config.steps), batch_size=None))  # type: ignore[arg-type]
+    steps, bare = (median(seconds[config.warmup :]) for seconds in (clock.steps, clock.bare))
+    cost = Cost(
+        rows=clock.rows,
+        step_seconds=steps,
+        network_seconds=bare,
+        ratio=steps / bare,
+        rows_per_second=clock.rows / steps,
+        peak_memory_gib=peak_memory(prior.device) / 2**30,
+        repeats=config.repeats,
+        device=_name(prior.device),
+        dtype=str(prior.dtype).removeprefix("torch."),
+        parameters=sum(p.numel() for p in network.parameters()),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+    )
+    _write(Path(config.json), cost)
+    _print(cost)
+    return cost
+
+
+class Recorded(nn.Module):
+    """A network that remembers what it was called with, to be called with it again."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.config = network, network.config
+        self.calls: list[tuple[tuple, dict]] = []
+
+    def forward(self, *inputs, **options):
+        self.calls.append((inputs, options))
+        return self.network(*inputs, **options)
+
+    @torch.no_grad()
+    def replay(self) -> int:
+        """Call the bare network as since the last replay; the number of rows."""
+        calls, self.calls = self.calls, []
+        for inputs, options in calls:
+            self.network(*inputs, **options)
+        return sum(len(inputs[0]) for inputs, _ in calls)
+
+
+class Clock(L.Callback):
+    """Seconds of each whole step, the loop around it included, and of its network calls replayed bare."""
+
+    def __init__(self, network: Recorded, device: torch.device):
+        self.network, self.device = network, device
+        self.steps: list[float] = []
+        self.bare: list[float] = []
+        self.rows = 0
+
+    def on_train_start(self, *_) -> None:
+        self.network.calls = []
+        self._start = self._now()
+
+    def on_train_batch_end(self, *_) -> None:
+        end = self._now()
+        self.steps.append(end - self._start)
+        self.rows = self.network.replay()
+        self._start = self._now()
+        self.bare.append(self._start - end)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def random_sd15(
+    guidance_scale: float = 7.5,
+    image_guidance_scale: float = 1.5,
+    dtype: Dtype = "float32",
+    device: str = "auto",
+    row_chunk: int = 16,
+    channels_last: bool = False,
+    compile: bool = False,
+) -> InstructPix2Pix:
+    """InstructPix2Pix in its public size, with random weights: the speed of the real one without a download.
+
+    The keys are those of InstructPix2Pix.
+    """
+    return InstructPix2Pix(
+        sd15_parts(channels=8),
+        guidance_scale=guidance_scale,
+        image_guidance_scale=image_guidance_scale,
+        dtype=dtype,
+        device=device,
+        row_chunk=row_chunk,
+        channels_last=channels_last,
+        compile=compile,
+    )
+
+
+def sd15_parts(channels: int) -> Parts:
+    """Random components in the configuration of Stable Diffusion 1.5; its UNet takes `channels`.
+
+    Follows the config.json files of stable-diffusion-v1-5 and timbrooks/instruct-pix2pix, but for the
+    tokenizer, which spells every word.
+    """
+    tokenizer = _spelling_tokenizer()
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64,
+            in_channels=channels,
+            block_out_channels=(320, 640, 1280, 1280),
+            layers_per_block=2,
+            cross_attention_dim=768,
+            attention_head_dim=8,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            sample_size=512,
+        )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            max_position_embeddings=77,
+        )
+    )
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return Parts(_randomized(vae), text_encoder, tokenizer, _randomized(unet), scheduler)
+
+
+@torch.no_grad()
+def _randomized(network: nn.Module) -> nn.Module:
+    """Random weights that keep variances, cut from one strip, since a billion draws would take a minute."""
+    network.to_empty(device="cpu")
+    largest = max(p.numel() for p in network.parameters())
+    strip = torch.empty(largest).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+    for name, p in network.named_parameters():
+        if p.ndim > 1:
+            p.copy_(_cut(strip, p) * (3 / p[0].numel()) ** 0.5)
+        else:
+            p.fill_(0.0 if name.endswith("bias") else 1.0)
+    return network
+
+
+def _cut(strip: Tensor, like: Tensor) -> Tensor:
+    return strip[: like.numel()].view(like.shape)
+
+
+def _spelling_tokenizer() -> CLIPTokenizer:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU"
+
+
+def _write(path: Path, cost: Cost) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(asdict(cost), indent=2) + "\n")
+    partial.replace(path)
+
+
+def _print(cost: Cost) -> None:
+    table = Table(title="one step of CSD-Edit", title_justify="left", show_header=False)
+    for name, value in (
+        ("whole step", f"{cost.step_seconds * 1e3:.1f} ms for {cost.rows} rows"),
+        ("bare network, same rows", f"{cost.network_seconds * 1e3:.1f} ms"),
+        ("ratio", f"{cost.ratio:.3f}"),
+        ("rows per second", f"{cost.rows_per_second:.1f}"),
+        ("peak memory", f"{cost.peak_memory_gib:.2f} GiB"),
+        ("network", f"{cost.parameters / 1e6:.0f} M parameters, {cost.dtype}, {cost.device}"),
+        ("medians of", f"{cost.repeats} steps, {cost.threads} threads, torch {cost.torch}"),
+    ):
+        table.add_row(name, value)
+    Console().print(table)

@@ -1,0 +1,114 @@
+"""The benchmark: that it times the same rows twice, and that its random model is the public one's size."""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+from diffusers_folder import save_pipeline
+from torch import nn
+
+from csd_exp import bench, methods
+from csd_exp.errors import InputError
+from csd_exp.priors import InstructPix2Pix, StableDiffusion
+from csd_exp.priors.base import predict
+from csd_exp.schedules import Level
+
+
+class Doubling(nn.Module):
+    config = None
+
+    def forward(self, x, scale=1):
+        self.seen = (x, scale)
+        return 2 * scale * x
+
+
+def test_a_replay_is_the_same_calls_and_counts_their_rows():
+    network = bench.Recorded(Doubling())
+    assert torch.equal(network(torch.ones(3), scale=2), torch.full((3,), 4.0))
+    last = torch.zeros(2)
+    network(last)
+    network.network.seen = None
+    assert network.replay() == 5
+    assert network.network.seen[0] is last
+    assert network.calls == []
+    assert network.replay() == 0
+
+
+def test_csd_bench_writes_what_it_measured(tmp_path, write_image):
+    save_pipeline(tmp_path / "prior")
+    image = write_image(32, 96)
+    overrides = [
+        f"prior.path={tmp_path / 'prior'}",
+        f"modality.path={image}",
+        "modality.batch=3",
+        "repeats=2",
+        "warmup=1",
+        f"json={tmp_path / 'new' / 'cost.json'}",
+    ]
+    cost = bench.bench(overrides)
+    assert cost.rows == 3 * 5
+    assert cost.ratio == pytest.approx(cost.step_seconds / cost.network_seconds)
+    assert cost.rows_per_second == pytest.approx(15 / cost.step_seconds)
+    assert cost.ratio > 1
+    saved = json.loads((tmp_path / "new" / "cost.json").read_text())
+    assert saved == json.loads(json.dumps(vars(cost)))
+    for wrong, message in (
+        ("repeats=0", "repeats must be at least 1"),
+        ("prior=analytic", "prior must have a network"),
+        ("prior.pth=x", r"prior\.pth"),
+    ):
+        with pytest.raises(InputError, match=message):
+            bench.bench([*overrides[1:], wrong])
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["csd-bench", "repeats=0"])
+    with pytest.raises(SystemExit) as end:
+        bench.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "csd-bench: repeats must be at least 1 and warmup at least 0, not 0 and 3.\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_the_keys(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["csd-bench", "--help"])
+    bench.main()
+    shown = capsys.readouterr().out
+    assert all(f"\n{key}:" in shown for key in bench.OWN)
+
+
+def size(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_the_full_size_of_stable_diffusion_runs_one_step_on_the_cpu():
+    parts = bench.sd15_parts(channels=4)
+    assert (size(parts.unet), size(parts.vae), size(parts.text_encoder)) == (859520964, 83653863, 123060480)
+    prior = StableDiffusion(parts, guidance_scale=1.0)
+    assert (prior.window, prior.multiple, prior.factor, prior.channels) == (64, 8, 8, 4)
+    check_one_step(prior, methods.sds, side=64)
+
+
+def test_the_full_size_of_instruct_pix2pix_runs_one_step_on_the_cpu():
+    prior = bench.random_sd15(guidance_scale=1.0, image_guidance_scale=1.0)
+    assert size(prior.unet) == 859520964 + 4 * 320 * 9
+    check_one_step(prior, methods.dds, side=32)
+
+
+def check_one_step(prior, residual, side):
+    """One view of side x side latents moves by its residual, which is finite and no constant."""
+    draw = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 1, 4, side, side, generator=draw)
+    condition = x[0] if isinstance(prior, InstructPix2Pix) else None
+    target, baseline = [prior.guidance("turn it into a painting", condition)], [prior.guidance("", condition)]
+    level = Level.at(300, prior.alphas_cumprod)
+    source = methods.Source(x + 0.1 * noise, baseline)
+    _, r = residual(partial(predict, prior), x, noise, level, target, source)
+    assert r.shape == x.shape
+    assert torch.isfinite(r).all()
+    assert r.std() > 1e-3
