@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ class Wandb(WandbLogger):
             id=self._id_file.read_text().strip() if self._id_file.exists() else None,
             # Not Lightning's `offline`, which sets WANDB_MODE for every later run of the process.
             mode=mode,
+            # Not the process's one global run: the jobs of a multirun are runs of their own.
+            reinit="create_new",
             tags=list(tags or []),
             entity=entity,
             group=group,
@@ -102,3 +105,9 @@ class Wandb(WandbLogger):
             self._id_file.parent.mkdir(parents=True, exist_ok=True)
             self._id_file.write_text(f"{super().experiment.id}\n")
         return self._experiment
+
+    @rank_zero_only
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Put a run's final metrics into its summary and end it."""
+        self.experiment.summary.update(dict(metrics))
+        self.experiment.finish()

@@ -26,7 +26,7 @@ from csd_exp.loggers import Csv, Wandb
 from csd_exp.particles import Images, Panorama
 from csd_exp.priors.analytic import GaussianMixture
 
-SAVING = {"enable_checkpointing": True}
+SAVING = {"enable_checkpointing": True, "log_every_n_steps": 1}
 SCIENCE = ("step/timestep", "step/residual_norm", "step/kernel_mean", "step/kernel_entropy", "step/rows")
 
 
@@ -127,28 +127,34 @@ def test_wandb_is_offline_silent_and_goes_on_in_the_same_run(panorama, fit, run,
     ids = []
     for steps, checkpoint in ((2, None), (4, run / "last.ckpt")):
         logger = Wandb(run)
-        callbacks = [Media(run, every_n_steps=0), LastCheckpoint(run)]
-        fit(
-            panorama(),
-            steps,
-            ckpt_path=checkpoint,
-            logger=logger,
-            callbacks=callbacks,
-            log_every_n_steps=1,
-            **SAVING,
-        )
+        callbacks = [
+            Provenance(run, "seed: 1\nkernel:\n  space: x_t\n", ["csd"]),
+            Media(run, every_n_steps=0),
+            LastCheckpoint(run),
+        ]
+        fit(panorama(), steps, ckpt_path=checkpoint, logger=logger, callbacks=callbacks, **SAVING)
         ids.append(logger.experiment.id)
         assert logger.experiment.offline
+        assert logger.experiment.config["kernel"] == {"space": "x_t"}
         assert logger.experiment.summary["trainer/global_step"] == steps - 1
-        logger.experiment.finish()
+        logger.finish({"final_spread": 0.5})
     printed = capfd.readouterr()
     assert "wandb" not in printed.out + printed.err
     assert ids[0] == ids[1] == (run / "wandb_id.txt").read_text().strip()
     assert "WANDB_MODE" not in os.environ
     folders = sorted((run / "wandb").glob(f"offline-run-*-{ids[0]}"))
     assert len(folders) == 2
+    for folder in folders:
+        assert b"final_spread" in (folder / f"run-{ids[0]}.wandb").read_bytes()
     (logged,) = folders[-1].glob("files/media/images/media/edited_*.png")
     assert logged.read_bytes() == (run / "media/edited.png").read_bytes()
+
+
+def test_jobs_of_one_process_are_runs_of_their_own(run):
+    first, second = Wandb(run / "0"), Wandb(run / "1")
+    assert first.experiment.id != second.experiment.id
+    for logger in (first, second):
+        logger.finish({})
 
 
 def test_making_a_wandb_logger_makes_no_folder(run):
@@ -218,7 +224,7 @@ def test_a_run_that_crashed_goes_on_with_the_same_bits_and_the_same_metrics(pano
 
     def keeping(*more):
         callbacks = [Throughput(), LastCheckpoint(run, 2), *more]
-        return {"logger": Csv(run), "callbacks": callbacks, "log_every_n_steps": 1} | SAVING
+        return {"logger": Csv(run), "callbacks": callbacks} | SAVING
 
     with pytest.raises(RuntimeError, match="power cut"):
         fit(panorama(), 7, **keeping(StopAt(5)))

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
 
 import csd_exp
 
@@ -20,10 +22,11 @@ import csd_exp
 class Provenance(L.Callback):
     """Writes into `dir`, when training starts:
 
-    `config.yaml`, the resolved configuration as given; `command.txt`, the command as a shell takes it;
-    `provenance.json`, git commit, package versions, Python, platform and device; `git_diff.patch`,
-    where tracked files differ from that commit. A resumed run adds its command as one more line, and
-    its own `provenance_000050.json` and `git_diff_000050.patch`, named after the step it goes on from.
+    `config.yaml`, the resolved configuration as given, which the loggers get too; `command.txt`, the
+    command as a shell takes it; `provenance.json`, git commit, package versions, Python, platform and
+    device; `git_diff.patch`, where tracked files differ from that commit. A resumed run adds its command
+    as one more line, and its own `provenance_000050.json` and `git_diff_000050.patch`, named after the
+    step it goes on from.
     """
 
     def __init__(self, dir: str | Path, config: str, command: Sequence[str]):
@@ -55,6 +58,9 @@ class Provenance(L.Callback):
         _write(self.dir / f"provenance{resumed}.json", json.dumps(record, indent=2) + "\n")
         if diff:
             _write(self.dir / f"git_diff{resumed}.patch", diff)
+        config: Any = OmegaConf.to_container(OmegaConf.create(self.config))
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
 
 
 def _git() -> tuple[dict | None, str]:
