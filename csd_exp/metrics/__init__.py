@@ -11,6 +11,7 @@ from csd_exp.metrics.base import PictureMetric as PictureMetric
 from csd_exp.metrics.similarity import SSIM as SSIM
 from csd_exp.metrics.similarity import StructureSimilarity as StructureSimilarity
 from csd_exp.metrics.windows import WindowSpread as WindowSpread
+from csd_exp.metrics.windows import corners as corners
 from csd_exp.metrics.windows import mean_colour as mean_colour
 from csd_exp.metrics.windows import pixels as pixels
 from csd_exp.metrics.windows import style_statistics as style_statistics

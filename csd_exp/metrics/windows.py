@@ -13,17 +13,22 @@ Embed = Callable[[Tensor], Tensor]
 TEXTURE_GAIN = 4.0  # brings differences of neighbours to the size of colours
 
 
-def windows(image: Tensor, side: int) -> Tensor:
-    """Non-overlapping square windows [n, 3, side, side] of [3, H, W]: as many as fit, centred.
+def corners(height: int, width: int, side: int) -> list[tuple[int, int]]:
+    """Top and left of the non-overlapping windows of `side` pixels: as many as fit, centred."""
+    down, across = height // side, width // side
+    top, left = (height - down * side) // 2, (width - across * side) // 2
+    return [(top + i * side, left + j * side) for i in range(down) for j in range(across)]
 
-    A picture smaller than `side` counts as windows of its own short side.
+
+def windows(image: Tensor, side: int) -> Tensor:
+    """The windows [n, 3, side, side] at the `corners` of an image [3, H, W].
+
+    An image smaller than `side` counts as windows of its own short side.
     """
     height, width = image.shape[-2:]
     side = min(side, height, width)
-    down, across = height // side, width // side
-    top, left = (height - down * side) // 2, (width - across * side) // 2
-    inner = image[:, top : top + down * side, left : left + across * side]
-    return inner.unfold(1, side, side).unfold(2, side, side).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    cuts = [image[:, top : top + side, left : left + side] for top, left in corners(height, width, side)]
+    return torch.stack(cuts)
 
 
 def pixels(windows: Tensor) -> Tensor:

@@ -1,0 +1,47 @@
+"""From a composed configuration to the module that runs it."""
+
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from csd_exp.errors import InputError
+from csd_exp.module import CSDModule
+from csd_exp.particles import Particles
+from csd_exp.priors import Prior
+
+
+def constructed(node: DictConfig, **arguments) -> Any:
+    """What a configuration node names; a user's mistake comes out as the InputError that it is."""
+    try:
+        return instantiate(node, **arguments)
+    except InstantiationException as e:
+        if isinstance(e.__cause__, InputError):
+            raise e.__cause__ from None
+        raise
+
+
+def build_particles(config: DictConfig, prior: Prior) -> Particles:
+    """The modality of a configuration, in the latents and windows of its prior."""
+    window = config.modality.get("window") or prior.window
+    return constructed(config.modality, factor=prior.factor, multiple=prior.multiple, window=window)
+
+
+def build_module(config: DictConfig, prior: Prior) -> CSDModule:
+    """The one step of a configuration, at its source."""
+    return CSDModule(
+        prior,
+        build_particles(config, prior),
+        residual=constructed(config.method.residual),
+        noise=config.method.noise,
+        kernel=constructed(config.kernel),
+        features=constructed(config.features) if config.kernel.space == "features" else None,
+        timestep=constructed(config.schedule.timestep),
+        weight=config.schedule.weight,
+        lr=constructed(config.schedule.lr),
+        optimizer=constructed(config.optimizer),
+        seed=config.seed,
+        source_prompt=config.source_prompt,
+        negative_prompt=config.negative_prompt,
+    )
