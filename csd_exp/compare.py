@@ -14,14 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from hydra.core.config_store import ConfigStore
 from matplotlib.figure import Figure
 from omegaconf import MISSING, DictConfig, OmegaConf
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from csd_exp import metrics
 from csd_exp.build import build_module, constructed
@@ -96,7 +97,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     try:
         if {"-h", "--help"} & set(sys.argv):
-            print(USAGE + OmegaConf.to_yaml(OmegaConf.masked_copy(composed([], "compare"), OWN)))
+            print(USAGE + OmegaConf.to_yaml(OmegaConf.masked_copy(composed([], "compare"), list(OWN))))
         else:
             print(compare(sys.argv[1:]).read_text())
     except InputError as e:
@@ -129,7 +130,7 @@ def compare(overrides: Sequence[str]) -> Path:
         print(f"{title}, seed {job.config.seed}: strength {reached:.2f} reached", flush=True)
 
     _write_csv(folder / "curves.csv", list(_flat(curves, config.seeds)))
-    start = next(iter(curves.values()))[0][0]
+    (start,) = build_module(config, prior).images()
     rows = [*measure.references(config.seeds, start), *table(curves, config.strengths)]
     _write_csv(folder / "table.csv", rows)
     _write(folder / "table.md", markdown(rows).encode())
@@ -168,16 +169,16 @@ class Measure:
         saved = torch.from_numpy(to_uint8(image)).permute(2, 0, 1).float() / 255
         return {name: float(metric(saved, self.source)) for name, metric in self.metrics.items()}
 
-    def references(self, seeds: Sequence[int], start: Point) -> list[dict[str, object]]:
+    def references(self, seeds: Sequence[int], start: Tensor) -> list[dict[str, object]]:
         """Rows of pictures that no method made, to hold the numbers of the table against.
 
-        start: where every optimisation starts, the source encoded and decoded.
+        start: the picture [3, H, W] that every optimisation starts from.
         """
         answers = self.answers.pictures(self.source)
         draws = [Draw(seed, 0).generator("answers") for seed in seeds]
         rows = {
             "unedited source": [self(self.source)],
-            "source, encoded and decoded": [start],
+            "source, encoded and decoded": [self(start)],
             "one exact answer everywhere": [self(answers[draw.integers(len(answers))]) for draw in draws],
             "an exact answer drawn for each window": [self(self._mosaic(answers, draw)) for draw in draws],
         }
@@ -188,9 +189,10 @@ class Measure:
         ]
         return [row | {"at": f"{row['strength']:.2f}"} for row in summaries]
 
-    def _mosaic(self, answers: Sequence[Tensor], draw) -> Tensor:
+    def _mosaic(self, answers: Sequence[Tensor], draw: np.random.Generator) -> Tensor:
         mosaic = self.source.clone()
-        for top, left in metrics.corners(*self.source.shape[-2:], self.side):
+        height, width = mosaic.shape[-2:]
+        for top, left in metrics.corners(height, width, self.side):
             place = (slice(None), slice(top, top + self.side), slice(left, left + self.side))
             mosaic[place] = answers[draw.integers(len(answers))][place]
         return mosaic
@@ -226,7 +228,7 @@ def optimised(config: DictConfig, prior: Prior, measure: Measure, album: Path) -
     recorder = Recorder(measure, config.measured_at, album)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = constructed(config.trainer, callbacks=[recorder], **quiet)
-    trainer.fit(build_module(config, prior), DataLoader(range(config.steps), batch_size=None))
+    trainer.fit(build_module(config, prior), range(config.steps))
     return recorder.points
 
 
@@ -259,7 +261,7 @@ def sampled(
     particles = build_module(config, prior).particles
     points: list[Point] = []
     for scale in sampler.guidance_scales:
-        guided = copy(prior)  # the same weights
+        guided: Any = copy(prior)  # the same weights
         guided.guidance_scale = scale
         rows: list[int] = []
 

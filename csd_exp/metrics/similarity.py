@@ -19,9 +19,10 @@ class SSIM(PictureMetric):
     higher_is_better = True
 
     def value(self, edited: Tensor, source: Tensor) -> Tensor:
-        return structural_similarity_index_measure(
-            luminance(edited)[None], luminance(source)[None], data_range=1.0
-        )
+        a, b = luminance(edited)[None], luminance(source)[None]
+        similarity = structural_similarity_index_measure(a, b, data_range=1.0)
+        assert isinstance(similarity, Tensor)
+        return similarity
 
 
 class StructureSimilarity(PictureMetric):
