@@ -157,6 +157,7 @@ def check(config: DictConfig) -> None:
             "_target_" not in node and group not in ("method", "schedule")
         ):
             raise InputError(f"{group} is missing; choose one with {group}=NAME, csd --help lists them.")
+    config.prompt = prompt_of(config)
     check_targets(config)
     if not re.fullmatch(r"[\w][\w.-]*", config.name):
         raise InputError(
@@ -171,14 +172,11 @@ def check(config: DictConfig) -> None:
             f"trainer.precision={config.trainer.precision} is not accepted: particles, kernel and optimizer "
             "stay in 32-true; set prior.dtype to hold the network in half precision."
         )
-    config.prompt = prompt_of(config)
 
 
 def prompt_of(config: DictConfig) -> str:
     """The instruction, from `prompt` or `prompt_file`."""
     if config.prompt_file is not None:
-        if config.prompt is not None and "prompt_file" in config and not config.prompt_file:
-            raise InputError("prompt_file is empty; give the path of a text file.")
         try:
             text = Path(config.prompt_file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as e:
@@ -301,6 +299,15 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
         raise InputError(f"{key}={value} is not accepted: it {' or '.join(reasons)}.") from e
 
 
+def without_hydra(config: DictConfig) -> DictConfig:
+    """A copy that holds the run alone, open to change."""
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
+    OmegaConf.set_readonly(config, False)
+    config.pop("hydra", None)
+    return config
+
+
 def check_same_science(saved: DictConfig, config: DictConfig) -> None:
     """Refuse to continue a run under another value of any key that touches its numbers."""
     before, now = (_scientific(c) for c in (saved, config))
@@ -322,6 +329,5 @@ def _scientific(config: DictConfig) -> dict[str, Any]:
         elif not any(prefix == key or prefix.startswith(f"{key}.") for key in NOT_SCIENTIFIC):
             flat[prefix] = value
 
-    resolved = OmegaConf.to_container(config, resolve=True)
-    walk("", {k: v for k, v in resolved.items() if k != "hydra"})
+    walk("", OmegaConf.to_container(without_hydra(config), resolve=True))
     return flat

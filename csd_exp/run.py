@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,9 +33,10 @@ from torch.utils.data import DataLoader
 
 from csd_exp.build import build_module, constructed
 from csd_exp.callbacks import Provenance
-from csd_exp.config import check, check_same_science, composed, conf_dir, sentence
+from csd_exp.config import check, check_same_science, composed, conf_dir, sentence, without_hydra
 from csd_exp.errors import InputError
 from csd_exp.images import as_saved, read_images
+from csd_exp.loggers import Wandb
 from csd_exp.priors.stable_diffusion import check_folder
 from csd_exp.report import write_report
 
@@ -70,8 +72,8 @@ def run(config: DictConfig, run_dir: Path, overrides: Sequence[str]) -> Result:
 
     Under DDP every rank returns the result and rank zero alone writes.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware lists, advertisements
-    config = _without_hydra(config)
+    _silence()
+    config = without_hydra(config)
     config.dir = str(run_dir)
     module = build_module(config, constructed(config.prior))
     provenance = Provenance(run_dir, OmegaConf.to_yaml(config, resolve=True), ["csd", *overrides])
@@ -85,10 +87,22 @@ def run(config: DictConfig, run_dir: Path, overrides: Sequence[str]) -> Result:
         trainer.fit(module, DataLoader(range(config.steps), batch_size=None), ckpt_path=config.ckpt_path)
     images = module.images()
     metrics = measured(config, images, module.particles.finish(module.particles.pixels))
+    values = {name: entry["value"] for name, entry in metrics.items()}
+    for logger in trainer.loggers:
+        if isinstance(logger, Wandb):
+            logger.finish(values)
     if trainer.is_global_zero and not trainer.fast_dev_run:
         _write_json(run_dir / "metrics.json", metrics)
         write_report(run_dir)
-    return Result(images, {name: entry["value"] for name, entry in metrics.items()}, run_dir)
+    return Result(images, values, run_dir)
+
+
+def _silence() -> None:
+    """Drop what Lightning says to every user: hardware, advertisements, and two warnings that do not apply."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*treespec.*is deprecated")
+    # Draws are counted, so a step does not depend on where in an epoch it was resumed.
+    warnings.filterwarnings("ignore", message=".*checkpoint that ended before the epoch ended")
 
 
 def _trainer(node: DictConfig, **arguments) -> Trainer:
@@ -286,14 +300,6 @@ def _as_input_error(error: Exception) -> str:
     if isinstance(error, InstantiationException):
         raise error
     return sentence(error)
-
-
-def _without_hydra(config: DictConfig) -> DictConfig:
-    config = config.copy()
-    OmegaConf.set_struct(config, False)
-    OmegaConf.set_readonly(config, False)
-    config.pop("hydra", None)
-    return config
 
 
 def _write_json(path: Path, content: object) -> None:
