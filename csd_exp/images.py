@@ -42,7 +42,7 @@ def read_image(path: str | Path, key: str = "modality.path") -> Tensor:
 
 def read_images(path: str | Sequence[str], key: str = "modality.path") -> list[Tensor]:
     """One image, every image of a folder in order of name, or a list of files, all of one size."""
-    files = [path] if isinstance(path, (str, Path)) else list(path)
+    files: list[str | Path] = [path] if isinstance(path, (str, Path)) else list(path)
     if len(files) == 1 and Path(files[0]).is_dir():
         files = sorted(f for f in Path(files[0]).iterdir() if f.suffix.lower() in SUFFIXES)
     if not files:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import lightning as L
 import torch
@@ -32,7 +32,7 @@ class CSDModule(L.LightningModule):
     """
 
     prior: Prior
-    features: Features | None
+    features: Features
 
     def __init__(
         self,
@@ -101,13 +101,14 @@ class CSDModule(L.LightningModule):
 
     def _gather(self, mine: Tensor, n: int) -> Tensor:
         """Every rank's rows as [n, D], in the order of the chosen ids, without the padding."""
-        flat = mine.flatten(1)
-        if self.trainer.world_size == 1:
-            return flat
-        return self.all_gather(flat).transpose(0, 1).flatten(0, 1)[:n]
+        return self._of_ranks(mine.flatten(1)).transpose(0, 1).flatten(0, 1)[:n]
 
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
-        return x if self.trainer.world_size == 1 else self.all_gather(x).sum()
+        return self._of_ranks(x).sum(0)
+
+    def _of_ranks(self, mine: Tensor) -> Tensor:
+        """[world_size, ...], without the graph."""
+        return cast(Tensor, self.all_gather(mine)) if self.trainer.world_size > 1 else mine[None]
 
     def _latents(self, views: Tensor) -> Tensor:
         return self.prior.encode(views) if self.particles.space == "pixel" else views

@@ -3,6 +3,7 @@
 The cases are functions of nothing, so that one process and two build the same runs.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -43,15 +44,24 @@ CASES = {
     "panorama_batch": lambda f, d: (panorama(f, batch=5, wrap=True, jitter=True, dtype=d), RBF(space="x_0")),
     "panorama_one_window": lambda f, d: (panorama(f, batch=1, dtype=d), RBF()),
 }
+PRIOR = {"prompts": {"red": [0.2, 3.0]}, "std": 0.4, "image_std": 0.7}
 
 
-def fitted(case: str, dtype: str, folder: Path, **trainer) -> Particles:
-    prior = GaussianMixture(
-        prompts={"red": [0.2, 3.0]}, std=0.4, image_std=0.7, guidance_scale=7.5, image_guidance_scale=5.0
-    )
+class Breaking(GaussianMixture):
+    """Gives numbers that are not finite, on one rank alone and in its third step."""
+
+    calls = 0
+
+    def eps(self, x_t, t, conds):
+        self.calls += 1
+        broken = self.calls == 3 and os.environ.get("LOCAL_RANK") == "1"
+        return super().eps(x_t, t, conds) * (torch.nan if broken else 1)
+
+
+def fitted(case: str, dtype: str, folder: Path, prior=GaussianMixture, **trainer) -> Particles:
     particles, kernel = CASES[case](folder, dtype)
     module = CSDModule(
-        prior,
+        prior(**PRIOR, guidance_scale=7.5, image_guidance_scale=5.0),
         particles,
         methods.dds,
         kernel,
@@ -79,4 +89,8 @@ if __name__ == "__main__":
     for name in sys.argv[2:]:
         case, dtype = name.split(":")
         results[name] = fitted(case, dtype, folder, strategy="ddp", devices=2).latent.detach()
+    try:
+        fitted("three_views", "float64", folder, Breaking, strategy="ddp", devices=2)
+    except FloatingPointError as e:
+        results["broken"] = str(e)
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")

@@ -61,3 +61,8 @@ def test_two_processes_give_the_result_of_one(ranks, folder, name):
     assert moved > 0.05 * one.source_latent.norm()
     # In float32 6e-7 was the largest difference measured.
     assert (ranks[0][name] - one.latent).norm() < (1e-9 if dtype == "float64" else 1e-5) * moved
+
+
+def test_all_ranks_stop_together_where_one_is_not_finite(ranks):
+    for rank in ranks:
+        assert rank["broken"].startswith("The residual is not finite at step 2, timestep ")

@@ -429,5 +429,11 @@ def test_what_cannot_be_run_is_refused_before_the_first_step(write_image, build,
         build(Network(), frames(write_image), **changes)
 
 
+def test_an_optimizer_that_torch_refuses_is_named(write_image, build, fit):
+    module = build(Network(), frames(write_image), optimizer=lambda p: torch.optim.SGD(p, lr=-1.0))
+    with pytest.raises(InputError, match=r"optimizer is not accepted: Invalid learning rate: -1\.0"):
+        fit(module, 1)
+
+
 def test_the_last_timestep_of_the_prior_is_usable(write_image, run):
     assert torch.isfinite(run(Network(), frames(write_image), timestep=Timesteps(t_min=999, t_max=999))).all()

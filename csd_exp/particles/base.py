@@ -22,6 +22,8 @@ class Particles(nn.Module):
 
     space: Literal["latent", "pixel"] = "latent"
     pixels: Tensor
+    source_latent: Tensor
+    condition_latent: Tensor | None
 
     def __init__(self, prompt: str = "", dtype: str = "float32"):
         super().__init__()
