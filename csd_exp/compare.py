@@ -1,7 +1,7 @@
 """`csd-compare`: methods on one picture with one instruction, compared at equal edit strength.
 
 Doing nothing is perfectly consistent, so methods are compared only where they have edited equally much: each
-optimisation is measured along its steps, each sampler along its guidance scale, and every seed's curve is
+optimisation is measured along its steps, each sampler along its guidance, and every seed's curve is
 read off at common strengths.
 """
 
@@ -59,10 +59,10 @@ SCIENTIFIC = (
 
 @dataclass
 class SamplerConfig:
-    """steps: of DDIM. guidance_scales: of the text, rising."""
+    """steps: of DDIM. guidance: guidance scales of the prior, from the weakest edit to the strongest."""
 
     steps: int = 20
-    guidance_scales: list[float] = MISSING
+    guidance: list[Any] = MISSING
 
 
 @dataclass
@@ -194,7 +194,7 @@ class Measure:
         height, width = mosaic.shape[-2:]
         for top, left in metrics.corners(height, width, self.side):
             place = (slice(None), slice(top, top + self.side), slice(left, left + self.side))
-            mosaic[place] = answers[draw.integers(len(answers))][place]
+            mosaic[place] = answers[int(draw.integers(len(answers)))][place]
         return mosaic
 
 
@@ -257,12 +257,12 @@ class Recorder(L.Callback):
 def sampled(
     config: DictConfig, sampler: DictConfig, prior: Prior, measure: Measure, album: Path
 ) -> list[Point]:
-    """A curve along the text guidance scale of a sampler."""
+    """A curve along the guidance of a sampler."""
     particles = build_module(config, prior).particles
     points: list[Point] = []
-    for scale in sampler.guidance_scales:
-        guided: Any = copy(prior)  # the same weights
-        guided.guidance_scale = scale
+    for scales in sampler.guidance:
+        guided = copy(prior)  # the same weights
+        vars(guided).update(scales)
         rows: list[int] = []
 
         def counted(queries: Sequence[Query], guided=guided, rows=rows) -> list[Tensor]:
@@ -272,8 +272,8 @@ def sampled(
         latent = per_view(counted, guided, particles, config.seed, sampler.steps, config.negative_prompt)
         (image,) = particles.finish(prior.decode(latent).clamp(0, 1))
         write_picture(album, len(points), image)
-        spent = {"step": float(sampler.steps), "rows": float(sum(rows)), "guidance_scale": float(scale)}
-        points.append(spent | measure(image))
+        spent = {"step": float(sampler.steps), "rows": float(sum(rows))}
+        points.append(spent | dict(scales) | measure(image))
     return points
 
 
@@ -286,10 +286,19 @@ def _jobs(config: DictConfig, overrides: Sequence[str]) -> Iterator[Job]:
         check(changed)
         if changed.prior != config.prior or changed.modality.path != config.modality.path:
             raise InputError(f"methods.{name} changes prior or modality.path; all methods must share them.")
+        for scales in method.sampler.guidance if method.sampler else ():
+            _check_guidance(f"methods.{name}.sampler.guidance", scales)
         for seed in config.seeds:
             job = changed.copy()
             job.seed = seed
             yield Job(name, job)
+
+
+def _check_guidance(key: str, scales: Any) -> None:
+    known = ("guidance_scale", "image_guidance_scale")
+    named = OmegaConf.is_dict(scales) and set(scales) <= set(known)
+    if not named or not all(isinstance(scale, int | float) for scale in scales.values()):
+        raise InputError(f"{key} must list numbers for {' and '.join(known)}, not {scales}.")
 
 
 def write_picture(album: Path, number: int, image: Tensor) -> None:

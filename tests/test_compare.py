@@ -69,6 +69,8 @@ class TestArithmetic:
         assert lines[2].startswith("| 0.2 | a | 0.150 ± 0.071 |")
         assert lines[4].startswith("| 0.5 | a (1 of 2 seeds) | 0.250 |")
         assert lines[5].startswith("| 0.5 | b | not reached |")
+        lines = markdown(table({"c": [self.rising[1:], self.rising[1:]]}, [0.1])).splitlines()
+        assert lines[2].startswith("| 0.1 | c | stronger at its weakest |")
 
     def test_one_point_has_no_spread(self):
         assert summary(self.rising[1:2], "", "x", 1)["ssim_std"] is None
@@ -122,7 +124,11 @@ TINY = (
     *("prior=analytic", "prior.window=8", "++prior.prompts={tint it: [0.1, 0.9]}"),
     *("modality.stride=8", "steps=4", "measured_at=[1]", "seeds=[0,3]"),
     *("schedule.timestep.t_max=900", "strengths=[0.01,0.99]", "optimizer.lr=0.5"),
-    *("~methods.csd_edit_matched", "~methods.uncoupled", "methods.per_window.sampler.guidance_scales=[0,1]"),
+    *(
+        "~methods.csd_edit_matched",
+        "~methods.uncoupled",
+        "methods.per_window.sampler.guidance=[{guidance_scale: 0}, {guidance_scale: 1}]",
+    ),
     *("methods.per_window.overrides=['modality.batch=null']", "methods.per_window.sampler.steps=3"),
 )
 
@@ -200,6 +206,7 @@ class TestCommand:
             ("methods.sds.overrides=['prior.std=0.5']", "share"),
             ("methods.sds.overrides=['kernel=rbff']", "rbff"),
             ("kernel.bandwith=2", "kernel.bandwith"),
+            ("methods.per_window.sampler.guidance=[{guidence_scale: 1}]", "guidence_scale"),
             ("modality.path=nowhere.png", "nowhere.png"),
         ],
     )

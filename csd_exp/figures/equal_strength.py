@@ -1,7 +1,7 @@
 """Methods compared where they have edited equally much: a table, curves and a strip of pictures.
 
 A curve is the measured pictures of one method and seed, in the order in which they get stronger: along the
-steps of an optimisation or the guidance scale of a sampler. A point is one of them: numbers by name, with
+steps of an optimisation or the guidance of a sampler. A point is one of them: numbers by name, with
 `strength` among them.
 """
 
@@ -52,27 +52,27 @@ def summary(points: Sequence[Point], label: str, method: str, seeds: int) -> dic
 
 
 def table(curves: Curves, strengths: Sequence[float]) -> list[dict[str, object]]:
-    """A row for each strength and method; one that no seed reached has no numbers."""
-    return [
-        summary(
-            [point for curve in seeds if (point := at_strength(curve, strength))],
-            f"{strength:g}",
-            method,
-            len(seeds),
-        )
-        for strength in strengths
-        for method, seeds in curves.items()
-    ]
+    """A row for each strength and method; one that no seed reached says so and has no numbers."""
+    rows = []
+    for strength in strengths:
+        for method, seeds in curves.items():
+            points = [point for curve in seeds if (point := at_strength(curve, strength))]
+            row = summary(points, f"{strength:g}", method, len(seeds))
+            if not points:
+                above = all(curve[0]["strength"] >= strength for curve in seeds)
+                row["note"] = "stronger at its weakest" if above else "not reached"
+            rows.append(row)
+    return rows
 
 
 def markdown(rows: Sequence[Mapping[str, object]]) -> str:
-    """The table as Markdown: mean ± standard deviation over seeds, `not reached`, how many seeds did."""
+    """The table as Markdown: mean ± standard deviation over the seeds that reached a strength."""
     lines = ["| strength | method | " + " | ".join(name for name, _ in COLUMNS.values()) + " |"]
     lines.append("| --- | --- |" + " ---: |" * len(COLUMNS))
     for row in rows:
         method, reached, seeds = row["method"], row["reached"], row["seeds"]
         if reached == 0:
-            cells = ["not reached"] + [""] * (len(COLUMNS) - 1)
+            cells = [str(row["note"])] + [""] * (len(COLUMNS) - 1)
         else:
             method = method if reached == seeds else f"{method} ({reached} of {seeds} seeds)"
             cells = [_cell(row, key, decimals) for key, (_, decimals) in COLUMNS.items()]
@@ -107,6 +107,8 @@ def plot(curves: Curves) -> Figure:
 def _line(axis: Axes, method: str, seeds: Sequence[Curve], key: str) -> None:
     start = max(curve[0]["strength"] for curve in seeds)
     end = min(max(point["strength"] for point in curve) for curve in seeds)
+    if end <= start:
+        return
     strengths = np.linspace(start, end, 60)[1:]
     points = [[at_strength(curve, strength) for curve in seeds] for strength in strengths]
     values = np.array([[point[key] if point else np.nan for point in row] for row in points])
