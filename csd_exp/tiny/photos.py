@@ -1,0 +1,145 @@
+"""The pictures of the embedded prior, what is held out of them, and reproducible training pairs."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from csd_exp.tiny.edits import EDITS, GRADINGS, PAINTERS, PAINTING_STYLES, REACH, paint, style_of
+
+DATA = Path(__file__).parent / "data"
+PATCH = 128
+HELD_OUT = frozenset(
+    [
+        "blender_sunrise",
+        "pmndrs_bridge",
+        "pmndrs_park",
+        "pmndrs_dawn",
+        "explore_monuments_chateaudeChenonceau",
+        "explore_monuments_montStMichel",
+        "explore_monuments_petra",
+        "explore_monuments_machuPicchu",
+        "categorization_tajMahal",
+        "categorization_operaHouse",
+        "categorization_fish1",
+        "categorization_windmill12",
+        "categorization_solar4",
+        "categorization_measuringTape1",
+        "explore_farm_animals_cow",
+        "explore_world_animals_koala",
+        "explore_world_animals_scarlet_macaw",
+        "explore_world_music_japan",
+        "solar_system_jupiter",
+        "erase_giraffe",
+    ]
+)
+
+
+def picture_files(held_out: bool = False) -> list[Path]:
+    """The files of both manifests, either those of training or those held out of it, in manifest order."""
+    files = []
+    for folder in ("photos", "panoramas"):
+        with open(DATA / f"{folder}.tsv", newline="", encoding="utf-8") as manifest:
+            files += [DATA / folder / row["file"] for row in csv.DictReader(manifest, delimiter="\t")]
+    return [file for file in files if (file.stem in HELD_OUT) == held_out]
+
+
+def load(file: Path, short: int | None = None) -> Tensor:
+    """An image file as [3, H, W] in [0, 1], its short side resized to `short` px where given."""
+    with Image.open(file) as opened:
+        picture = opened.convert("RGB")
+    if short is not None:
+        scale = short / min(picture.size)
+        picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+
+
+def generator(*key: int) -> np.random.Generator:
+    """A numpy generator that depends on the integers of `key` and nothing else."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+@dataclass
+class View:
+    """A training picture at one scale: `image` uint8 [3, H, W] and its painting in each style, the same."""
+
+    image: Tensor
+    painted: dict[int, Tensor]
+
+
+def _bytes(image: Tensor) -> Tensor:
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _jitter(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Mild exposure, contrast and white balance of another camera."""
+    gamma, balance = np.exp(rng.uniform(-0.25, 0.25)), torch.from_numpy(rng.uniform(0.9, 1.1, 3)).float()
+    return (image**gamma * balance[:, None, None]).clamp(0, 1)
+
+
+def build_views(scales: list[int], seed: int, limit: int | None = None, progress=iter) -> list[View]:
+    """Training pictures (the first `limit`) at each short side of `scales` px that enlarges by 10 % at most.
+
+    All but a picture's smallest view get other exposures, so that scale is not all that varies.
+    """
+    views = []
+    for number, file in enumerate(progress(picture_files()[:limit])):
+        native = min(load(file).shape[-2:])
+        for scale in [scale for scale in scales if scale <= 1.1 * native]:
+            image = load(file, scale)
+            if scale > scales[0]:
+                image = _jitter(image, generator(seed, 0, number, scale))
+            views.append(
+                View(_bytes(image), {style: _bytes(paint(image, style)) for style in PAINTING_STYLES})
+            )
+    return views
+
+
+class Pairs:
+    """Training crops that depend on (seed, number) only, `number` counting crops without end.
+
+    `pairs[number]` is one source crop [3, 128, 128], `edits` edits of it [edits, 3, 128, 128], in [0, 1],
+    and their instructions. A share `both` of the edits is painted and then graded.
+    """
+
+    def __init__(self, views: list[View], seed: int, edits: int, both: float = 0.1):
+        self.views, self.seed, self.edits, self.both = views, seed, edits, both
+        weights = np.array([edit.weight for edit in EDITS.values()])
+        self.weights = weights / weights.sum()
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
+        rng = generator(self.seed, 1, number)
+        view = self.views[rng.integers(len(self.views))]
+        height, width = view.image.shape[-2:]
+        top, left = rng.integers(height - PATCH + 1), rng.integers(width - PATCH + 1)
+        flip = rng.random() < 0.5
+        cut = [self._edit(view, top, left, rng) for _ in range(self.edits)]
+        source = _window(view.image, top, left)
+        images = torch.stack([source] + [edited for _, edited in cut])
+        images = images.flip(-1) if flip else images
+        return images[0], images[1:], [text for text, _ in cut]
+
+    def _edit(self, view: View, top: int, left: int, rng: np.random.Generator) -> tuple[str, Tensor]:
+        both = rng.random() < self.both
+        name = rng.choice(PAINTERS) if both else rng.choice(list(EDITS), p=self.weights)
+        text, answer = rng.choice(EDITS[name].wordings), EDITS[name].choose(rng.random())
+        image = view.image if (style := style_of(answer)) is None else view.painted[style]
+        if both:
+            name = rng.choice(GRADINGS)
+            text, answer = f"{text}, {rng.choice(EDITS[name].wordings)}", EDITS[name].choose()
+        elif style is not None:
+            return str(text), _window(image, top, left)
+        return str(text), _window(image, top, left, answer)
+
+
+def _window(image: Tensor, top: int, left: int, answer=None) -> Tensor:
+    """The window at (top, left) of a uint8 image in [0, 1], edited with all the context that an edit sees."""
+    if answer is None:
+        return image[:, top : top + PATCH, left : left + PATCH] / 255
+    y, x = max(0, top - REACH), max(0, left - REACH)
+    context = image[:, y : top + PATCH + REACH, x : left + PATCH + REACH] / 255
+    return answer(context)[:, top - y : top - y + PATCH, left - x : left - x + PATCH].clamp(0, 1)

@@ -1,0 +1,280 @@
+"""`csd-train-prior`: trains, exports and scores the embedded InstructPix2Pix; a stopped run continues."""
+
+import csv
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from csd_exp.config import conf_dir
+from csd_exp.tiny import models
+from csd_exp.tiny.edits import EDITS
+from csd_exp.tiny.photos import Pairs, View, build_views, generator
+from csd_exp.tiny.principal import start_at_principal_components
+from csd_exp.tiny.scores import EXACT, Sampler, score
+
+CHECKPOINT_SECONDS = 60
+
+
+def save(value: object, file: Path) -> None:
+    """torch.save that never leaves half a file."""
+    torch.save(value, file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
+
+
+def torch_generator(*key: int) -> torch.Generator:
+    """A CPU generator that depends on the integers of `key` and nothing else."""
+    return torch.Generator().manual_seed(int(generator(*key).integers(2**62)))
+
+
+class Batches:
+    """Batch k is crops k * size to (k + 1) * size of `pairs`: sources, edits and a list of texts per crop."""
+
+    def __init__(self, pairs: Pairs, size: int):
+        self.pairs, self.size = pairs, size
+
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor, list[list[str]]]:
+        crops = [self.pairs[number] for number in range(k * self.size, (k + 1) * self.size)]
+        sources, edits, texts = zip(*crops, strict=True)
+        return torch.stack(sources), torch.stack(edits), list(texts)
+
+
+def fit(
+    file: Path,
+    model: nn.Module,
+    batches: Callable[[int], Iterable],
+    loss: Callable[[nn.Module, Any, int], Tensor],
+    options: DictConfig,
+    device: str,
+    bf16: bool,
+) -> nn.Module:
+    """Trains `model` for `options.steps` and returns its moving average; continues where `file` stopped.
+
+    `batches(first)` yields batch `first`, `first` + 1, ...; `loss(model, batch, k)` is that of batch k. AdamW
+    with warm-up and cosine; losses go to a CSV beside `file`.
+    """
+    model.to(device, memory_format=torch.channels_last).train()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
+    optimizer = torch.optim.AdamW(model.parameters(), options.lr, betas=(0.9, 0.99))
+    first, log = 0, []
+    if file.exists():
+        state = torch.load(file, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, log = state["step"], state["log"]
+
+    def checkpoint(step: int) -> None:
+        parts = {"model": model, "average": average, "optimizer": optimizer}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        save(state | {"step": step, "log": log}, file)
+        with open(file.with_suffix(".csv"), "w", newline="") as table:
+            csv.writer(table).writerows([("step", "loss"), *log])
+
+    saved = time.monotonic()
+    bar = tqdm(batches(first), file.stem, options.steps, initial=first)
+    for k, batch in enumerate(bar, first):
+        rate = min((k + 1) / options.warmup, 0.5 + 0.5 * math.cos(math.pi * k / options.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * rate
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            value = loss(model, batch, k)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(model)
+        log.append((k, round(value.item(), 6)))
+        bar.set_postfix(loss=f"{np.mean([entry[1] for entry in log[-50:]]):.4f}")
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            checkpoint(k + 1)
+            saved = time.monotonic()
+    if first < options.steps:
+        checkpoint(options.steps)
+    return average.module.eval()
+
+
+def prepare_views(cfg: DictConfig, run: Path) -> list[View]:
+    """The training pictures at all scales with their paintings, kept in the run directory."""
+    file = run / "views.pt"
+    if not file.exists():
+        views = build_views(cfg.data.scales, cfg.seed, cfg.data.limit, partial(tqdm, desc="views"))
+        save([(view.image, view.painted) for view in views], file)
+    return [View(*parts) for parts in torch.load(file, weights_only=True)]
+
+
+def probe(views: list[View], seed: int) -> Tensor:
+    """A fixed sample [96, 3, 128, 128] in [0, 1] of photographs and their edits, half of it either."""
+    sources, edits, _ = Batches(Pairs(views, seed + 1, edits=1), 48)[0]
+    return torch.cat([sources, edits[:, 0]])
+
+
+def vae_loss(vae: nn.Module, images: Tensor, rng: torch.Generator) -> Tensor:
+    """Squared and absolute error of images [n, 3, H, W] in [-1, 1], of their edges, and a trace of KL."""
+    posterior = vae.encode(images).latent_dist
+    error = vae.decode(posterior.sample(rng)).sample - images
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    return error.square().mean() + 0.02 * error.abs().mean() + 0.02 * edges + 1e-5 * kl
+
+
+def train_vae(cfg: DictConfig, run: Path, views: list[View]) -> nn.Module:
+    """The autoencoder of photographs and their edits, half of each batch either."""
+    data = Batches(Pairs(views, cfg.seed, edits=1), cfg.vae.batch // 2)
+    torch.manual_seed(cfg.seed)
+    vae = models.build_vae(cfg.vae.widths, cfg.vae.channels, cfg.vae.groups)
+    if not (run / "vae.pt").exists():
+        start_at_principal_components(vae, probe(views, cfg.seed) * 2 - 1)
+
+    def loss(vae: nn.Module, batch: tuple, k: int) -> Tensor:
+        images = torch.cat([batch[0], batch[1][:, 0]]).to(cfg.device, memory_format=torch.channels_last)
+        return vae_loss(vae, images * 2 - 1, torch_generator(cfg.seed, 2, k))
+
+    def batches(first: int) -> DataLoader:
+        return DataLoader(data, batch_size=None, sampler=range(first, cfg.vae.steps), num_workers=cfg.workers)
+
+    return fit(run / "vae.pt", vae, batches, loss, cfg.vae, cfg.device, cfg.bf16)
+
+
+@torch.no_grad()
+def encode(vae: nn.Module, images: Tensor) -> Tensor:
+    """Unscaled latents (modes) [n, C, h, w] of images [n, 3, H, W] in [0, 1], on the device of `vae`."""
+    images = images.to(vae.device, memory_format=torch.channels_last)
+    return vae.encode(images * 2 - 1).latent_dist.mode().float()
+
+
+class Latents:
+    """Encoded training pairs: unscaled `sources` [crops, C, h, w], `edits` [crops, edits, C, h, w], texts."""
+
+    def __init__(
+        self, sources: Tensor, edits: Tensor, texts: list[list[str]], scale: float, tokenizer, device: str
+    ):
+        self.sources, self.edits, self.scale = sources.to(device), edits.to(device), scale
+        tokens = [models.tokenize(tokenizer, row) for row in texts]
+        self.tokens = torch.stack(tokens).to(device)
+        self.null = models.tokenize(tokenizer, [""]).to(device)
+
+    def batch(self, size: int, *key: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scaled edits, unscaled sources and tokens of `size` rows; 5 % each lose text, image or both."""
+        rng = generator(*key)
+        crop = torch.from_numpy(rng.integers(len(self.sources), size=size))
+        edit = torch.from_numpy(rng.integers(self.edits.shape[1], size=size))
+        drop = torch.from_numpy(rng.random(size)).to(self.sources.device)
+        tokens = torch.where((drop < 0.10)[:, None], self.null, self.tokens[crop, edit])
+        sources = self.sources[crop].float() * ((drop < 0.05) | (drop >= 0.15))[:, None, None, None]
+        return self.edits[crop, edit].float() * self.scale, sources, tokens
+
+
+def prepare_latents(cfg: DictConfig, run: Path, vae: nn.Module, views: list[View]) -> dict:
+    """Sources, edits and texts of all training pairs, kept in the run directory."""
+    file = run / "latents.pt"
+    if not file.exists():
+        data = Batches(Pairs(views, cfg.seed + 1, cfg.pairs.edits), 4)
+        numbers = range(cfg.pairs.crops // 4)
+        batches = DataLoader(data, batch_size=None, sampler=numbers, num_workers=cfg.workers)
+        kept: dict[str, list] = {"sources": [], "edits": [], "texts": []}
+        for sources, edits, texts in tqdm(batches, "latents"):
+            latents = encode(vae, torch.cat([sources, edits.flatten(0, 1)])).half().cpu()
+            kept["sources"] += latents[:4]
+            kept["edits"] += latents[4:].unflatten(0, edits.shape[:2])
+            kept["texts"] += texts
+        stacked = {name: torch.stack(kept[name]) for name in ("sources", "edits")}
+        save(stacked | {"texts": kept["texts"]}, file)
+    return torch.load(file, weights_only=True)
+
+
+class Denoiser(nn.Module):
+    """UNet and text encoder, trained together."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, latents: Tensor, t: Tensor, sources: Tensor, tokens: Tensor) -> Tensor:
+        """The velocity [n, C, h, w] of noisy latents at timesteps t [n], given sources and tokens."""
+        text = self.text_encoder(tokens).last_hidden_state
+        return self.unet(torch.cat([latents, sources], 1), t, encoder_hidden_states=text).sample
+
+
+def denoiser_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], rng: torch.Generator) -> Tensor:
+    """Squared error of the velocity at timesteps spread evenly over the batch."""
+    edits, sources, tokens = batch
+    scheduler, size = models.build_scheduler(), len(edits)
+    spread = (torch.arange(size) + torch.rand(size, generator=rng)) / size
+    t = (spread * scheduler.config.num_train_timesteps).long()
+    t, noise = t.to(edits.device), torch.randn(edits.shape, generator=rng).to(edits)
+    noisy = scheduler.add_noise(edits, noise, t).contiguous(memory_format=torch.channels_last)
+    return F.mse_loss(model(noisy, t, sources, tokens).float(), scheduler.get_velocity(edits, noise, t))
+
+
+def train_denoiser(cfg: DictConfig, run: Path, latents: Latents, tokenizer) -> Denoiser:
+    """The UNet and text encoder on encoded pairs."""
+    torch.manual_seed(cfg.seed)
+    unet = models.build_unet(cfg.unet.widths, cfg.vae.channels, cfg.text.width, cfg.unet.groups)
+    model = Denoiser(unet, models.build_text_encoder(tokenizer, cfg.text.width, cfg.text.layers))
+
+    def loss(model: nn.Module, batch: tuple, k: int) -> Tensor:
+        return denoiser_loss(model, batch, torch_generator(cfg.seed, 4, k))
+
+    def batches(first: int):
+        return (latents.batch(cfg.unet.batch, cfg.seed, 3, k) for k in range(first, cfg.unet.steps))
+
+    return fit(run / "unet.pt", model, batches, loss, cfg.unet, cfg.device, cfg.bf16)
+
+
+def train(cfg: DictConfig, run: Path):
+    """All stages, each continuing where it stopped; the trained parts as a diffusers pipeline."""
+    views = prepare_views(cfg, run)
+    vae = train_vae(cfg, run, views).requires_grad_(False)
+    models.centre_latents(vae, encode(vae, probe(views, cfg.seed)))
+    wordings = [text for edit in EDITS.values() for text in edit.wordings]
+    tokenizer = models.build_tokenizer(wordings, cfg.text.vocabulary)
+    parts = prepare_latents(cfg, run, vae, views)
+    latents = Latents(**parts, scale=vae.config.scaling_factor, tokenizer=tokenizer, device=cfg.device)
+    model = train_denoiser(cfg, run, latents, tokenizer)
+    return models.pipeline(vae, model.text_encoder, tokenizer, model.unet)
+
+
+def evaluate(cfg: DictConfig, run: Path, folder: Path) -> dict:
+    """Scores the exported folder on held-out pictures: scores.json and held_out.png in the run directory."""
+    pipe = models.load_pipeline(folder, cfg.device)
+    sampler = Sampler(pipe, cfg.scores.steps, cfg.scores.text, cfg.scores.image, cfg.seed)
+    result, sheet = score(sampler, cfg.scores.images, cfg.scores.draws)
+    save_image(sheet, run / "held_out.png", nrow=len(EXACT) + 1, padding=1)
+    (run / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def run(cfg: DictConfig) -> dict:
+    """Trains what is not trained yet, exports to `cfg.export_dir` and returns the scores of the export."""
+    folder, export = Path(cfg.run_dir), Path(cfg.export_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(cfg.threads)
+    models.export(train(cfg, folder), export)
+    return evaluate(cfg, folder, export)
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train_prior")
+def main(cfg: DictConfig) -> None:
+    """Console entry `csd-train-prior`."""
+    result = run(cfg)
+    print({name: value for name, value in result.items() if not isinstance(value, dict)})
+    print(f"exported: {cfg.export_dir}")
+
+
+if __name__ == "__main__":
+    main()
