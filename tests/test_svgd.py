@@ -248,7 +248,9 @@ def test_no_kernel_returns_the_residual_exactly(normalize, dtype):
 @pytest.mark.parametrize("kind", KERNELS)
 def test_one_particle_returns_its_residual_exactly(kind, normalize):
     r = particles(1).float()
-    assert torch.equal(svgd(r, *kind()(particles(1, seed=1).float()), normalize), r)
+    k, repulsion = kind()(particles(1, seed=1).float())
+    assert torch.equal(svgd(r, k, repulsion, normalize), r)
+    assert torch.equal(svgd(r, 0.5 * k, repulsion + 1, normalize), r)  # whatever a kernel may say
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
