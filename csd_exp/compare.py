@@ -26,7 +26,7 @@ from torch import Tensor
 
 from csd_exp import metrics
 from csd_exp.build import build_module, constructed
-from csd_exp.config import RunConfig, check, composed
+from csd_exp.config import RunConfig, check, composed, scientific
 from csd_exp.errors import InputError
 from csd_exp.figures.equal_strength import Curve, Point, markdown, nearest, plot, strip, summary, table
 from csd_exp.images import read_image, to_uint8, write_png
@@ -50,11 +50,6 @@ KEY is any of csd's, or one of the comparison's:
 
 """
 OWN = ("dir", "prompt", "edit", "steps", "measured_at", "seeds", "strengths", "methods")
-# What a curve depends on, besides the prior's weights, the source and a sampler.
-SCIENTIFIC = (
-    *("prompt", "source_prompt", "negative_prompt", "prior", "modality", "method", "kernel", "features"),
-    *("schedule", "optimizer", "seed", "steps", "edit", "measured_at"),
-)
 
 
 @dataclass
@@ -211,8 +206,14 @@ class Job:
 
     def stem(self, prior: Prior, source: Tensor) -> str:
         """A file name that is the same for the same method, seed, settings, weights and source."""
-        settings = {key: self.config[key] for key in SCIENTIFIC} | {"method": self.method}
-        described = OmegaConf.to_yaml(OmegaConf.create(settings), resolve=True) + prior.fingerprint
+        mine = f"methods.{self.name}."
+        elsewhere = {"seeds", "strengths", f"{mine}title"}
+        settings = {
+            key: value
+            for key, value in scientific(self.config).items()
+            if key not in elsewhere and (key.startswith(mine) or not key.startswith("methods."))
+        }
+        described = repr((sorted(settings.items()), prior.fingerprint))
         digest = hashlib.sha256(described.encode() + source.numpy().tobytes()).hexdigest()[:8]
         return f"{self.name}-seed{self.config.seed}-{digest}"
 

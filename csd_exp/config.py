@@ -310,7 +310,7 @@ def without_hydra(config: DictConfig) -> DictConfig:
 
 def check_same_science(saved: DictConfig, config: DictConfig) -> None:
     """Refuse to continue a run under another value of any key that touches its numbers."""
-    before, now = (_scientific(c) for c in (saved, config))
+    before, now = (scientific(c) for c in (saved, config))
     for key in sorted(before | now):
         if before.get(key) != now.get(key):
             raise InputError(
@@ -319,7 +319,8 @@ def check_same_science(saved: DictConfig, config: DictConfig) -> None:
             )
 
 
-def _scientific(config: DictConfig) -> dict[str, Any]:
+def scientific(config: DictConfig) -> dict[str, Any]:
+    """Every resolved key that touches the numbers, `group.key` to its value."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:

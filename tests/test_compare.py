@@ -168,6 +168,8 @@ class TestCommand:
 
         monkeypatch.setattr(compare.Job, "run", lambda *_: pytest.fail("a finished curve was run again"))
         assert compare.compare(overrides).read_text() == written
+        table_only = ["strengths=[0.05]", "methods.sds.title=Dreams", "~methods.per_window"]
+        assert "| 0.05 | Dreams |" in compare.compare([*overrides, *table_only]).read_text()
         with pytest.raises(pytest.fail.Exception):
             compare.compare([*overrides, "optimizer.lr=0.4"])
 
