@@ -93,6 +93,13 @@ def test_a_fit_neither_reads_nor_moves_global_generators(write_image, run):
     assert torch.equal(run(Network(), panorama(write_image, batch=3, jitter=True)), one)
 
 
+def test_draws_follow_the_step_not_the_place_in_an_epoch(write_image, build, fit):
+    one, epochs = (build(Network(), panorama(write_image, batch=3)) for _ in range(2))
+    fit(one, 5)
+    fit(epochs, 5, loader=range(2))
+    assert torch.equal(one.particles.latent, epochs.particles.latent)
+
+
 # Resume
 
 
