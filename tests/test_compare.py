@@ -124,12 +124,9 @@ TINY = (
     *("prior=analytic", "prior.window=8", "++prior.prompts={tint it: [0.1, 0.9]}"),
     *("modality.stride=8", "steps=4", "measured_at=[1]", "seeds=[0,3]"),
     *("schedule.timestep.t_max=900", "strengths=[0.01,0.99]", "optimizer.lr=0.5"),
-    *(
-        "~methods.csd_edit_matched",
-        "~methods.uncoupled",
-        "methods.per_window.sampler.guidance=[{guidance_scale: 0}, {guidance_scale: 1}]",
-    ),
-    *("methods.per_window.overrides=['modality.batch=null']", "methods.per_window.sampler.steps=3"),
+    *("~methods.csd_edit_matched", "~methods.csd_edit_rowsum", "~methods.uncoupled"),
+    "methods.per_window.sampler={steps: 3, guidance: [{guidance_scale: 0}, {guidance_scale: 1}]}",
+    "methods.per_window.overrides=['modality.batch=null']",
 )
 
 
@@ -151,9 +148,10 @@ class TestCommand:
         assert not list(out.rglob("*.part"))
         with (out / "curves.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
+        title = "CSD-Edit, official (over n)"
         # Two methods of two seeds at the steps 0, 1, 4; a sampler of two seeds at two scales.
         assert [(r["method"], r["seed"], r["step"]) for r in rows[:3]] == [
-            *(("CSD-Edit", "0", "0.0"), ("CSD-Edit", "0", "1.0"), ("CSD-Edit", "0", "4.0")),
+            *((title, "0", "0.0"), (title, "0", "1.0"), (title, "0", "4.0")),
         ]
         assert len(rows) == 2 * 2 * 3 + 2 * 2
         # Twelve windows of 1 row (all weights but the text's vanish at scale 1), three DDIM steps.
