@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -114,6 +114,9 @@ def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
         if not unknown or len(others) == len(overrides):
             raise InputError(sentence(e)) from e
         known = OmegaConf.select(composed(others, config_name), unknown[1])
+        if unknown[2] in (known or ()):
+            key = f"{unknown[1]}.{unknown[2]}"
+            raise InputError(f"{key} takes a new entry as +{key}.NAME=VALUE.") from e
         raise InputError(_unknown_key(unknown[1], unknown[2], [str(k) for k in known or ()])) from e
 
 
@@ -189,12 +192,12 @@ def prompt_of(config: DictConfig) -> str:
     return config.prompt
 
 
-def check_targets(config: DictConfig, provided: Sequence[str] = ()) -> None:
+def check_targets(config: DictConfig) -> None:
     """Refuse any `_target_` off the allow-list, and any key or type that its target does not take."""
     for path, node in _nodes(config):
         in_hydra = path.split(".")[0] == "hydra"
         if "_target_" in node:
-            target = node._get_node("_target_")._value()
+            target = cast(dict, OmegaConf.to_container(node, resolve=False))["_target_"]
             if in_hydra:
                 _resolved(f"{path}._target_", target, ALLOWED_HYDRA_PREFIXES, ())
             else:
@@ -208,9 +211,9 @@ def check_targets(config: DictConfig, provided: Sequence[str] = ()) -> None:
 def _nodes(config: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]]:
     if path:
         yield path, config
-    for key in config:
+    for key in map(str, config):
         child = config._get_node(key)
-        name = f"{path}.{key}" if path else str(key)
+        name = f"{path}.{key}" if path else key
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
             yield from _nodes(child, name)
         elif isinstance(child, ListConfig) and not child._is_none() and not child._is_missing():
@@ -261,7 +264,9 @@ def _parameters(target: Any) -> tuple[list[str], dict[str, Any], bool]:
     """What a target accepts, **kwargs being its base's: names, type hints, and whether anything else too."""
     names: list[str] = []
     hints: dict[str, Any] = {}
-    for call in [c.__init__ for c in target.__mro__] if inspect.isclass(target) else [target]:
+    for call in [vars(c).get("__init__") for c in target.__mro__] if inspect.isclass(target) else [target]:
+        if call is None:
+            continue
         parameters = list(inspect.signature(call).parameters.values())
         names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         with suppress(NameError):
@@ -273,17 +278,17 @@ def _parameters(target: Any) -> tuple[list[str], dict[str, Any], bool]:
 
 def _check_call(path: str, node: DictConfig, target: Any) -> None:
     accepted, hints, anything = _parameters(target)
-    for key in node:
-        if str(key) in ("_target_", "_partial_", "_recursive_", "_convert_"):
+    for key in map(str, node):
+        if key in ("_target_", "_partial_", "_recursive_", "_convert_"):
             continue
         if key not in accepted and not anything:
-            what = f"{path}.{key} is no key of {target.__name__}{_closest(str(key), accepted)}"
+            what = f"{path}.{key} is no key of {target.__name__}{_closest(key, accepted)}"
             raise InputError(f"{what}; accepted are {', '.join(accepted)}.")
         if OmegaConf.is_missing(node, key):
             raise InputError(f"{path}.{key} is missing; give {path}.{key}=VALUE.")
         value = node[key]
         if not isinstance(value, DictConfig) or "_target_" not in value:
-            _check_type(f"{path}.{key}", value, hints.get(str(key), Any))
+            _check_type(f"{path}.{key}", value, hints.get(key, Any))
 
 
 def _check_type(key: str, value: Any, hint: Any) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
+from typing import NoReturn, cast
 
 import hydra
 import torch
@@ -24,7 +25,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from lightning import Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -37,7 +37,6 @@ from csd_exp.config import check, check_same_science, composed, conf_dir, senten
 from csd_exp.errors import InputError
 from csd_exp.images import as_saved, read_images
 from csd_exp.loggers import Wandb
-from csd_exp.priors.stable_diffusion import check_folder
 from csd_exp.report import write_report
 
 PROMPTS = ("prompt", "source_prompt", "negative_prompt")
@@ -58,13 +57,16 @@ def edit(*overrides: str, **values: object) -> Result:
     edit("experiment=panorama", "optimizer.lr=1", prompt="turn it into a painting, at night", seed=1): a
     value given by keyword needs no quoting. Raises InputError in one sentence for anything unusable.
     """
-    overrides = (*overrides, *(f"{key}={quoted(value)}" for key, value in values.items()))
-    overrides = _resuming(list(overrides))
-    config = composed(overrides)
+    given = _resuming([*overrides, *(f"{key}={quoted(value)}" for key, value in values.items())])
+    config = composed(given)
     check_run(config)
     run_dir = Path(config.hydra.run.dir)
     run_dir.mkdir(parents=True, exist_ok=config.ckpt_path is not None)
-    return run(config, run_dir, overrides)
+    try:
+        return run(config, run_dir, given)
+    except InputError:
+        _take_back(run_dir)
+        raise
 
 
 def run(config: DictConfig, run_dir: Path, overrides: Sequence[str]) -> Result:
@@ -84,22 +86,24 @@ def run(config: DictConfig, run_dir: Path, overrides: Sequence[str]) -> Result:
         default_root_dir=str(run_dir),
     )
     with _relaunchable(overrides, run_dir):
-        trainer.fit(module, DataLoader(range(config.steps), batch_size=None), ckpt_path=config.ckpt_path)
+        steps: DataLoader = DataLoader(range(config.steps), batch_size=None)  # type: ignore[arg-type]
+        trainer.fit(module, steps, ckpt_path=config.ckpt_path)
     images = module.images()
     metrics = measured(config, images, module.particles.finish(module.particles.pixels))
     values = {name: entry["value"] for name, entry in metrics.items()}
     for logger in trainer.loggers:
         if isinstance(logger, Wandb):
             logger.finish(values)
-    if trainer.is_global_zero and not trainer.fast_dev_run:
+    if trainer.is_global_zero and not config.trainer.get("fast_dev_run"):
         _write_json(run_dir / "metrics.json", metrics)
         write_report(run_dir)
     return Result(images, values, run_dir)
 
 
 def _silence() -> None:
-    """Drop what Lightning says to every user: hardware, advertisements, and two warnings that do not apply."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    """Drop what Lightning tells every user: hardware, advertisements, two warnings that do not apply."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*treespec.*is deprecated")
     # Draws are counted, so a step does not depend on where in an epoch it was resumed.
     warnings.filterwarnings("ignore", message=".*checkpoint that ended before the epoch ended")
@@ -136,6 +140,8 @@ def check_run(config: DictConfig) -> None:
     check(config)
     read_images(config.modality.path)
     if "path" in config.prior:
+        from csd_exp.priors.stable_diffusion import check_folder  # diffusers takes seconds to import
+
         reads_image = config.prior._target_.endswith("InstructPix2Pix")
         check_folder(config.prior.path, config.prior.variant, int(reads_image))
     run_dir = Path(config.hydra.run.dir)
@@ -149,7 +155,7 @@ def check_run(config: DictConfig) -> None:
             raise InputError(
                 f"ckpt_path={config.ckpt_path} has no config.yaml beside it, so it is no run of csd."
             )
-        check_same_science(OmegaConf.load(saved), config)
+        check_same_science(cast(DictConfig, OmegaConf.load(saved)), config)
 
 
 def main() -> None:
@@ -158,8 +164,12 @@ def main() -> None:
     try:
         launch(sys.argv[1:])
     except (InputError, HydraException, OmegaConfBaseException) as e:
-        print(f"csd: {_as_input_error(e)}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(_as_input_error(e))
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"csd: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def launch(args: Sequence[str]) -> None:
@@ -189,11 +199,10 @@ def job(config: DictConfig) -> float | None:
     try:
         check(config)
         result = run(config, run_dir, list(hydra_config.overrides.task))
-    except InputError:
-        if config.ckpt_path is None and not (run_dir / "config.yaml").exists():
-            _remove(run_dir)
-        raise
-    if not rank_zero_only.rank:
+    except InputError as e:
+        _take_back(run_dir)
+        _refuse(str(e))  # raised, Hydra would put its own lines before it
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"run directory: {_short(run_dir)}")
     return _optimized(result.metrics, config.optimized_metric)
 
@@ -249,7 +258,7 @@ def _check_quoting(overrides: Sequence[str], multirun: bool) -> None:
             understood, followed = False, False
         if not understood or followed:
             rest = list(takewhile(lambda word: "=" not in word, overrides[i + 1 :]))
-            whole = " ".join([value.strip("\"'"), *rest])
+            whole = " ".join([value, *rest]).strip("\"'")
             command = " ".join(
                 ["csd", *map(shlex.quote, overrides[:i]), shlex.quote(f"{key}={quoted(whole)}")]
                 + [shlex.quote(o) for o in overrides[i + 1 + len(rest) :]]
@@ -308,8 +317,10 @@ def _write_json(path: Path, content: object) -> None:
     partial.replace(path)
 
 
-def _remove(run_dir: Path) -> None:
-    """Take back a folder in which nothing has run, and its parents where nothing else is in them."""
+def _take_back(run_dir: Path) -> None:
+    """Remove a folder in which nothing has run, and its parents where nothing else is in them."""
+    if (run_dir / "config.yaml").exists():
+        return
     shutil.rmtree(run_dir, ignore_errors=True)
     for parent in (run_dir.parent, run_dir.parent.parent):
         with suppress(OSError):
