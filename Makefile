@@ -1,5 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# Without bytecode every process of the tests would compile torch and Lightning anew.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALLED := .venv/installed
 
 .PHONY: demo test lint lock

@@ -29,7 +29,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from csd_exp.build import build_module, constructed
 from csd_exp.callbacks import Provenance
@@ -86,8 +85,7 @@ def run(config: DictConfig, run_dir: Path, overrides: Sequence[str]) -> Result:
         default_root_dir=str(run_dir),
     )
     with _relaunchable(overrides, run_dir):
-        steps: DataLoader = DataLoader(range(config.steps), batch_size=None)  # type: ignore[arg-type]
-        trainer.fit(module, steps, ckpt_path=config.ckpt_path)
+        trainer.fit(module, range(config.steps), ckpt_path=config.ckpt_path)
     images = module.images()
     metrics = measured(config, images, module.particles.finish(module.particles.pixels))
     values = {name: entry["value"] for name, entry in metrics.items()}

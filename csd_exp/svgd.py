@@ -26,8 +26,13 @@ def squared_distances(phi: Tensor) -> Tensor:
     """All pairwise |phi_i - phi_j|^2 of phi [N, D] as [N, N], diagonal exactly 0.
 
     Differences first: the matmul shortcut would cancel away the distance between near-equal particles.
+    Particles equal up to rounding have distance 0: under a median rule, repulsion grows like 1 / distance
+    and would throw them apart.
     """
-    return torch.stack([(x - phi).square().sum(1) for x in phi])
+    distances = torch.stack([(x - phi).square().sum(1) for x in phi])
+    norms = phi.square().sum(1)
+    rounding = (2 * torch.finfo(phi.dtype).eps) ** 2 * torch.maximum(norms[:, None], norms)
+    return distances.where(distances > rounding, 0)
 
 
 def inverse_bandwidth(distances: Tensor, rule: Bandwidth | float) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import csd_exp
-from csd_exp.config import composed
+from csd_exp.config import composed, conf_dir
 from csd_exp.errors import InputError
 from csd_exp.run import launch
 
@@ -29,6 +29,7 @@ def folder(tmp_path: Path, monkeypatch) -> Path:
 
 
 RUN = [
+    "experiment=null",
     *("prior=analytic", "prior.window=16", "prior.guidance_scale=4", "+prior.prompts.warm=[0,1]"),
     *("modality.path=picture.png", "prompt=warm", "steps=6", "logger=csv", "kernel.normalize=rowsum"),
 ]
@@ -72,7 +73,7 @@ def test_a_run_leaves_everything_and_python_gives_the_same(folder: Path) -> None
     assert "Warning" not in done.stderr
 
     changed = {"modality.path": "picture.png", "kernel.normalize": "rowsum", "callbacks": "none"}
-    result = csd_exp.edit(*RUN[:4], prompt="warm", steps=6, logger="csv", **changed)
+    result = csd_exp.edit(*RUN[:5], prompt="warm", steps=6, logger="csv", **changed)
     saved = torch.from_numpy(edited.copy()).permute(2, 0, 1)
     assert torch.equal((result.images[0] * 255).round().byte(), saved)
     recorded = json.loads((left / "metrics.json").read_text())
@@ -172,3 +173,19 @@ def test_help_is_readable(folder: Path) -> None:
     for group in ("kernel: imq, none, rbf, uniform", "experiment: demo"):
         assert group in done.stdout
     assert not (folder / "outputs").exists()
+
+
+@pytest.mark.parametrize("experiment", sorted(f.stem for f in (conf_dir() / "experiment").glob("*.yaml")))
+def test_every_experiment_takes_a_step(folder: Path, experiment: str) -> None:
+    result = csd_exp.edit(
+        f"experiment={experiment}",
+        *(
+            "prior=analytic",
+            "prior.window=16",
+            "modality.path=picture.png",
+            "prompt=x",
+            "trainer.fast_dev_run=true",
+        ),
+    )
+    assert result.images[0].shape == (3, SIZE[1], SIZE[0])
+    assert set(result.metrics) == {"structure_similarity", "ssim", "window_spread"}

@@ -21,7 +21,9 @@ def picture(tmp_path: Path) -> str:
 
 
 def run_config(picture: str, *overrides: str):
-    return composed(["prior=analytic", f"modality.path={picture}", "prompt=x", *overrides])
+    return composed(
+        ["experiment=panorama", "prior=analytic", f"modality.path={picture}", "prompt=x", *overrides]
+    )
 
 
 def refusal(picture: str, *overrides: str) -> str:
@@ -81,7 +83,7 @@ def test_mistake_inside_an_experiment_file(picture: str, tmp_path: Path) -> None
 
 def test_missing_path_is_named() -> None:
     with pytest.raises(InputError, match=r"modality\.path is missing"):
-        check_run(composed(["prior=analytic", "prompt=x"]))
+        check_run(composed(["prior=analytic", "experiment=panorama", "prompt=x"]))
 
 
 @pytest.mark.parametrize(

@@ -309,3 +309,15 @@ def test_a_wrong_setting_is_refused_by_name(setting, key):
 def test_svgd_refuses_an_unknown_normalization():
     with pytest.raises(InputError, match=r"kernel.normalize must be one of n, rowsum, none, rms"):
         svgd(particles(2), torch.eye(2).double(), particles(2), "mean")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_particles_equal_up_to_rounding_do_not_repel(dtype) -> None:
+    one = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    particles = torch.stack([one, one * (1 + torch.finfo(dtype).eps)])
+    assert not torch.equal(particles[0], particles[1])
+    k, repulsion = RBF()(particles)
+    assert torch.equal(k, torch.ones_like(k))
+    assert torch.equal(repulsion, torch.zeros_like(repulsion))
+    apart = particles + torch.tensor([[0.0], [1e-3]], dtype=dtype)
+    assert (RBF()(apart)[1].norm(dim=1) > 1).all()

@@ -36,6 +36,8 @@ class GaussianMixture:
         row_chunk: int = 64,
         device: str = "cpu",
     ):
+        if row_chunk < 1:
+            raise InputError(f"prior.row_chunk must be at least 1, not {row_chunk}.")
         means = torch.as_tensor(means, dtype=torch.float64)
         self.means = (means if means.ndim == 4 else means[:, :, None, None]).to(device)
         self.std, self.image_std = std, image_std
