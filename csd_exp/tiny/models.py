@@ -136,13 +136,17 @@ def pipeline(vae: nn.Module, text_encoder: nn.Module, tokenizer: CLIPTokenizer, 
 
 def export(pipe: StableDiffusionInstructPix2PixPipeline, folder: Path) -> None:
     """Writes `pipe` as a diffusers folder of half-precision safetensors; its parts stay half precision."""
-    pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        part.half()
+    pipe.save_pretrained(folder, safe_serialization=True)
 
 
 def load_pipeline(folder: Path, device: str = "cpu") -> StableDiffusionInstructPix2PixPipeline:
     """The exported folder as a float32 pipeline."""
     pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-        folder, safety_checker=None, torch_dtype=torch.float32, local_files_only=True
+        folder, safety_checker=None, local_files_only=True
     )
     pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        part.float()
     return pipe.to(device)

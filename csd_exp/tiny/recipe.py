@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -13,7 +14,7 @@ import hydra
 import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -21,6 +22,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from csd_exp.config import conf_dir
+from csd_exp.errors import InputError
 from csd_exp.tiny import models
 from csd_exp.tiny.edits import EDITS
 from csd_exp.tiny.photos import Pairs, View, build_views, generator
@@ -28,6 +30,7 @@ from csd_exp.tiny.principal import start_at_principal_components
 from csd_exp.tiny.scores import EXACT, Sampler, score
 
 CHECKPOINT_SECONDS = 60
+TRAINED = ["seed", "bf16", "data", "text", "vae", "pairs", "unet"]
 
 
 def save(value: object, file: Path) -> None:
@@ -86,7 +89,7 @@ def fit(
             csv.writer(table).writerows([("step", "loss"), *log])
 
     saved = time.monotonic()
-    bar = tqdm(batches(first), file.stem, options.steps, initial=first)
+    bar = tqdm(batches(first), file.stem, options.steps, initial=first, mininterval=1.0)
     for k, batch in enumerate(bar, first):
         rate = min((k + 1) / options.warmup, 0.5 + 0.5 * math.cos(math.pi * k / options.steps))
         for group in optimizer.param_groups:
@@ -197,6 +200,44 @@ def prepare_latents(cfg: DictConfig, run: Path, vae: nn.Module, views: list[View
     return torch.load(file, weights_only=True)
 
 
+class Reader(nn.Module):
+    """A text encoder with a head that says which edits a text asks for."""
+
+    def __init__(self, text_encoder: nn.Module, width: int):
+        super().__init__()
+        self.text_encoder, self.head = text_encoder, nn.Linear(width, len(EDITS))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """One logit per edit [n, edits] of tokens [n, 32]."""
+        return self.head(self.text_encoder(tokens).last_hidden_state.mean(1))
+
+
+def requests(tokenizer, size: int, *key: int) -> tuple[Tensor, Tensor]:
+    """Tokens [size, 32] of training wordings, half of them two in one text, and which edits they ask for."""
+    rng, names = generator(*key), list(EDITS)
+    chosen = [rng.choice(len(names), size=1 + (row % 2), replace=False) for row in range(size)]
+    texts = [", ".join(rng.choice(EDITS[names[kind]].wordings) for kind in row) for row in chosen]
+    asked = torch.zeros(size, len(names))
+    for row, kinds in enumerate(chosen):
+        asked[row, kinds] = 1
+    return models.tokenize(tokenizer, texts), asked
+
+
+def train_text(cfg: DictConfig, run: Path, tokenizer) -> nn.Module:
+    """A text encoder that tells the edits apart, since the UNet learns slowly from one that does not."""
+    torch.manual_seed(cfg.seed)
+    reader = Reader(models.build_text_encoder(tokenizer, cfg.text.width, cfg.text.layers), cfg.text.width)
+
+    def loss(reader: nn.Module, batch: tuple[Tensor, Tensor], k: int) -> Tensor:
+        tokens, asked = batch
+        return F.binary_cross_entropy_with_logits(reader(tokens.to(cfg.device)), asked.to(cfg.device))
+
+    def batches(first: int):
+        return (requests(tokenizer, cfg.text.batch, cfg.seed, 5, k) for k in range(first, cfg.text.steps))
+
+    return fit(run / "text.pt", reader, batches, loss, cfg.text, cfg.device, cfg.bf16).text_encoder
+
+
 class Denoiser(nn.Module):
     """UNet and text encoder, trained together."""
 
@@ -221,11 +262,11 @@ def denoiser_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], rng: t
     return F.mse_loss(model(noisy, t, sources, tokens).float(), scheduler.get_velocity(edits, noise, t))
 
 
-def train_denoiser(cfg: DictConfig, run: Path, latents: Latents, tokenizer) -> Denoiser:
+def train_denoiser(cfg: DictConfig, run: Path, latents: Latents, text_encoder: nn.Module) -> Denoiser:
     """The UNet and text encoder on encoded pairs."""
     torch.manual_seed(cfg.seed)
     unet = models.build_unet(cfg.unet.widths, cfg.vae.channels, cfg.text.width, cfg.unet.groups)
-    model = Denoiser(unet, models.build_text_encoder(tokenizer, cfg.text.width, cfg.text.layers))
+    model = Denoiser(unet, text_encoder)
 
     def loss(model: nn.Module, batch: tuple, k: int) -> Tensor:
         return denoiser_loss(model, batch, torch_generator(cfg.seed, 4, k))
@@ -245,7 +286,7 @@ def train(cfg: DictConfig, run: Path):
     tokenizer = models.build_tokenizer(wordings, cfg.text.vocabulary)
     parts = prepare_latents(cfg, run, vae, views)
     latents = Latents(**parts, scale=vae.config.scaling_factor, tokenizer=tokenizer, device=cfg.device)
-    model = train_denoiser(cfg, run, latents, tokenizer)
+    model = train_denoiser(cfg, run, latents, train_text(cfg, run, tokenizer))
     return models.pipeline(vae, model.text_encoder, tokenizer, model.unet)
 
 
@@ -260,9 +301,17 @@ def evaluate(cfg: DictConfig, run: Path, folder: Path) -> dict:
 
 
 def run(cfg: DictConfig) -> dict:
-    """Trains what is not trained yet, exports to `cfg.export_dir` and returns the scores of the export."""
+    """Trains what is not trained yet, exports to `cfg.export_dir` and returns the scores of the export.
+
+    Raises InputError when `run_dir` holds a run of another configuration, ImportError without the packages
+    that paint.
+    """
     folder, export = Path(cfg.run_dir), Path(cfg.export_dir)
+    wanted, found = OmegaConf.masked_copy(cfg, TRAINED), folder / "config.yaml"
+    if found.exists() and OmegaConf.load(found) != wanted:
+        raise InputError(f"run_dir={folder} holds a run of another configuration; give another run_dir.")
     folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(wanted, found)
     torch.set_num_threads(cfg.threads)
     models.export(train(cfg, folder), export)
     return evaluate(cfg, folder, export)
@@ -271,7 +320,11 @@ def run(cfg: DictConfig) -> dict:
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train_prior")
 def main(cfg: DictConfig) -> None:
     """Console entry `csd-train-prior`."""
-    result = run(cfg)
+    try:
+        result = run(cfg)
+    except (InputError, ImportError) as error:
+        print(f"csd-train-prior: {error}", file=sys.stderr)
+        sys.exit(2)
     print({name: value for name, value in result.items() if not isinstance(value, dict)})
     print(f"exported: {cfg.export_dir}")
 
