@@ -200,6 +200,8 @@ def job(config: DictConfig) -> float | None:
     except InputError as e:
         _take_back(run_dir)
         _refuse(str(e))  # raised, Hydra would put its own lines before it
+    except FloatingPointError as e:
+        _refuse(str(e))
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"run directory: {_short(run_dir)}")
     return _optimized(result.metrics, config.optimized_metric)

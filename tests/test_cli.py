@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch) -> Path:
 
 
 RUN = [
-    "experiment=null",
+    "experiment=panorama",
     *("prior=analytic", "prior.window=16", "prior.guidance_scale=4", "+prior.prompts.warm=[0,1]"),
     *("modality.path=picture.png", "prompt=warm", "steps=6", "logger=csv", "kernel.normalize=rowsum"),
 ]
@@ -189,3 +189,13 @@ def test_every_experiment_takes_a_step(folder: Path, experiment: str) -> None:
     )
     assert result.images[0].shape == (3, SIZE[1], SIZE[0])
     assert set(result.metrics) == {"structure_similarity", "ssim", "window_spread"}
+
+
+def test_a_run_that_diverges_says_where(folder: Path) -> None:
+    done = csd(*RUN, "optimizer.lr=1e38", "steps=8", "kernel=none")
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("csd: The residual is not finite at step ")
+    assert "timestep" in last
+    assert "checkpoint" in last
+    assert "Traceback" not in done.stderr
