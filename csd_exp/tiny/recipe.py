@@ -24,6 +24,7 @@ from tqdm import tqdm
 from csd_exp.config import conf_dir
 from csd_exp.errors import InputError
 from csd_exp.tiny import models
+from csd_exp.tiny.card import card
 from csd_exp.tiny.edits import EDITS
 from csd_exp.tiny.photos import Pairs, View, build_views, generator
 from csd_exp.tiny.principal import start_at_principal_components
@@ -291,12 +292,13 @@ def train(cfg: DictConfig, run: Path):
 
 
 def evaluate(cfg: DictConfig, run: Path, folder: Path) -> dict:
-    """Scores the exported folder on held-out pictures: scores.json and held_out.png in the run directory."""
+    """Scores the exported folder on held-out pictures: scores.json, held_out.png, and its model card."""
     pipe = models.load_pipeline(folder, cfg.device)
     sampler = Sampler(pipe, cfg.scores.steps, cfg.scores.text, cfg.scores.image, cfg.seed)
     result, sheet = score(sampler, cfg.scores.images, cfg.scores.draws)
     save_image(sheet, run / "held_out.png", nrow=len(EXACT) + 1, padding=1)
     (run / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "README.md").write_text(card(cfg, result), encoding="utf-8")
     return result
 
 

@@ -1,0 +1,237 @@
+"""The embedded prior: its edits, its data, its recipe and the shipped weights."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+import csd_exp
+from csd_exp.config import conf_dir
+from csd_exp.errors import InputError
+from csd_exp.tiny import models, recipe
+from csd_exp.tiny.edits import EDITS, GRADINGS, PAINTERS, REACH, paint, style_of, target, tint
+from csd_exp.tiny.photos import DATA, HELD_OUT, Pairs, View, load, picture_files
+from csd_exp.tiny.principal import start_at_principal_components
+from csd_exp.tiny.scores import COMPUTED, Sampler, hue_variance, nearest, psnr
+
+SHIPPED = Path(csd_exp.__file__).parent / "assets" / "instruct_pix2pix"
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return load(next(file for file in picture_files(held_out=True) if "Chenonceau" in file.stem), 160)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return models.load_pipeline(SHIPPED)
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_computed_edit_is_pure_and_its_windows_agree_with_the_whole(name, picture):
+    before = picture.clone()
+    whole = target(name, picture)
+    assert torch.equal(picture, before)
+    assert torch.equal(whole, target(name, picture))
+    assert whole.shape == picture.shape
+    assert whole.min() >= 0
+    assert whole.max() <= 1
+    assert (whole - picture).abs().mean() > 0.02
+    left = 40
+    window = target(name, picture[:, :, left : left + 100])
+    inner = slice(REACH, 100 - REACH)
+    torch.testing.assert_close(window[:, :, inner], whole[:, :, left:][:, :, inner], atol=1e-5, rtol=0)
+
+
+def test_tints_differ_by_hue_and_keep_light_from_dark(picture):
+    hues = [tint(picture, hue) for hue in (0.0, 1 / 3, 2 / 3)]
+    assert [int(image.mean((1, 2)).argmax()) for image in hues] == [0, 1, 2]
+    assert torch.equal(tint(picture, 0.25), tint(picture, 1.25))
+    assert hue_variance(torch.stack(hues)) > 0.9
+    assert hue_variance(torch.stack(hues[:1] * 3)) < 1e-6
+
+
+def test_an_ambiguous_edit_has_many_answers_and_no_exact_target(picture):
+    for name in ("painting", "tint", "season"):
+        assert EDITS[name].ambiguous
+        with pytest.raises(ValueError, match=name):
+            target(name, picture)
+    styles = {style_of(EDITS["painting"].choose(draw)) for draw in np.linspace(0, 0.999, 50)}
+    assert len(styles) == 10
+    assert EDITS["season"].choose(0.99) is not EDITS["season"].choose(0.0)
+
+
+def test_paintings_differ_and_a_wrong_style_is_named(picture):
+    one, other = paint(picture[:, :97, :130], 19), paint(picture[:, :97, :130], 24)
+    assert one.shape == (3, 97, 130)
+    assert (one - other).abs().mean() > 0.05
+    with pytest.raises(ValueError, match="26"):
+        paint(picture, 26)
+
+
+def test_wordings_and_pictures_that_are_held_out_are_never_trained_on():
+    training = [text for edit in EDITS.values() for text in edit.wordings]
+    held_out = [text for edit in EDITS.values() for text in edit.held_out]
+    assert len(set(training)) == len(training)
+    assert len(set(held_out)) == len(held_out)
+    assert not set(training) & set(held_out)
+    assert all(len(edit.wordings) >= 6 and len(edit.held_out) >= 2 for edit in EDITS.values())
+    assert set(PAINTERS + GRADINGS) <= set(EDITS)
+    used, kept = {file.stem for file in picture_files()}, {file.stem for file in picture_files(held_out=True)}
+    assert kept == HELD_OUT
+    assert not used & kept
+    assert {file.stem for file in DATA.rglob("*.jpg")} == used | kept
+
+
+@pytest.fixture
+def views():
+    rng = torch.Generator().manual_seed(0)
+    picture = torch.randint(256, (3, 150, 170), generator=rng, dtype=torch.uint8)
+    return [View(picture, dict.fromkeys(range(26), 255 - picture))]
+
+
+def test_a_crop_depends_on_seed_and_number_only(views):
+    first, again, other = Pairs(views, 3, 4), Pairs(views, 3, 4), Pairs(views, 4, 4)
+    again[0]
+    torch.manual_seed(1)
+    source, edits, texts = first[7]
+    assert torch.equal(source, again[7][0])
+    assert torch.equal(edits, again[7][1])
+    assert texts == again[7][2]
+    assert not torch.equal(source, other[7][0])
+    assert not torch.equal(source, first[8][0])
+    assert source.shape == (3, 128, 128)
+    assert edits.shape == (4, 3, 128, 128)
+
+
+def test_a_training_pair_is_what_its_instruction_says(views):
+    by_text = {text: edit for edit in EDITS.values() for text in edit.wordings}
+    pairs, inner, seen = Pairs(views, 0, 8, both=0.0), slice(REACH, -REACH), set()
+    for number in range(12):
+        source, edits, texts = pairs[number]
+        for edited, text in zip(edits, texts, strict=True):
+            if by_text[text].name in COMPUTED:
+                seen.add(by_text[text].name)
+                exact = target(by_text[text].name, source)
+                torch.testing.assert_close(edited[:, inner, inner], exact[:, inner, inner], atol=1e-5, rtol=0)
+    assert len(seen) > 6
+
+
+def test_conditions_are_dropped_as_often_as_stated():
+    tokenizer = models.build_tokenizer(["make it night"], 600)
+    latents = recipe.Latents(
+        torch.ones(2, 4, 2, 2), torch.ones(2, 1, 4, 2, 2), [["night"], ["snow"]], 0.5, tokenizer, "cpu"
+    )
+    edits, sources, tokens = latents.batch(20000, 0)
+    no_text, no_image = (tokens == latents.null).all(1), (sources == 0).all((1, 2, 3))
+    for found, share in ((no_text, 0.10), (no_image, 0.10), (no_text & no_image, 0.05)):
+        assert found.float().mean() == pytest.approx(share, abs=0.01)
+    assert (edits == 0.5).all()
+
+
+def test_every_text_becomes_known_tokens():
+    tokenizer = models.build_tokenizer(["make it night"], 600)
+    for text in ("make it night", "żółć 日本 🎨 q", "it's 3 o'clock!"):
+        assert tokenizer.unk_token_id not in tokenizer(text).input_ids[1:-1]
+
+
+def test_a_run_stopped_half_way_ends_with_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "CHECKPOINT_SECONDS", 0)
+    options = compose_test().unet
+    options.steps = 6
+
+    def loss(model, batch, k):
+        return (model(batch) - 1).square().mean()
+
+    def batches(first, stop=6):
+        for k in range(first, stop):
+            yield torch.randn(4, 3, generator=recipe.torch_generator(5, k))
+
+    def trained(name, source=batches):
+        torch.manual_seed(0)
+        return recipe.fit(tmp_path / name, nn.Linear(3, 2), source, loss, options, "cpu", False).state_dict()
+
+    def stops(first):
+        yield from batches(first, 3)
+        raise KeyboardInterrupt
+
+    whole = trained("whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        trained("halves.pt", stops)
+    halves = trained("halves.pt")
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    assert (tmp_path / "whole.csv").read_text() == (tmp_path / "halves.csv").read_text()
+    assert len((tmp_path / "whole.csv").read_text().splitlines()) == 7
+
+
+def test_principal_components_reconstruct_before_any_training(picture):
+    patches = picture[None, :, 16:144].unfold(3, 64, 16)[0].permute(2, 0, 1, 3) * 2 - 1
+    torch.manual_seed(0)
+    random, vae = (models.build_vae([16, 16, 32, 32], 8, 4).eval() for _ in range(2))
+    start_at_principal_components(vae, patches)
+    with torch.no_grad():
+        before, after = (
+            psnr(m.decode(recipe.encode(m, patches / 2 + 0.5)).sample, patches) for m in (random, vae)
+        )
+    assert (after > before + 8).all()
+
+
+def test_centred_latents_decode_to_the_same_images():
+    torch.manual_seed(0)
+    vae = models.build_vae([8, 8, 8, 8], 5, 4).eval()
+    images = torch.rand(4, 3, 32, 32)
+    latents = recipe.encode(vae, images)
+    before = vae.decode(latents).sample
+    models.centre_latents(vae, latents)
+    moved = recipe.encode(vae, images)
+    torch.testing.assert_close(moved.mean((0, 2, 3)), torch.zeros(5), atol=1e-5, rtol=0)
+    assert (moved * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(vae.decode(moved).sample, before, atol=1e-4, rtol=1e-4)
+
+
+def compose_test(*overrides):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("train_prior", ["size=test", *overrides])
+
+
+def test_the_recipe_trains_exports_and_scores_and_does_nothing_twice(tmp_path):
+    cfg = compose_test(f"run_dir={tmp_path}", "threads=1")
+    recipe.run(cfg)
+    kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.pt")}
+    exported = models.load_pipeline(tmp_path / "instruct_pix2pix").unet.state_dict()
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["autoencoder_psnr"] > 0
+    assert (tmp_path / "held_out.png").stat().st_size > 0
+    assert f"{scores['autoencoder_psnr']} dB" in (tmp_path / "instruct_pix2pix/README.md").read_text()
+    again = recipe.train(cfg, tmp_path).unet.half().float().state_dict()
+    assert kept == {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.pt")}
+    assert all(torch.equal(exported[name], again[name]) for name in exported)
+    with pytest.raises(InputError, match="run_dir"):
+        recipe.run(compose_test(f"run_dir={tmp_path}", "seed=1"))
+
+
+def test_the_shipped_folder_is_small_safe_and_in_the_public_layout(pipe):
+    files = [file for file in SHIPPED.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 40e6
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".md"}
+    channels = pipe.vae.config.latent_channels
+    assert 12 <= channels <= 16
+    assert pipe.unet.config.in_channels == 2 * channels
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    tokens = pipe.tokenizer([text for edit in EDITS.values() for text in edit.wordings]).input_ids
+    assert max(map(len, tokens)) <= models.TOKENS
+    assert all(pipe.tokenizer.unk_token_id not in row[1:-1] for row in tokens)
+
+
+def test_the_shipped_model_follows_instructions_on_a_picture_it_never_saw(pipe, picture):
+    patch = picture[None, :, 16:144, 60:188]
+    sampler = Sampler(pipe, steps=10, text=4.0, image=1.3)
+    assert psnr(sampler.reconstruct(patch), patch) > 22
+    names = ("night", "negative", "sepia", "fog")
+    references = torch.cat([target(name, patch[0])[None] for name in names])[None]
+    answers = [nearest(sampler(patch, EDITS[name].wordings[0]), references).item() for name in names]
+    assert answers == [0, 1, 2, 3]
