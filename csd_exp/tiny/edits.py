@@ -133,8 +133,8 @@ def cartoon(image: Tensor) -> Tensor:
 def tint(image: Tensor, hue: float) -> Tensor:
     """One strong colour over everything; `hue` in [0, 1) as in HSV."""
     colour = colorsys.hsv_to_rgb(hue % 1.0, 0.9, 0.9)
-    light = tuple(0.5 + 0.5 * channel for channel in colour)
-    return 0.2 * image + 0.8 * _ramp(luminance(image), (0.0, 0.0, 0.0), colour, light)
+    red, green, blue = (0.5 + 0.5 * channel for channel in colour)
+    return 0.2 * image + 0.8 * _ramp(luminance(image), (0.0, 0.0, 0.0), colour, (red, green, blue))
 
 
 @cache

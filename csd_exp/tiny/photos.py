@@ -115,7 +115,7 @@ class Pairs:
         rng = generator(self.seed, 1, number)
         view = self.views[rng.integers(len(self.views))]
         height, width = view.image.shape[-2:]
-        top, left = rng.integers(height - PATCH + 1), rng.integers(width - PATCH + 1)
+        top, left = int(rng.integers(height - PATCH + 1)), int(rng.integers(width - PATCH + 1))
         flip = rng.random() < 0.5
         cut = [self._edit(view, top, left, rng) for _ in range(self.edits)]
         source = _window(view.image, top, left)

@@ -7,9 +7,13 @@ x meets them as four channels x + c, -x - c, x - c, c - x: with a large c their 
 x, and silu(y) - silu(-y) = y brings x back.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 SIGNS = (1.0, -1.0, 1.0, -1.0)
@@ -25,10 +29,10 @@ def start_at_principal_components(vae: AutoencoderKL, images: Tensor) -> None:
     multiple of 4.
     """
     for block in vae.modules():
-        if isinstance(block, nn.Conv2d) and block.kernel_size == (1, 1):
+        if isinstance(block, nn.Conv2d) and block.kernel_size == (1, 1) and block.bias is not None:
             nn.init.dirac_(block.weight)
             nn.init.zeros_(block.bias)
-        if hasattr(block, "conv2"):
+        if isinstance(block, ResnetBlock2D):
             nn.init.zeros_(block.conv2.weight)
             nn.init.zeros_(block.conv2.bias)
     levels, shift = _start_encoder(vae.encoder, images, vae.config.latent_channels)
@@ -37,7 +41,7 @@ def start_at_principal_components(vae: AutoencoderKL, images: Tensor) -> None:
     _calibrate(vae.decoder, 6.0, lambda: vae.decode(levels[-1]))
 
 
-def _start_encoder(encoder: nn.Module, images: Tensor, channels: int) -> tuple[list[Tensor], float]:
+def _start_encoder(encoder: Any, images: Tensor, channels: int) -> tuple[list[Tensor], float]:
     _pass(encoder.conv_in, 3, 3)
     levels = [images]
     strided = [block.downsamplers[0].conv for block in encoder.down_blocks if block.downsamplers]
@@ -55,7 +59,7 @@ def _start_encoder(encoder: nn.Module, images: Tensor, channels: int) -> tuple[l
     return levels, shift
 
 
-def _start_decoder(decoder: nn.Module, levels: list[Tensor]) -> None:
+def _start_decoder(decoder: Any, levels: list[Tensor]) -> None:
     channels, width = levels[-1].shape[1], decoder.conv_in.out_channels
     nn.init.zeros_(decoder.conv_in.weight)
     nn.init.zeros_(decoder.conv_in.bias)
@@ -95,7 +99,7 @@ def _least_squares(signal: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return solution[:, :-1].unflatten(1, (-1, 3, 3)), solution[:, -1]
 
 
-def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+def _set(conv: Any, weight: Tensor, bias: Tensor) -> None:
     count, channels, height, width = weight.shape
     nn.init.zeros_(conv.weight[:count])
     conv.weight[:count, :channels, :height, :width] = weight
@@ -108,20 +112,20 @@ def _four(weight: Tensor, bias: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     return four.flatten(0, 1), (bias[:, None] * signs + shifts).flatten()
 
 
-def _pass(conv: nn.Conv2d, count: int, inputs: int) -> None:
+def _pass(conv: Any, count: int, inputs: int) -> None:
     nn.init.zeros_(conv.weight[:count])
     nn.init.zeros_(conv.bias[:count])
     conv.weight[:count, :inputs, 1, 1] = torch.eye(count, inputs)
 
 
-def _join(conv: nn.Conv2d, count: int) -> None:
+def _join(conv: Any, count: int) -> None:
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
     for channel in range(count):
         conv.weight[channel, 4 * channel : 4 * channel + 4, 1, 1] = torch.tensor(SIGNS) / 2
 
 
-def _calibrate(part: nn.Module, shift: float, forward) -> None:
+def _calibrate(part: nn.Module, shift: float, forward: Callable[[], object]) -> None:
     """Lets every normalisation that meets shifted channels give back what it took away."""
 
     def undo(norm: nn.GroupNorm, inputs: tuple[Tensor]) -> None:

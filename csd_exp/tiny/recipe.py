@@ -14,10 +14,11 @@ import hydra
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -45,7 +46,7 @@ def torch_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(generator(*key).integers(2**62)))
 
 
-class Batches:
+class Batches(Dataset):
     """Batch k is crops k * size to (k + 1) * size of `pairs`: sources, edits and a list of texts per crop."""
 
     def __init__(self, pairs: Pairs, size: int):
@@ -65,13 +66,13 @@ def fit(
     options: DictConfig,
     device: str,
     bf16: bool,
-) -> nn.Module:
+) -> Any:
     """Trains `model` for `options.steps` and returns its moving average; continues where `file` stopped.
 
     `batches(first)` yields batch `first`, `first` + 1, ...; `loss(model, batch, k)` is that of batch k. AdamW
     with warm-up and cosine; losses go to a CSV beside `file`.
     """
-    model.to(device, memory_format=torch.channels_last).train()
+    model.to(device).to(memory_format=torch.channels_last).train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, betas=(0.9, 0.99))
     first, log = 0, []
@@ -83,7 +84,7 @@ def fit(
         first, log = state["step"], state["log"]
 
     def checkpoint(step: int) -> None:
-        parts = {"model": model, "average": average, "optimizer": optimizer}
+        parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
         state = {name: part.state_dict() for name, part in parts.items()}
         save(state | {"step": step, "log": log}, file)
         with open(file.with_suffix(".csv"), "w", newline="") as table:
@@ -127,7 +128,7 @@ def probe(views: list[View], seed: int) -> Tensor:
     return torch.cat([sources, edits[:, 0]])
 
 
-def vae_loss(vae: nn.Module, images: Tensor, rng: torch.Generator) -> Tensor:
+def vae_loss(vae: AutoencoderKL, images: Tensor, rng: torch.Generator) -> Tensor:
     """Squared and absolute error of images [n, 3, H, W] in [-1, 1], of their edges, and a trace of KL."""
     posterior = vae.encode(images).latent_dist
     error = vae.decode(posterior.sample(rng)).sample - images
@@ -136,7 +137,7 @@ def vae_loss(vae: nn.Module, images: Tensor, rng: torch.Generator) -> Tensor:
     return error.square().mean() + 0.02 * error.abs().mean() + 0.02 * edges + 1e-5 * kl
 
 
-def train_vae(cfg: DictConfig, run: Path, views: list[View]) -> nn.Module:
+def train_vae(cfg: DictConfig, run: Path, views: list[View]) -> AutoencoderKL:
     """The autoencoder of photographs and their edits, half of each batch either."""
     data = Batches(Pairs(views, cfg.seed, edits=1), cfg.vae.batch // 2)
     torch.manual_seed(cfg.seed)
@@ -144,7 +145,7 @@ def train_vae(cfg: DictConfig, run: Path, views: list[View]) -> nn.Module:
     if not (run / "vae.pt").exists():
         start_at_principal_components(vae, probe(views, cfg.seed) * 2 - 1)
 
-    def loss(vae: nn.Module, batch: tuple, k: int) -> Tensor:
+    def loss(vae: AutoencoderKL, batch: tuple, k: int) -> Tensor:
         images = torch.cat([batch[0], batch[1][:, 0]]).to(cfg.device, memory_format=torch.channels_last)
         return vae_loss(vae, images * 2 - 1, torch_generator(cfg.seed, 2, k))
 
@@ -155,7 +156,7 @@ def train_vae(cfg: DictConfig, run: Path, views: list[View]) -> nn.Module:
 
 
 @torch.no_grad()
-def encode(vae: nn.Module, images: Tensor) -> Tensor:
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Unscaled latents (modes) [n, C, h, w] of images [n, 3, H, W] in [0, 1], on the device of `vae`."""
     images = images.to(vae.device, memory_format=torch.channels_last)
     return vae.encode(images * 2 - 1).latent_dist.mode().float()
@@ -183,13 +184,13 @@ class Latents:
         return self.edits[crop, edit].float() * self.scale, sources, tokens
 
 
-def prepare_latents(cfg: DictConfig, run: Path, vae: nn.Module, views: list[View]) -> dict:
+def prepare_latents(cfg: DictConfig, run: Path, vae: AutoencoderKL, views: list[View]) -> dict:
     """Sources, edits and texts of all training pairs, kept in the run directory."""
     file = run / "latents.pt"
     if not file.exists():
         data = Batches(Pairs(views, cfg.seed + 1, cfg.pairs.edits), 4)
         numbers = range(cfg.pairs.crops // 4)
-        batches = DataLoader(data, batch_size=None, sampler=numbers, num_workers=cfg.workers)
+        batches: Iterable = DataLoader(data, batch_size=None, sampler=numbers, num_workers=cfg.workers)
         kept: dict[str, list] = {"sources": [], "edits": [], "texts": []}
         for sources, edits, texts in tqdm(batches, "latents"):
             latents = encode(vae, torch.cat([sources, edits.flatten(0, 1)])).half().cpu()

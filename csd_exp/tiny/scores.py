@@ -2,6 +2,7 @@
 
 import colorsys
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,14 +81,14 @@ def score(sampler: Sampler, count: int, draws: int) -> tuple[dict, Tensor]:
     """
     images, edits, paintings = held_out_patches(count)
     references = torch.stack([edits[name] for name in EXACT], 1)
-    result = {
+    result: dict[str, Any] = {
         "autoencoder_psnr": _mean(psnr(sampler.reconstruct(images), images)),
         "autoencoder_psnr_of_edits": {
             name: _mean(psnr(sampler.reconstruct(edited), edited)) for name, edited in edits.items()
         },
         "unedited_psnr": {name: _mean(psnr(images, edits[name])) for name in COMPUTED},
     }
-    sheet = {}
+    sheet: dict[str, Tensor] = {}
     for kind in ("wordings", "held_out"):
         made = {name: sampler(images, getattr(EDITS[name], kind)[0]) for name in EXACT}
         hits = {name: _mean((nearest(made[name], references) == EXACT.index(name)).float()) for name in EXACT}
