@@ -5,7 +5,6 @@ step gave it, so that both meet the same machine; the medians over the steps are
 """
 
 import json
-import logging
 import platform
 import sys
 import time
@@ -23,10 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from csd_exp.build import build_module, constructed
+from csd_exp.build import build_module, constructed, silence_lightning
 from csd_exp.callbacks.throughput import peak_memory
 from csd_exp.config import RunConfig, check, composed
 from csd_exp.errors import InputError
@@ -84,7 +82,7 @@ class Cost:
 
 def main() -> None:
     """The command line `csd-bench`: exit code 2 and one sentence for anything a user got wrong."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    silence_lightning()
     try:
         if {"-h", "--help"} & set(sys.argv):
             print(USAGE + OmegaConf.to_yaml(OmegaConf.masked_copy(composed([], "bench"), OWN)))
@@ -120,7 +118,7 @@ def bench(overrides: Sequence[str]) -> Cost:
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    trainer.fit(module, DataLoader(range(config.steps), batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(module, range(config.steps))
     steps, bare = (median(seconds[config.warmup :]) for seconds in (clock.steps, clock.bare))
     cost = Cost(
         rows=clock.rows,

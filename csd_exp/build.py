@@ -1,5 +1,7 @@
 """From a composed configuration to the module that runs it."""
 
+import logging
+import warnings
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -45,3 +47,12 @@ def build_module(config: DictConfig, prior: Prior) -> CSDModule:
         source_prompt=config.source_prompt,
         negative_prompt=config.negative_prompt,
     )
+
+
+def silence_lightning() -> None:
+    """Drop what Lightning tells every user: hardware, advertisements, two warnings that do not apply."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*treespec.*is deprecated")
+    # Draws are counted, so a step does not depend on where in an epoch it was resumed.
+    warnings.filterwarnings("ignore", message=".*checkpoint that ended before the epoch ended")

@@ -8,7 +8,6 @@ read off at common strengths.
 import csv
 import hashlib
 import io
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
@@ -25,7 +24,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from torch import Tensor
 
 from csd_exp import metrics
-from csd_exp.build import build_module, constructed
+from csd_exp.build import build_module, constructed, silence_lightning
 from csd_exp.config import RunConfig, check, composed, scientific
 from csd_exp.errors import InputError
 from csd_exp.figures.equal_strength import Curve, Point, markdown, nearest, plot, strip, summary, table
@@ -89,7 +88,7 @@ ConfigStore.instance().store("compare_schema", CompareConfig)
 
 def main() -> None:
     """The command line `csd-compare`: exit code 2 and one sentence for anything a user got wrong."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    silence_lightning()
     try:
         if {"-h", "--help"} & set(sys.argv):
             print(USAGE + OmegaConf.to_yaml(OmegaConf.masked_copy(composed([], "compare"), list(OWN))))

@@ -2,13 +2,11 @@
 
 import inspect
 import json
-import logging
 import os
 import re
 import shlex
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from csd_exp.build import build_module, constructed
+from csd_exp.build import build_module, constructed, silence_lightning
 from csd_exp.callbacks import Provenance
 from csd_exp.config import check, check_same_science, composed, conf_dir, sentence, without_hydra
 from csd_exp.errors import InputError
@@ -73,7 +71,7 @@ def run(config: DictConfig, run_dir: Path, overrides: Sequence[str]) -> Result:
 
     Under DDP every rank returns the result and rank zero alone writes.
     """
-    _silence()
+    silence_lightning()
     config = without_hydra(config)
     config.dir = str(run_dir)
     module = build_module(config, constructed(config.prior))
@@ -96,15 +94,6 @@ def run(config: DictConfig, run_dir: Path, overrides: Sequence[str]) -> Result:
         _write_json(run_dir / "metrics.json", metrics)
         write_report(run_dir)
     return Result(images, values, run_dir)
-
-
-def _silence() -> None:
-    """Drop what Lightning tells every user: hardware, advertisements, two warnings that do not apply."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*treespec.*is deprecated")
-    # Draws are counted, so a step does not depend on where in an epoch it was resumed.
-    warnings.filterwarnings("ignore", message=".*checkpoint that ended before the epoch ended")
 
 
 def _trainer(node: DictConfig, **arguments) -> Trainer:
