@@ -501,8 +501,8 @@ def test_a_hub_id_is_downloaded_without_what_is_not_needed(folder, monkeypatch):
         ({"posterior": "median"}, r"prior\.posterior must be one of mode, sample"),
         ({"conditioning": "paper"}, r"prior\.conditioning must be one of mode_unscaled, official"),
         ({"row_chunk": 0}, r"prior\.row_chunk must be at least 1"),
-        ({"device": "cuda:99"}, r"prior\.device=cuda:99 is not here"),
-        ({"device": "tpu"}, r"prior\.device=tpu is not here"),
+        ({"device": "cuda:99"}, r"prior\.device=cuda:99 is not among"),
+        ({"device": "tpu"}, r"prior\.device=tpu is not among"),
     ],
 )
 def test_a_setting_out_of_range_is_named(folder, change, message):

@@ -438,7 +438,7 @@ def _device(name: str) -> torch.device:
     index = re.fullmatch(r"(?:auto|cuda)(?::(\d+))?", name)
     if not index or int(index[1] or 0) >= gpus:
         raise InputError(
-            f"prior.device={name} is not here: accepted are auto, cpu and cuda:N with N below {gpus}."
+            f"prior.device={name} is not among this machine's {gpus} GPUs; accepted are auto, cpu and cuda:N."
         )
     return torch.device("cuda", int(index[1] or int(os.environ.get("LOCAL_RANK", 0)) % gpus))
 
