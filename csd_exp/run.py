@@ -22,6 +22,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
+from hydra.utils import get_class
 from lightning import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -129,8 +130,10 @@ def check_run(config: DictConfig) -> None:
     if "path" in config.prior:
         from csd_exp.priors.stable_diffusion import check_folder  # diffusers takes seconds to import
 
-        reads_image = config.prior._target_.endswith("InstructPix2Pix")
-        check_folder(config.prior.path, config.prior.variant, int(reads_image))
+        family = get_class(config.prior._target_)
+        check_folder(
+            config.prior.path, config.prior.get("variant"), getattr(family, "image_conditions", None)
+        )
     run_dir = Path(config.hydra.run.dir)
     if config.ckpt_path is None and run_dir.exists():
         raise InputError(

@@ -148,7 +148,7 @@ class TestCommand:
         assert not list(out.rglob("*.part"))
         with (out / "curves.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
-        title = "CSD-Edit, official (over n)"
+        title = "CSD-Edit, over n as the public code, lr 5"
         # Two methods of two seeds at the steps 0, 1, 4; a sampler of two seeds at two scales.
         assert [(r["method"], r["seed"], r["step"]) for r in rows[:3]] == [
             *((title, "0", "0.0"), (title, "0", "1.0"), (title, "0", "4.0")),

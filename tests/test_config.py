@@ -229,6 +229,6 @@ def test_quoted_survives_hydras_grammar(picture: str, value: str) -> None:
 def test_resume_refuses_another_science_and_allows_another_machine(picture: str) -> None:
     saved = run_config(picture)
     check_same_science(saved, run_config(picture, "trainer.max_steps=3", "logger=csv", "prior.row_chunk=2"))
-    for override in ("seed=4", "kernel.normalize=rms", "prompt=y", "optimizer.lr=0.5", "steps=7"):
+    for override in ("seed=4", "kernel.normalize=rowsum", "prompt=y", "optimizer.lr=0.5", "steps=7"):
         with pytest.raises(InputError, match=override.split("=")[0].replace(".", r"\.")):
             check_same_science(saved, run_config(picture, override))

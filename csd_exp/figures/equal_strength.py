@@ -100,7 +100,7 @@ def plot(curves: Curves) -> Figure:
         axis.set(xlabel="edit strength", ylabel=COLUMNS[key][0])
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
