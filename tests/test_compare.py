@@ -126,7 +126,7 @@ TINY = (
     *("schedule.timestep.t_max=900", "strengths=[0.01,0.99]", "optimizer.lr=0.5"),
     *("~methods.csd_edit_matched", "~methods.csd_edit_rowsum", "~methods.uncoupled"),
     "methods.per_window.sampler={steps: 3, guidance: [{guidance_scale: 0}, {guidance_scale: 1}]}",
-    "methods.per_window.overrides=['modality.batch=null']",
+    "methods.per_window.overrides=['modality.batch=null','modality.jitter=false']",
 )
 
 
