@@ -26,7 +26,8 @@ def constructed(node: DictConfig, **arguments) -> Any:
 
 def build_particles(config: DictConfig, prior: Prior) -> Particles:
     """The modality of a configuration, in the latents and windows of its prior."""
-    window = config.modality.get("window") or prior.window
+    asked = config.modality.get("window")
+    window = prior.window if asked is None else asked
     return constructed(config.modality, factor=prior.factor, multiple=prior.multiple, window=window)
 
 

@@ -99,6 +99,13 @@ def test_a_mistake_that_only_the_run_can_see_leaves_no_folder_either(folder: Pat
     assert sorted(p.name for p in folder.iterdir()) == ["picture.png"]
 
 
+@pytest.mark.parametrize("window", [0, -8])
+def test_a_window_of_no_size_is_refused(folder: Path, window: int) -> None:
+    with pytest.raises(InputError, match=rf"modality\.window must be a positive multiple .* not {window}\."):
+        csd_exp.edit(*RUN, f"modality.window={window}")
+    assert sorted(p.name for p in folder.iterdir()) == ["picture.png"]
+
+
 def test_stopped_and_resumed_gives_the_same_bits(folder: Path) -> None:
     whole = run_dir(csd(*RUN, "name=whole"))
     run_dir(csd(*RUN, "name=halves", "trainer.max_steps=3"))

@@ -50,6 +50,7 @@ MISTAKES = {
     "steps=0": ["steps", "at least 1"],
     "seed=-1": ["seed", "-1"],
     "name='a b'": ["name", "folder"],
+    "modality.window=wide": ["modality.window=wide", "integer"],
     "modality.stride=wide": ["modality.stride=wide", "integer"],
     "modality.path=no.jpg": ["modality.path=no.jpg"],
     "optimizer.lr=x": ["optimizer.lr=x", "number"],

@@ -15,7 +15,8 @@ class Panorama(Particles):
     The image is padded by reflection to whole latents and at least one window, and cropped back. A
     window's id is top * width + left in latents, so its noise stays with its place.
 
-    path: the image file. factor: pixels per latent. window: side of a window in latents.
+    path: the image file. factor: pixels per latent. window: side of a window in latents; null in a
+        configuration is the prior's own.
     stride: latents between windows (official: a quarter of the window); the last sits flush at the border.
     batch: how many windows a step takes, drawn anew; None takes all.
     wrap: windows cross the left and right border, for 360-degree images.
@@ -26,7 +27,7 @@ class Panorama(Particles):
         self,
         path: str,
         factor: int,
-        window: int,
+        window: int | None,
         multiple: int = 1,
         stride: int | None = None,
         batch: int | None = None,
@@ -36,11 +37,11 @@ class Panorama(Particles):
         dtype: str = "float32",
     ):
         super().__init__(prompt, dtype)
-        stride = max(window // 4, 1) if stride is None else stride
-        if window < 1 or window % multiple:
+        if window is None or window < 1 or window % multiple:
             raise InputError(
                 f"modality.window must be a positive multiple of {multiple} latents, not {window}."
             )
+        stride = max(window // 4, 1) if stride is None else stride
         if not 1 <= stride <= window:
             raise InputError(
                 f"modality.stride must lie between 1 and the window ({window} latents), not {stride}."
