@@ -28,6 +28,7 @@ from csd_exp.build import build_module, constructed, silence_lightning
 from csd_exp.callbacks.throughput import peak_memory
 from csd_exp.config import RunConfig, check, composed
 from csd_exp.errors import InputError
+from csd_exp.files import write_whole
 from csd_exp.priors.stable_diffusion import Dtype, InstructPix2Pix, Parts, StableDiffusion
 
 USAGE = """csd-bench [KEY=VALUE ...]
@@ -134,7 +135,7 @@ def bench(overrides: Sequence[str]) -> Cost:
         threads=torch.get_num_threads(),
         torch=torch.__version__,
     )
-    _write(Path(config.json), cost)
+    write_whole(Path(config.json), json.dumps(asdict(cost), indent=2) + "\n")
     _print(cost)
     return cost
 
@@ -275,13 +276,6 @@ def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU"
-
-
-def _write(path: Path, cost: Cost) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(asdict(cost), indent=2) + "\n")
-    partial.replace(path)
 
 
 def _print(cost: Cost) -> None:

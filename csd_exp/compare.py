@@ -17,7 +17,6 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from hydra.core.config_store import ConfigStore
 from matplotlib.figure import Figure
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -28,7 +27,8 @@ from csd_exp.build import build_module, constructed, silence_lightning
 from csd_exp.config import RunConfig, check, composed, scientific
 from csd_exp.errors import InputError
 from csd_exp.figures.equal_strength import Curve, Point, markdown, nearest, plot, strip, summary, table
-from csd_exp.images import read_image, to_uint8, write_png
+from csd_exp.files import write_whole
+from csd_exp.images import as_saved, read_image, write_png
 from csd_exp.module import CSDModule
 from csd_exp.priors import Prior
 from csd_exp.priors.base import Query, predict, row_count
@@ -127,7 +127,7 @@ def compare(overrides: Sequence[str]) -> Path:
     (start,) = build_module(config, prior).images()
     rows = [*measure.references(config.seeds, start), *table(curves, config.strengths)]
     _write_csv(folder / "table.csv", rows)
-    _write(folder / "table.md", markdown(rows).encode())
+    write_whole(folder / "table.md", markdown(rows).encode())
     _write_figure(folder / "figure.png", plot(curves))
     shown = config.strengths[len(config.strengths) // 2]
     pictures = {f"source, {config.prompt!r}": source}
@@ -160,7 +160,7 @@ class Measure:
         }
 
     def __call__(self, image: Tensor) -> Point:
-        saved = torch.from_numpy(to_uint8(image)).permute(2, 0, 1).float() / 255
+        saved = as_saved(image)
         return {name: float(metric(saved, self.source)) for name, metric in self.metrics.items()}
 
     def references(self, seeds: Sequence[int], start: Tensor) -> list[dict[str, object]]:
@@ -302,7 +302,6 @@ def _check_guidance(key: str, scales: Any) -> None:
 
 
 def write_picture(album: Path, number: int, image: Tensor) -> None:
-    album.mkdir(parents=True, exist_ok=True)
     write_png(image, album / f"{number:03d}.png")
 
 
@@ -324,17 +323,10 @@ def _write_csv(file: Path, rows: Sequence[Mapping[str, object]]) -> None:
     )
     writer.writeheader()
     writer.writerows(rows)
-    _write(file, text.getvalue().encode())
+    write_whole(file, text.getvalue().encode())
 
 
 def _write_figure(file: Path, figure: Figure) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
-    _write(file, image.getvalue())
-
-
-def _write(file: Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".part")
-    partial.write_bytes(content)
-    partial.replace(file)
+    write_whole(file, image.getvalue())

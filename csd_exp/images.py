@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from csd_exp.errors import InputError
+from csd_exp.files import whole
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # Pillow's own limit against decompression bombs
@@ -69,9 +70,8 @@ def as_saved(image: Tensor) -> Tensor:
 
 def write_png(image: Tensor, path: Path) -> None:
     """Write [3, H, W] in [0, 1] as an 8-bit PNG, whole or not at all."""
-    partial = path.with_name(path.name + ".part")
-    Image.fromarray(to_uint8(image)).save(partial, format="PNG")
-    partial.replace(path)
+    with whole(path) as partial:
+        Image.fromarray(to_uint8(image)).save(partial, format="PNG")
 
 
 def pad_to(images: Tensor, height: int, width: int, circular: bool = False) -> Tensor:

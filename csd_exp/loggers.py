@@ -1,7 +1,6 @@
 """Loggers that write into the run directory and go on where a resumed run left off."""
 
 import csv
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
+
+from csd_exp.files import whole
 
 
 class Csv(CSVLogger):
@@ -52,12 +53,10 @@ class _Continued(ExperimentWriter):
             reader = csv.DictReader(file)
             self.metrics_keys = list(reader.fieldnames or [])
             kept = [row for row in reader if int(row["step"]) < step]
-        partial = path.with_name(path.name + ".part")
-        with partial.open("w", newline="") as file:
+        with whole(path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()
             writer.writerows(kept)
-        os.replace(partial, path)
 
 
 class Wandb(WandbLogger):

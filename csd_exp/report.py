@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from csd_exp.errors import InputError
+from csd_exp.files import write_whole
 
 CURVES = {
     "step/residual_norm": ("Residual norm", "mean over views of the residual's L2 norm, in noise units"),
@@ -96,9 +97,7 @@ def write_report(run_dir: str | Path) -> Path:
         metrics=[_metric(name, entry) for name, entry in _json(run_dir / "metrics.json").items()],
     )
     report = run_dir / "report.html"
-    partial = run_dir / "report.html.part"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(report)
+    write_whole(report, page)
     return report
 
 

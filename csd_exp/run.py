@@ -33,6 +33,7 @@ from csd_exp.build import build_module, constructed, silence_lightning
 from csd_exp.callbacks import Provenance
 from csd_exp.config import check, check_same_science, composed, conf_dir, sentence, without_hydra
 from csd_exp.errors import InputError
+from csd_exp.files import write_whole
 from csd_exp.images import as_saved, read_images
 from csd_exp.loggers import Wandb
 from csd_exp.report import write_report
@@ -92,7 +93,7 @@ def run(config: DictConfig, run_dir: Path, overrides: Sequence[str]) -> Result:
         if isinstance(logger, Wandb):
             logger.finish(values)
     if trainer.is_global_zero and not config.trainer.get("fast_dev_run"):
-        _write_json(run_dir / "metrics.json", metrics)
+        write_whole(run_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
         write_report(run_dir)
     return Result(images, values, run_dir)
 
@@ -301,12 +302,6 @@ def _as_input_error(error: Exception) -> str:
     if isinstance(error, InstantiationException):
         raise error
     return sentence(error)
-
-
-def _write_json(path: Path, content: object) -> None:
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
 
 
 def _take_back(run_dir: Path) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 import csd_exp
+from csd_exp.files import write_whole
 
 
 class Provenance(L.Callback):
@@ -53,11 +54,11 @@ class Provenance(L.Callback):
         }
         commands = self.dir / "command.txt"
         earlier = commands.read_text() if step and commands.exists() else ""
-        _write(self.dir / "config.yaml", self.config)
-        _write(commands, f"{earlier}{self.command}\n")
-        _write(self.dir / f"provenance{resumed}.json", json.dumps(record, indent=2) + "\n")
+        write_whole(self.dir / "config.yaml", self.config)
+        write_whole(commands, f"{earlier}{self.command}\n")
+        write_whole(self.dir / f"provenance{resumed}.json", json.dumps(record, indent=2) + "\n")
         if diff:
-            _write(self.dir / f"git_diff{resumed}.patch", diff)
+            write_whole(self.dir / f"git_diff{resumed}.patch", diff)
         config: Any = OmegaConf.to_container(OmegaConf.create(self.config))
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
@@ -106,9 +107,3 @@ def _processor() -> str:
 def _packages() -> dict[str, str]:
     found = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from csd_exp.config import conf_dir
 from csd_exp.errors import InputError
+from csd_exp.files import whole
 from csd_exp.tiny import models
 from csd_exp.tiny.card import card
 from csd_exp.tiny.edits import EDITS
@@ -37,8 +38,8 @@ TRAINED = ["seed", "bf16", "data", "text", "vae", "pairs", "unet"]
 
 def save(value: object, file: Path) -> None:
     """torch.save that never leaves half a file."""
-    torch.save(value, file.with_suffix(".part"))
-    file.with_suffix(".part").replace(file)
+    with whole(file) as partial:
+        torch.save(value, partial)
 
 
 def torch_generator(*key: int) -> torch.Generator:
