@@ -219,22 +219,12 @@ class InstructPix2Pix(StableDiffusion):
     def __init__(
         self,
         path: str | Path | Parts = EMBEDDED,
-        variant: str | None = None,
-        guidance_scale: float = 7.5,
         image_guidance_scale: float = 1.5,
         conditioning: Conditioning = "mode_unscaled",
-        posterior: Posterior = "mode",
-        dtype: Dtype = "float32",
-        device: str = "auto",
-        row_chunk: int = 16,
-        channels_last: bool = False,
-        compile: bool = False,
-        tile: int | None = 1024,
+        **shared,
     ):
         accept("prior.conditioning", conditioning, get_args(Conditioning))
-        super().__init__(
-            path, variant, guidance_scale, posterior, dtype, device, row_chunk, channels_last, compile, tile
-        )
+        super().__init__(path, **shared)
         self.image_guidance_scale, self.conditioning = image_guidance_scale, conditioning
 
     def condition(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
