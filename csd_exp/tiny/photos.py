@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from csd_exp.tiny.edits import EDITS, GRADINGS, PAINTERS, PAINTING_STYLES, REACH, paint, style_of
+from csd_exp.tiny.training import generator
 
 DATA = Path(__file__).parent / "data"
 PATCH = 128
@@ -56,11 +57,6 @@ def load(file: Path, short: int | None = None) -> Tensor:
         scale = short / min(picture.size)
         picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
-
-
-def generator(*key: int) -> np.random.Generator:
-    """A numpy generator that depends on the integers of `key` and nothing else."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
 @dataclass

@@ -1,50 +1,32 @@
 """`csd-train-prior`: trains, exports and scores the embedded InstructPix2Pix; a stopped run continues."""
 
-import csv
 import json
-import math
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import hydra
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 from csd_exp.config import conf_dir
 from csd_exp.errors import InputError
-from csd_exp.files import whole
 from csd_exp.tiny import models
 from csd_exp.tiny.card import card
 from csd_exp.tiny.edits import EDITS
-from csd_exp.tiny.photos import Pairs, View, build_views, generator
+from csd_exp.tiny.photos import Pairs, View, build_views
 from csd_exp.tiny.principal import start_at_principal_components
 from csd_exp.tiny.scores import EXACT, Sampler, score
+from csd_exp.tiny.training import fit, generator, save, torch_generator
 
-CHECKPOINT_SECONDS = 60
 TRAINED = ["seed", "bf16", "data", "text", "vae", "pairs", "unet"]
-
-
-def save(value: object, file: Path) -> None:
-    """torch.save that never leaves half a file."""
-    with whole(file) as partial:
-        torch.save(value, partial)
-
-
-def torch_generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on the integers of `key` and nothing else."""
-    return torch.Generator().manual_seed(int(generator(*key).integers(2**62)))
 
 
 class Batches(Dataset):
@@ -57,61 +39,6 @@ class Batches(Dataset):
         crops = [self.pairs[number] for number in range(k * self.size, (k + 1) * self.size)]
         sources, edits, texts = zip(*crops, strict=True)
         return torch.stack(sources), torch.stack(edits), list(texts)
-
-
-def fit(
-    file: Path,
-    model: nn.Module,
-    batches: Callable[[int], Iterable],
-    loss: Callable[[nn.Module, Any, int], Tensor],
-    options: DictConfig,
-    device: str,
-    bf16: bool,
-) -> Any:
-    """Trains `model` for `options.steps` and returns its moving average; continues where `file` stopped.
-
-    `batches(first)` yields batch `first`, `first` + 1, ...; `loss(model, batch, k)` is that of batch k. AdamW
-    with warm-up and cosine; losses go to a CSV beside `file`.
-    """
-    model.to(device).to(memory_format=torch.channels_last).train()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
-    optimizer = torch.optim.AdamW(model.parameters(), options.lr, betas=(0.9, 0.99))
-    first, log = 0, []
-    if file.exists():
-        state = torch.load(file, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, log = state["step"], state["log"]
-
-    def checkpoint(step: int) -> None:
-        parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
-        state = {name: part.state_dict() for name, part in parts.items()}
-        save(state | {"step": step, "log": log}, file)
-        with open(file.with_suffix(".csv"), "w", newline="") as table:
-            csv.writer(table).writerows([("step", "loss"), *log])
-
-    saved = time.monotonic()
-    bar = tqdm(batches(first), file.stem, options.steps, initial=first, mininterval=1.0)
-    for k, batch in enumerate(bar, first):
-        rate = min((k + 1) / options.warmup, 0.5 + 0.5 * math.cos(math.pi * k / options.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * rate
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            value = loss(model, batch, k)
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        average.update_parameters(model)
-        log.append((k, round(value.item(), 6)))
-        bar.set_postfix(loss=f"{np.mean([entry[1] for entry in log[-50:]]):.4f}")
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            checkpoint(k + 1)
-            saved = time.monotonic()
-    if first < options.steps:
-        checkpoint(options.steps)
-    return average.module.eval()
 
 
 def prepare_views(cfg: DictConfig, run: Path) -> list[View]:
