@@ -14,7 +14,7 @@ from csd_exp.config import conf_dir
 from csd_exp.errors import InputError
 from csd_exp.tiny import models, recipe
 from csd_exp.tiny.edits import EDITS, GRADINGS, PAINTERS, REACH, paint, style_of, target, tint
-from csd_exp.tiny.photos import DATA, HELD_OUT, Pairs, View, load, picture_files
+from csd_exp.tiny.photos import CLIP_ONLY, DATA, HELD_OUT, Pairs, View, load, picture_files
 from csd_exp.tiny.principal import start_at_principal_components
 from csd_exp.tiny.scores import COMPUTED, Sampler, hue_variance, nearest, psnr
 
@@ -23,7 +23,7 @@ SHIPPED = Path(csd_exp.__file__).parent / "assets" / "instruct_pix2pix"
 
 @pytest.fixture(scope="module")
 def picture():
-    return load(next(file for file in picture_files(held_out=True) if "Chenonceau" in file.stem), 160)
+    return load(next(file for file in picture_files("held_out") if "Chenonceau" in file.stem), 160)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +81,10 @@ def test_wordings_and_pictures_that_are_held_out_are_never_trained_on():
     assert not set(training) & set(held_out)
     assert all(len(edit.wordings) >= 6 and len(edit.held_out) >= 2 for edit in EDITS.values())
     assert set(PAINTERS + GRADINGS) <= set(EDITS)
-    used, kept = {file.stem for file in picture_files()}, {file.stem for file in picture_files(held_out=True)}
-    assert kept == HELD_OUT
-    assert not used & kept
-    assert {file.stem for file in DATA.rglob("*.jpg")} == used | kept
+    splits = [[file.stem for file in picture_files(split)] for split in ("prior", "clip", "held_out")]
+    assert set(splits[1]) == CLIP_ONLY
+    assert set(splits[2]) == HELD_OUT
+    assert sorted(file.stem for file in DATA.rglob("*.jpg")) == sorted(splits[0] + splits[1] + splits[2])
 
 
 @pytest.fixture

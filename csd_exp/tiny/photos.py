@@ -3,13 +3,15 @@
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from csd_exp.tiny.edits import EDITS, GRADINGS, PAINTERS, PAINTING_STYLES, REACH, paint, style_of
+from csd_exp.tiny.edits import EDITS, GRADINGS, style_of
+from csd_exp.tiny.looks import PAINTING_STYLES, REACH, paint
 from csd_exp.tiny.training import generator
 
 DATA = Path(__file__).parent / "data"
@@ -39,14 +41,75 @@ HELD_OUT = frozenset(
     ]
 )
 
+# Kept for the small CLIP alone, so that its scores do not grade pictures of its own training.
+CLIP_ONLY = frozenset(
+    [
+        "categorization_IndiaGate",
+        "categorization_brandenburgGate",
+        "categorization_colosseum",
+        "categorization_cup",
+        "categorization_dam3",
+        "categorization_fish10",
+        "categorization_fish16",
+        "categorization_fish22",
+        "categorization_fish28",
+        "categorization_greatWall",
+        "categorization_hammer3",
+        "categorization_knife",
+        "categorization_kutubMinar",
+        "categorization_leaningTowerOfPisa",
+        "categorization_measuringTape2",
+        "categorization_monument2",
+        "categorization_pillow",
+        "categorization_scissors2",
+        "categorization_solar1",
+        "categorization_solar7",
+        "categorization_windmill",
+        "categorization_windmill2",
+        "categorization_windmill9",
+        "details_VincentVanGogh0012_background",
+        "erase_pika",
+        "explore_farm_animals_chicken",
+        "explore_farm_animals_dog",
+        "explore_farm_animals_sheep",
+        "explore_monuments_brandenburgGate",
+        "explore_monuments_canyondeChelly",
+        "explore_monuments_colosseum",
+        "explore_monuments_eiffelTower",
+        "explore_monuments_fortSumter",
+        "explore_monuments_greatWallofChina",
+        "explore_monuments_mysorePalace",
+        "explore_monuments_neuschwansteinCastle",
+        "explore_monuments_pontduGard",
+        "explore_monuments_qutubMinar",
+        "explore_monuments_reimsCathedral",
+        "explore_monuments_schwerinPalace",
+        "explore_world_animals_chameleon",
+        "explore_world_animals_giraffe",
+        "explore_world_animals_kangaroo",
+        "explore_world_animals_panda",
+        "explore_world_music_mexico",
+        "solar_system_neptune",
+        "blender_night",
+        "pmndrs_esplanade",
+        "pmndrs_hall",
+    ]
+)
+Split = Literal["prior", "clip", "held_out"]
 
-def picture_files(held_out: bool = False) -> list[Path]:
-    """The files of both manifests, either those of training or those held out of it, in manifest order."""
+
+def picture_files(split: Split = "prior") -> list[Path]:
+    """The files of both manifests, in manifest order, that train the priors, the CLIP, or nothing."""
     files = []
     for folder in ("photos", "panoramas"):
         with open(DATA / f"{folder}.tsv", newline="", encoding="utf-8") as manifest:
             files += [DATA / folder / row["file"] for row in csv.DictReader(manifest, delimiter="\t")]
-    return [file for file in files if (file.stem in HELD_OUT) == held_out]
+    return [file for file in files if split_of(file) == split]
+
+
+def split_of(file: Path) -> Split:
+    """What a picture is for: the priors' training, the CLIP's, or scores only."""
+    return "held_out" if file.stem in HELD_OUT else "clip" if file.stem in CLIP_ONLY else "prior"
 
 
 def load(file: Path, short: int | None = None) -> Tensor:

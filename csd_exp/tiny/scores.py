@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csd_exp.tiny.edits import EDITS, PAINTING_STYLES, paint, target
+from csd_exp.tiny.edits import EDITS, target
+from csd_exp.tiny.looks import PAINTING_STYLES, paint
 from csd_exp.tiny.photos import PATCH, load, picture_files
 
 EXACT = tuple(name for name, edit in EDITS.items() if not edit.ambiguous)
@@ -27,7 +28,7 @@ def held_out_patches(count: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     Paintings are [count, styles, 3, 128, 128] in the order of `PAINTING_STYLES`. Whole pictures are edited,
     then cut.
     """
-    files = picture_files(held_out=True)
+    files = picture_files("held_out")
     pictures = [load(files[number * len(files) // count], SHORT) for number in range(count)]
     edits = {name: torch.stack([_middle(target(name, picture)) for picture in pictures]) for name in EXACT}
     paintings = [_middle(paint(picture, style)) for picture in pictures for style in PAINTING_STYLES]
