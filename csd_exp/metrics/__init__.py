@@ -8,6 +8,10 @@ from csd_exp.metrics.answers import AnswerDistance as AnswerDistance
 from csd_exp.metrics.answers import Answers as Answers
 from csd_exp.metrics.answers import EditStrength as EditStrength
 from csd_exp.metrics.base import PictureMetric as PictureMetric
+from csd_exp.metrics.perceptual import LPIPS as LPIPS
+from csd_exp.metrics.perceptual import EfficientNetDistance as EfficientNetDistance
+from csd_exp.metrics.perceptual import efficientnet_distance as efficientnet_distance
+from csd_exp.metrics.perceptual import style_embedding as style_embedding
 from csd_exp.metrics.similarity import SSIM as SSIM
 from csd_exp.metrics.similarity import StructureSimilarity as StructureSimilarity
 from csd_exp.metrics.windows import WindowSpread as WindowSpread

