@@ -51,9 +51,7 @@ def test_the_distance_is_that_of_unit_activations():
 
 def test_a_stronger_blur_is_further_away_whatever_the_size():
     for image in (photo("explore_farm_animals_cow"), load(PHOTOS["pmndrs_park"], 90)[:, :, :133]):
-        blurs = [
-            torchvision.transforms.functional.gaussian_blur(image, [13, 13], [s, s]) for s in (0.5, 1, 3)
-        ]
+        blurs = [gaussian_blur(image, [13, 13], [sigma, sigma]) for sigma in (0.5, 1, 3)]
         near = efficientnet_distance(torch.stack(blurs), image.expand(3, -1, -1, -1))
         assert 0 < near[0] < near[1] < near[2] < 4
 
