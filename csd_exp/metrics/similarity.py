@@ -6,7 +6,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.transforms.functional import gaussian_blur
 
 from csd_exp.metrics.base import PictureMetric
-from csd_exp.tiny.edits import luminance
+from csd_exp.tiny.looks import luminance
 
 
 class SSIM(PictureMetric):

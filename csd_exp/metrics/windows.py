@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csd_exp.metrics.base import PictureMetric
-from csd_exp.tiny.edits import luminance
+from csd_exp.tiny.looks import luminance
 
 Embed = Callable[[Tensor], Tensor]
 TEXTURE_GAIN = 4.0  # brings differences of neighbours to the size of colours

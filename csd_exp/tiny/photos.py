@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from csd_exp.tiny.edits import EDITS, GRADINGS, style_of
-from csd_exp.tiny.looks import PAINTING_STYLES, REACH, paint
+from csd_exp.tiny.edits import EDITS, GRADINGS, PAINTED, style_of
+from csd_exp.tiny.looks import GRID, PAINTING_STYLES, REACH, paint
 from csd_exp.tiny.training import generator
 
 DATA = Path(__file__).parent / "data"
@@ -100,11 +101,18 @@ Split = Literal["prior", "clip", "held_out"]
 
 def picture_files(split: Split = "prior") -> list[Path]:
     """The files of both manifests, in manifest order, that train the priors, the CLIP, or nothing."""
-    files = []
+    return [file for file in captions_by_file() if split_of(file) == split]
+
+
+@cache
+def captions_by_file() -> dict[Path, str]:
+    """What is on each picture of both manifests, in their order, such as "taj mahal"."""
+    captions = {}
     for folder in ("photos", "panoramas"):
         with open(DATA / f"{folder}.tsv", newline="", encoding="utf-8") as manifest:
-            files += [DATA / folder / row["file"] for row in csv.DictReader(manifest, delimiter="\t")]
-    return [file for file in files if split_of(file) == split]
+            rows = csv.DictReader(manifest, delimiter="\t")
+            captions |= {DATA / folder / row["file"]: row["caption"] for row in rows}
+    return captions
 
 
 def split_of(file: Path) -> Split:
@@ -145,16 +153,20 @@ def build_views(scales: list[int], seed: int, limit: int | None = None, progress
 
     All but a picture's smallest view get other exposures, so that scale is not all that varies.
     """
+    files = progress(picture_files()[:limit])
+    return [view for number, file in enumerate(files) for view in views_of(file, scales, seed, number)]
+
+
+def views_of(file: Path, scales: list[int], seed: int, number: int) -> list[View]:
+    """The views of one picture; its exposures depend on (seed, number) only."""
+    native = min(load(file).shape[-2:])
     views = []
-    for number, file in enumerate(progress(picture_files()[:limit])):
-        native = min(load(file).shape[-2:])
-        for scale in [scale for scale in scales if scale <= 1.1 * native]:
-            image = load(file, scale)
-            if scale > scales[0]:
-                image = _jitter(image, generator(seed, 0, number, scale))
-            views.append(
-                View(_bytes(image), {style: _bytes(paint(image, style)) for style in PAINTING_STYLES})
-            )
+    for scale in [scale for scale in scales if scale <= 1.1 * native]:
+        image = load(file, scale)
+        if scale > scales[0]:
+            image = _jitter(image, generator(seed, 0, number, scale))
+        painted = {style: _bytes(paint(image, style)) for style in PAINTING_STYLES}
+        views.append(View(_bytes(image), painted))
     return views
 
 
@@ -165,7 +177,7 @@ class Pairs:
     and their instructions. A share `both` of the edits is painted and then graded.
     """
 
-    def __init__(self, views: list[View], seed: int, edits: int, both: float = 0.1):
+    def __init__(self, views: list[View], seed: int, edits: int, both: float = 0.05):
         self.views, self.seed, self.edits, self.both = views, seed, edits, both
         weights = np.array([edit.weight for edit in EDITS.values()])
         self.weights = weights / weights.sum()
@@ -173,18 +185,16 @@ class Pairs:
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
         rng = generator(self.seed, 1, number)
         view = self.views[rng.integers(len(self.views))]
+        if rng.random() < 0.5:
+            view = View(view.image.flip(-1), {style: made.flip(-1) for style, made in view.painted.items()})
         height, width = view.image.shape[-2:]
-        top, left = int(rng.integers(height - PATCH + 1)), int(rng.integers(width - PATCH + 1))
-        flip = rng.random() < 0.5
-        cut = [self._edit(view, top, left, rng) for _ in range(self.edits)]
-        source = _window(view.image, top, left)
-        images = torch.stack([source] + [edited for _, edited in cut])
-        images = images.flip(-1) if flip else images
-        return images[0], images[1:], [text for text, _ in cut]
+        top, left = (GRID * int(rng.integers((side - PATCH) // GRID + 1)) for side in (height, width))
+        texts, edits = zip(*(self._edit(view, top, left, rng) for _ in range(self.edits)), strict=True)
+        return _window(view.image, top, left), torch.stack(edits), list(texts)
 
     def _edit(self, view: View, top: int, left: int, rng: np.random.Generator) -> tuple[str, Tensor]:
         both = rng.random() < self.both
-        name = rng.choice(PAINTERS) if both else rng.choice(list(EDITS), p=self.weights)
+        name = rng.choice(PAINTED) if both else rng.choice(list(EDITS), p=self.weights)
         text, answer = rng.choice(EDITS[name].wordings), EDITS[name].choose(rng.random())
         image = view.image if (style := style_of(answer)) is None else view.painted[style]
         if both:

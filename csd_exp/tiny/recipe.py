@@ -9,23 +9,26 @@ from pathlib import Path
 import hydra
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from csd_exp.config import conf_dir
 from csd_exp.errors import InputError
+from csd_exp.figures.grid import grid
+from csd_exp.files import write_whole
 from csd_exp.tiny import models
+from csd_exp.tiny.captions import names
 from csd_exp.tiny.card import card
-from csd_exp.tiny.edits import EDITS
 from csd_exp.tiny.photos import Pairs, View, build_views
 from csd_exp.tiny.principal import start_at_principal_components
 from csd_exp.tiny.scores import EXACT, Sampler, score
+from csd_exp.tiny.text import tokenize, train_text
 from csd_exp.tiny.training import fit, generator, save, torch_generator
 
+COLUMNS = 10
 TRAINED = ["seed", "bf16", "data", "text", "vae", "pairs", "unet"]
 
 
@@ -93,23 +96,21 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 class Latents:
     """Encoded training pairs: unscaled `sources` [crops, C, h, w], `edits` [crops, edits, C, h, w], texts."""
 
-    def __init__(
-        self, sources: Tensor, edits: Tensor, texts: list[list[str]], scale: float, tokenizer, device: str
-    ):
-        self.sources, self.edits, self.scale = sources.to(device), edits.to(device), scale
-        tokens = [models.tokenize(tokenizer, row) for row in texts]
-        self.tokens = torch.stack(tokens).to(device)
-        self.null = models.tokenize(tokenizer, [""]).to(device)
+    def __init__(self, sources: Tensor, edits: Tensor, texts: list[list[str]], scale: float, embed):
+        self.sources, self.edits, self.scale = sources, edits, scale
+        known = {text: number for number, text in enumerate(sorted({text for row in texts for text in row}))}
+        self.states, self.null = embed(list(known)), embed([""])
+        self.wanted = torch.tensor([[known[text] for text in row] for row in texts], device=sources.device)
 
     def batch(self, size: int, *key: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled edits, unscaled sources and tokens of `size` rows; 5 % each lose text, image or both."""
+        """Scaled edits, unscaled sources, text states of `size` rows; 5 % each lose text, image or both."""
         rng = generator(*key)
         crop = torch.from_numpy(rng.integers(len(self.sources), size=size))
         edit = torch.from_numpy(rng.integers(self.edits.shape[1], size=size))
         drop = torch.from_numpy(rng.random(size)).to(self.sources.device)
-        tokens = torch.where((drop < 0.10)[:, None], self.null, self.tokens[crop, edit])
+        texts = torch.where((drop < 0.10)[:, None, None], self.null, self.states[self.wanted[crop, edit]])
         sources = self.sources[crop].float() * ((drop < 0.05) | (drop >= 0.15))[:, None, None, None]
-        return self.edits[crop, edit].float() * self.scale, sources, tokens
+        return self.edits[crop, edit].float() * self.scale, sources, texts
 
 
 def prepare_latents(cfg: DictConfig, run: Path, vae: AutoencoderKL, views: list[View]) -> dict:
@@ -130,81 +131,31 @@ def prepare_latents(cfg: DictConfig, run: Path, vae: AutoencoderKL, views: list[
     return torch.load(file, weights_only=True)
 
 
-class Reader(nn.Module):
-    """A text encoder with a head that says which edits a text asks for."""
-
-    def __init__(self, text_encoder: nn.Module, width: int):
-        super().__init__()
-        self.text_encoder, self.head = text_encoder, nn.Linear(width, len(EDITS))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """One logit per edit [n, edits] of tokens [n, 32]."""
-        return self.head(self.text_encoder(tokens).last_hidden_state.mean(1))
-
-
-def requests(tokenizer, size: int, *key: int) -> tuple[Tensor, Tensor]:
-    """Tokens [size, 32] of training wordings, half of them two in one text, and which edits they ask for."""
-    rng, names = generator(*key), list(EDITS)
-    chosen = [rng.choice(len(names), size=1 + (row % 2), replace=False) for row in range(size)]
-    texts = [", ".join(rng.choice(EDITS[names[kind]].wordings) for kind in row) for row in chosen]
-    asked = torch.zeros(size, len(names))
-    for row, kinds in enumerate(chosen):
-        asked[row, kinds] = 1
-    return models.tokenize(tokenizer, texts), asked
-
-
-def train_text(cfg: DictConfig, run: Path, tokenizer) -> nn.Module:
-    """A text encoder that tells the edits apart, since the UNet learns slowly from one that does not."""
-    torch.manual_seed(cfg.seed)
-    reader = Reader(models.build_text_encoder(tokenizer, cfg.text.width, cfg.text.layers), cfg.text.width)
-
-    def loss(reader: nn.Module, batch: tuple[Tensor, Tensor], k: int) -> Tensor:
-        tokens, asked = batch
-        return F.binary_cross_entropy_with_logits(reader(tokens.to(cfg.device)), asked.to(cfg.device))
-
-    def batches(first: int):
-        return (requests(tokenizer, cfg.text.batch, cfg.seed, 5, k) for k in range(first, cfg.text.steps))
-
-    return fit(run / "text.pt", reader, batches, loss, cfg.text, cfg.device, cfg.bf16).text_encoder
-
-
-class Denoiser(nn.Module):
-    """UNet and text encoder, trained together."""
-
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-
-    def forward(self, latents: Tensor, t: Tensor, sources: Tensor, tokens: Tensor) -> Tensor:
-        """The velocity [n, C, h, w] of noisy latents at timesteps t [n], given sources and tokens."""
-        text = self.text_encoder(tokens).last_hidden_state
-        return self.unet(torch.cat([latents, sources], 1), t, encoder_hidden_states=text).sample
-
-
-def denoiser_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], rng: torch.Generator) -> Tensor:
-    """Squared error of the velocity at timesteps spread evenly over the batch."""
-    edits, sources, tokens = batch
+def denoiser_loss(unet: nn.Module, batch: tuple[Tensor, Tensor, Tensor], rng: torch.Generator) -> Tensor:
+    """Squared error of the velocity, more often at high noise, where the answer is not yet to be seen."""
+    edits, sources, texts = batch
     scheduler, size = models.build_scheduler(), len(edits)
-    spread = (torch.arange(size) + torch.rand(size, generator=rng)) / size
-    t = (spread * scheduler.config.num_train_timesteps).long()
-    t, noise = t.to(edits.device), torch.randn(edits.shape, generator=rng).to(edits)
-    noisy = scheduler.add_noise(edits, noise, t).contiguous(memory_format=torch.channels_last)
-    return F.mse_loss(model(noisy, t, sources, tokens).float(), scheduler.get_velocity(edits, noise, t))
+    spread = 1 - (1 - (torch.arange(size) + torch.rand(size, generator=rng)) / size) ** 1.5
+    t = (spread * scheduler.config.num_train_timesteps).long().to(edits.device)
+    noise = torch.randn(edits.shape, generator=rng).to(edits)
+    rows = torch.cat([scheduler.add_noise(edits, noise, t), sources], 1)
+    rows = rows.contiguous(memory_format=torch.channels_last)
+    found = unet(rows, t, encoder_hidden_states=texts).sample
+    return F.mse_loss(found.float(), scheduler.get_velocity(edits, noise, t))
 
 
-def train_denoiser(cfg: DictConfig, run: Path, latents: Latents, text_encoder: nn.Module) -> Denoiser:
-    """The UNet and text encoder on encoded pairs."""
+def train_unet(cfg: DictConfig, run: Path, latents: Latents) -> UNet2DConditionModel:
+    """The denoiser on encoded pairs."""
     torch.manual_seed(cfg.seed)
     unet = models.build_unet(cfg.unet.widths, cfg.vae.channels, cfg.text.width, cfg.unet.groups)
-    model = Denoiser(unet, text_encoder)
 
-    def loss(model: nn.Module, batch: tuple, k: int) -> Tensor:
-        return denoiser_loss(model, batch, torch_generator(cfg.seed, 4, k))
+    def loss(unet: nn.Module, batch: tuple, k: int) -> Tensor:
+        return denoiser_loss(unet, batch, torch_generator(cfg.seed, 4, k))
 
     def batches(first: int):
         return (latents.batch(cfg.unet.batch, cfg.seed, 3, k) for k in range(first, cfg.unet.steps))
 
-    return fit(run / "unet.pt", model, batches, loss, cfg.unet, cfg.device, cfg.bf16)
+    return fit(run / "unet.pt", unet, batches, loss, cfg.unet, cfg.device, cfg.bf16)
 
 
 def train(cfg: DictConfig, run: Path):
@@ -212,22 +163,31 @@ def train(cfg: DictConfig, run: Path):
     views = prepare_views(cfg, run)
     vae = train_vae(cfg, run, views).requires_grad_(False)
     models.centre_latents(vae, encode(vae, probe(views, cfg.seed)))
-    wordings = [text for edit in EDITS.values() for text in edit.wordings]
-    tokenizer = models.build_tokenizer(wordings, cfg.text.vocabulary)
+    tokenizer, text_encoder = train_text(cfg, run, names(Path(cfg.data.cache)))
     parts = prepare_latents(cfg, run, vae, views)
-    latents = Latents(**parts, scale=vae.config.scaling_factor, tokenizer=tokenizer, device=cfg.device)
-    model = train_denoiser(cfg, run, latents, train_text(cfg, run, tokenizer))
-    return models.pipeline(vae, model.text_encoder, tokenizer, model.unet)
+    sources, edits = (parts[name].to(cfg.device) for name in ("sources", "edits"))
+
+    @torch.no_grad()
+    def embed(texts: list[str]) -> Tensor:
+        return text_encoder(tokenize(tokenizer, texts).to(cfg.device)).last_hidden_state
+
+    latents = Latents(sources, edits, parts["texts"], vae.config.scaling_factor, embed)
+    return models.pipeline(vae, text_encoder, tokenizer, train_unet(cfg, run, latents))
 
 
 def evaluate(cfg: DictConfig, run: Path, folder: Path) -> dict:
-    """Scores the exported folder on held-out pictures: scores.json, held_out.png, and its model card."""
+    """Scores the exported folder on held-out pictures: scores.json, held-out edits, and its model card."""
     pipe = models.load_pipeline(folder, cfg.device)
     sampler = Sampler(pipe, cfg.scores.steps, cfg.scores.text, cfg.scores.image, cfg.seed)
-    result, sheet = score(sampler, cfg.scores.images, cfg.scores.draws)
-    save_image(sheet, run / "held_out.png", nrow=len(EXACT) + 1, padding=1)
-    (run / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "README.md").write_text(card(cfg, result), encoding="utf-8")
+    result, pictures = score(sampler, cfg.scores.images, cfg.scores.draws)
+    for number in range(cfg.scores.images):
+        cells = [(name, pictures[name][number]) for name in ("source", *EXACT)]
+        write_whole(run / f"held_out_{number:02d}.jpg", grid(cells, COLUMNS))
+    for name in ("painting", "tint"):
+        cells = [("source", pictures["source"][0])] + [("", image) for image in pictures[name]]
+        write_whole(run / f"{name}.jpg", grid(cells, COLUMNS))
+    write_whole(run / "scores.json", json.dumps(result, indent=2) + "\n")
+    write_whole(folder / "README.md", card(cfg, result))
     return result
 
 

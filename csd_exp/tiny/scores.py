@@ -1,20 +1,26 @@
-"""How well the embedded prior edits photographs that its training never saw."""
+"""How well the embedded editing model edits photographs that its training never saw.
+
+The judge is none of the models: squared error to the exact answer for computed edits, and for painted ones
+the style statistics of an ImageNet network (`csd_exp.metrics.perceptual.style_embedding`).
+"""
 
 import colorsys
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from csd_exp.tiny.edits import EDITS, target
+from csd_exp.metrics.perceptual import style_embedding
+from csd_exp.tiny.edits import EDITS, PAINTERS, target
 from csd_exp.tiny.looks import PAINTING_STYLES, paint
 from csd_exp.tiny.photos import PATCH, load, picture_files
 
 EXACT = tuple(name for name, edit in EDITS.items() if not edit.ambiguous)
-PAINTED = ("van_gogh", "hokusai", "monet", "munch", "lichtenstein")
-COMPUTED = tuple(name for name in EXACT if name not in PAINTED)
+COMPUTED = tuple(name for name in EXACT if name not in PAINTERS)
 SHORT = 192
+COVERED = 0.05  # the share of a patch that a region must cover for its local edit to be looked for
+WORDINGS: tuple[Literal["wordings", "held_out"], ...] = ("wordings", "held_out")
 
 
 def psnr(image: Tensor, reference: Tensor) -> Tensor:
@@ -63,8 +69,41 @@ class Sampler:
 
 
 def nearest(images: Tensor, references: Tensor) -> Tensor:
-    """Which of its references [n, k, 3, H, W] is nearest to each of [n, 3, H, W] by squared error, as [n]."""
-    return (images[:, None] - references).square().mean((2, 3, 4)).argmin(1)
+    """Which of its references [n, k, ...] is nearest to each of [n, ...] by squared error, as [n]."""
+    return (images[:, None] - references).square().flatten(2).mean(2).argmin(1)
+
+
+def nearest_style(images: Tensor, references: Tensor) -> Tensor:
+    """Which of its references [n, k, 3, H, W] is nearest to each of [n, 3, H, W] in style, as [n].
+
+    Style statistics are standardised over all references.
+    """
+    known = style_embedding(references.flatten(0, 1))
+    mean, std = known.mean(0), known.std(0) + 1e-6
+    known = ((known - mean) / std).unflatten(0, references.shape[:2])
+    return nearest((style_embedding(images) - mean) / std, known)
+
+
+def recognised(name: str, made: Tensor, references: Tensor) -> Tensor:
+    """Whether each answer [n, 3, H, W] to edit `name` is nearest to it among `EXACT` [n, edits, 3, H, W]."""
+    judge = nearest_style if name in PAINTERS else nearest
+    return (judge(made, references) == EXACT.index(name)).float()
+
+
+def applies(name: str, images: Tensor) -> Tensor:
+    """Which of images [n, 3, H, W] show anything for edit `name` to change, as booleans [n]."""
+    region = EDITS[name].region
+    if region is None:
+        return torch.ones(len(images), dtype=torch.bool)
+    return torch.stack([region(image).mean() >= COVERED for image in images])
+
+
+def outside_psnr(name: str, made: Tensor, images: Tensor) -> float:
+    """PSNR in dB of answers to sources [n, 3, H, W] where the region of local edit `name` is not."""
+    region = EDITS[name].region
+    assert region is not None
+    outside = torch.stack([region(image) < 0.01 for image in images]).expand_as(images)
+    return round(-10 * math.log10((made - images)[outside].square().mean().item()), 3)
 
 
 def hue_variance(images: Tensor) -> float:
@@ -74,48 +113,44 @@ def hue_variance(images: Tensor) -> float:
     return 1 - math.hypot(angles.cos().mean(), angles.sin().mean())
 
 
-def score(sampler: Sampler, count: int, draws: int) -> tuple[dict, Tensor]:
-    """Scores on `count` held-out patches; a sheet [n, 3, 128, 128] of answers above exact targets.
+def score(sampler: Sampler, count: int, draws: int) -> tuple[dict, dict[str, Tensor]]:
+    """Scores on `count` held-out patches, and the pictures that they were read from.
 
-    PSNRs are in dB. `recognised` is the share of answers that are nearest, among the targets of all of
-    `EXACT`, to the one asked for. Ambiguous edits are drawn `draws` times on one patch.
+    PSNRs are in dB. `recognised` is the share of answers that are nearest, among the exact answers of all of
+    `EXACT` to the same patch, to the one asked for; local edits count on patches that show their region.
+    Ambiguous edits are drawn `draws` times on one patch. Pictures are the `source`, one entry for each of
+    `EXACT`, and draws of `painting` and `tint`.
     """
     images, edits, paintings = held_out_patches(count)
     references = torch.stack([edits[name] for name in EXACT], 1)
+    copies = sampler.reconstruct(images)
+    shows = {name: applies(name, images) for name in EXACT}
     result: dict[str, Any] = {
-        "autoencoder_psnr": _mean(psnr(sampler.reconstruct(images), images)),
+        "autoencoder_psnr": _mean(psnr(copies, images)),
         "autoencoder_psnr_of_edits": {
             name: _mean(psnr(sampler.reconstruct(edited), edited)) for name, edited in edits.items()
         },
         "unedited_psnr": {name: _mean(psnr(images, edits[name])) for name in COMPUTED},
+        "patches": {name: int(shown.sum()) for name, shown in shows.items()},
     }
-    sheet: dict[str, Tensor] = {}
-    for kind in ("wordings", "held_out"):
+    pictures: dict[str, Tensor] = {}
+    for kind in WORDINGS:
         made = {name: sampler(images, getattr(EDITS[name], kind)[0]) for name in EXACT}
-        hits = {name: _mean((nearest(made[name], references) == EXACT.index(name)).float()) for name in EXACT}
+        hits = {name: recognised(name, made[name], references)[shows[name]] for name in EXACT}
         result[f"edit_psnr_{kind}"] = {name: _mean(psnr(made[name], edits[name])) for name in COMPUTED}
-        result[f"recognised_{kind}"] = hits
-        sheet = sheet or made
+        result[f"recognised_{kind}"] = {name: _mean(hit) for name, hit in hits.items() if len(hit)}
+        pictures = pictures or {"source": images} | made
+        local = [name for name in EXACT if EDITS[name].region]
+        result[f"outside_psnr_{kind}"] = {name: outside_psnr(name, made[name], images) for name in local}
     for name in ("edit_psnr_wordings", "edit_psnr_held_out", "recognised_wordings", "recognised_held_out"):
         result[f"mean_{name}"] = round(sum(result[name].values()) / len(result[name]), 3)
 
     patch = images[:1].expand(draws, -1, -1, -1)
     painted, tinted = sampler(patch, "turn it into a painting"), sampler(patch, "tint it")
-    styles = nearest(painted, paintings[:1].expand(draws, -1, -1, -1, -1))
+    styles = nearest_style(painted, paintings[:1].expand(draws, -1, -1, -1, -1))
     result["painting_styles_drawn"] = len(styles.unique())
     result["tint_hue_variance"] = round(hue_variance(tinted), 3)
-    rows = [
-        torch.stack(row)
-        for number in range(count)
-        for row in (
-            [images[number]] + [sheet[name][number] for name in EXACT],
-            [sampler.reconstruct(images[number : number + 1])[0]] + [edits[name][number] for name in EXACT],
-        )
-    ]
-    width = len(EXACT) + 1
-    for drawn in (painted, tinted):
-        rows += [torch.cat([images[:1], drawn, images.new_ones(width, 3, PATCH, PATCH)])[:width]]
-    return result, torch.cat(rows)
+    return result, pictures | {"painting": painted, "tint": tinted}
 
 
 def _mean(values: Tensor) -> float:

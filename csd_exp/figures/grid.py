@@ -1,0 +1,30 @@
+"""Pictures side by side, each under its name."""
+
+import io
+import math
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from csd_exp.images import to_uint8
+
+CELL, LABEL = 1.28, 0.24  # inches
+
+
+def grid(cells: Sequence[tuple[str, Tensor]], columns: int) -> bytes:
+    """A JPEG of images [3, H, W] in [0, 1] with their captions above them, row by row."""
+    rows = math.ceil(len(cells) / columns)
+    figure = Figure(figsize=(columns * CELL, rows * (CELL + LABEL)), dpi=120, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in axes:
+        axis.axis("off")
+    for axis, (caption, image) in zip(axes, cells, strict=False):
+        axis.imshow(to_uint8(image), interpolation="lanczos")
+        axis.set_title(caption, fontsize=6.5, pad=2)
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    Image.open(drawn).convert("RGB").save(packed, format="jpeg", quality=88)
+    return packed.getvalue()
