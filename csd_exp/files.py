@@ -1,8 +1,14 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and shipped files that are as they were shipped."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from csd_exp.errors import InputError
+
+ASSETS = Path(__file__).parent / "assets"
+SUMS = "SHA256SUMS"
 
 
 @contextmanager
@@ -21,3 +27,44 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write text, as UTF-8, or bytes."""
     with whole(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sha256(file: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def write_sums(folder: Path) -> None:
+    """Renew the checksums of `folder` in SHA256SUMS beside it, as `sha256sum -c` reads them.
+
+    Model cards are left out: correcting a sentence damages nothing.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".md")
+    own = {file.relative_to(folder.parent).as_posix(): sha256(file) for file in files}
+    others = {name: was for name, was in _sums(folder).items() if not name.startswith(f"{folder.name}/")}
+    lines = [f"{wanted}  {name}\n" for name, wanted in sorted((others | own).items())]
+    write_whole(folder.parent / SUMS, "".join(lines))
+
+
+def check_sums(folder: Path) -> None:
+    """Verify the files of `folder` against SHA256SUMS beside it.
+
+    Raises InputError, naming the file, where one is missing or damaged, or where there are no sums.
+    """
+    own = {name: wanted for name, wanted in _sums(folder).items() if name.startswith(f"{folder.name}/")}
+    if not own:
+        raise InputError(f"{folder.parent / SUMS} has no checksums of {folder.name}; install csd_exp again.")
+    for name, wanted in own.items():
+        file = folder.parent / name
+        if not file.is_file():
+            raise InputError(f"{file} is missing; install csd_exp again.")
+        if sha256(file) != wanted:
+            raise InputError(f"{file} is damaged: its checksum is not that of {SUMS}; install csd_exp again.")
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """The checksums in SHA256SUMS beside `folder` by file name; none where there is no such file."""
+    sums = folder.parent / SUMS
+    lines = sums.read_text().splitlines() if sums.is_file() else []
+    return {name: wanted for wanted, name in (line.split("  ", 1) for line in lines)}

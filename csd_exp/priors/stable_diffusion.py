@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from csd_exp.errors import InputError, accept
+from csd_exp.files import ASSETS, check_sums
 from csd_exp.priors.base import Cond, Guidance
 
-EMBEDDED = Path(__file__).parents[1] / "assets" / "instruct_pix2pix"
+EMBEDDED = ASSETS / "instruct_pix2pix"
 
 Conditioning = Literal["mode_unscaled", "official"]
 Posterior = Literal["mode", "sample"]
@@ -281,12 +282,17 @@ def check_folder(path: str | Path, variant: str | None = None, image_conditions:
 
 
 def load(path: str | Path, variant: str | None = None, image_conditions: int | None = None) -> Parts:
-    """The float32 components of a folder or hub id, checked as by `check_folder`; only a hub id downloads."""
+    """The float32 components of a folder or hub id, checked as by `check_folder`; only a hub id downloads.
+
+    What the package ships is verified against its checksums.
+    """
     folder = _local(path)
     if folder is None:
         with _quiet(), _hub(path):
             unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
             folder = Path(DiffusionPipeline.download(str(path), variant=variant, **unused))
+    if folder.parent == ASSETS:
+        check_sums(folder)
     check_folder(folder, variant, image_conditions)
     with _quiet():
         return Parts(
