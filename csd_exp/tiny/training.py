@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from csd_exp.files import whole
+from csd_exp.errors import InputError
+from csd_exp.files import whole, write_whole
 
 CHECKPOINT_SECONDS = 60
 
@@ -33,6 +35,36 @@ def save(value: object, file: Path) -> None:
 def torch_generator(*key: int) -> torch.Generator:
     """A CPU generator that depends on the integers of `key` and nothing else."""
     return torch.Generator().manual_seed(int(generator(*key).integers(2**62)))
+
+
+def run_folder(cfg: DictConfig, trained: list[str]) -> Path:
+    """`cfg.run_dir`, made where it is new; `trained` are the keys that a run cannot be continued without.
+
+    Raises InputError where it holds a run with other values of them.
+    """
+    folder, wanted = Path(cfg.run_dir), OmegaConf.masked_copy(cfg, trained)
+    OmegaConf.resolve(wanted)
+    found = folder / "config.yaml"
+    if found.exists() and OmegaConf.load(found) != wanted:
+        raise InputError(f"run_dir={folder} holds a run of another configuration; give another run_dir.")
+    write_whole(found, OmegaConf.to_yaml(wanted))
+    return folder
+
+
+def velocity_loss(
+    denoise: Callable[[Tensor, Tensor], Tensor], clean: Tensor, scheduler: Any, rng: torch.Generator
+) -> Tensor:
+    """Squared error of the velocity (Salimans and Ho 2022, appendix D) of noised latents [n, C, h, w].
+
+    `denoise(noisy, t)` estimates it. Timesteps [n] are spread over the batch, more of them at high noise,
+    where the answer is not yet to be seen.
+    """
+    size = len(clean)
+    spread = 1 - (1 - (torch.arange(size) + torch.rand(size, generator=rng)) / size) ** 1.5
+    t = (spread * scheduler.config.num_train_timesteps).long().to(clean.device)
+    noise = torch.randn(clean.shape, generator=rng).to(clean)
+    noisy = scheduler.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)
+    return F.mse_loss(denoise(noisy, t).float(), scheduler.get_velocity(clean, noise, t))
 
 
 def fit(
