@@ -11,7 +11,7 @@ from torch import Tensor
 from csd_exp.errors import InputError, accept
 from csd_exp.methods import Residual, Source
 from csd_exp.particles import Particles
-from csd_exp.priors.base import Prior, Query, predict, row_count
+from csd_exp.priors.base import Prior, Query, compositional, predict, row_count
 from csd_exp.schedules import Draw, Level, Timesteps, Weight, weight
 from csd_exp.svgd import Kernel, svgd
 
@@ -115,17 +115,31 @@ class CSDModule(L.LightningModule):
 
     @torch.no_grad()
     def _score(self, x: Tensor, ids: Tensor, level: Level, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Noisy views and residuals of clean views x, all network rows in one `predict`."""
+        """Noisy views and residuals of clean views x, all network rows in one `predict`.
+
+        The share of a view that no prompt edits has the residual 0, whatever the method: it asks for nothing.
+        So a view's residual is that of its edited share, times this share (CSD Appendix B.1 with the
+        baseline's own estimate in place of the missing prompt's), and a share of 0 costs no row.
+        """
         keys = [0 if self.noise == "shared" else int(i) for i in ids]
         noise = torch.stack([draw.normal("noise", key, x.shape[1:]) for key in keys]).to(x)
         conditions, negative = self.particles.condition(ids), self.negative_prompt
-        target = [
-            self.prior.guidance(prompt, c, negative)
-            for prompt, c in zip(self.particles.prompts(ids), conditions, strict=True)
+        edits = [
+            [(alpha, prompt) for alpha, prompt in view if prompt is not None]
+            for view in self.particles.prompts(ids)
         ]
-        baseline = [self.prior.guidance(self.source_prompt, c, negative) for c in conditions]
+        shares = [sum(alpha for alpha, _ in view) for view in edits]
+        target = [
+            compositional(self.prior, [(alpha / share, prompt) for alpha, prompt in view], c, negative)
+            for view, share, c in zip(edits, shares, conditions, strict=True)
+        ]
+        baseline = [
+            self.prior.guidance(self.source_prompt, c, negative) if share else []
+            for share, c in zip(shares, conditions, strict=True)
+        ]
         source = Source(self._latents(self.particles.source(ids)), baseline)
-        return self.residual(self._predict, x, noise, level, target, source)
+        x_t, r = self.residual(self._predict, x, noise, level, target, source)
+        return x_t, r * r.new_tensor(shares)[:, None, None, None]
 
     def _predict(self, queries: Sequence[Query]) -> list[Tensor]:
         self.rows += row_count(queries)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from csd_exp.methods import Predict
 from csd_exp.particles import Particles
-from csd_exp.priors.base import Guidance, Prior, Query
+from csd_exp.priors.base import Guidance, Prior, Query, compositional
 from csd_exp.schedules import Draw, Level
 
 
@@ -62,8 +62,8 @@ def per_view(
     draw = Draw(seed, 0)
     ids = particles.choose(draw)
     guidance = [
-        prior.guidance(prompt, condition, negative_prompt)
-        for prompt, condition in zip(particles.prompts(ids), particles.condition(ids), strict=True)
+        compositional(prior, [(alpha, prompt or "") for alpha, prompt in view], condition, negative_prompt)
+        for view, condition in zip(particles.prompts(ids), particles.condition(ids), strict=True)
     ]
     source = particles.source(ids)
     noise = torch.stack([draw.normal("noise", int(i), source.shape[1:]) for i in ids]).to(source)

@@ -240,6 +240,30 @@ def test_nothing_moves_where_source_and_target_ask_the_same(write_image, run):
     assert torch.equal(moved, particles.source_latent)
 
 
+@pytest.mark.parametrize("residual", [methods.sds, methods.dds])
+def test_the_share_of_a_view_without_a_prompt_asks_for_nothing(write_image, build, fit, residual):
+    class Shared(Images):
+        def prompts(self, ids):
+            return [[[(0.25, "red"), (0.75, None)], [(1.0, None)], [(1.0, "red")]][i] for i in ids]
+
+    class Whole(Images):
+        def prompts(self, ids):
+            return [[(1.0, "red")]] * len(ids)
+
+    steps, rows = [], []
+    for kind in (Shared, Whole):
+        particles = kind([write_image(4, 5, seed) for seed in range(3)], 1, 1, dtype="float64")
+        module = build(Network(), particles, residual=residual, kernel=NoKernel(normalize="none"))
+        fit(module, 1)
+        steps.append(module.particles.latent.detach() - module.particles.source_latent)
+        rows.append(module.rows)
+    shared, whole = steps
+    torch.testing.assert_close(shared[0], 0.25 * whole[0], rtol=1e-12, atol=1e-12)
+    assert (shared[1] == 0).all()
+    assert torch.equal(shared[2], whole[2])
+    assert 3 * rows[0] == 2 * rows[1]  # the view without a prompt costs none
+
+
 def test_untouched_particles_come_out_with_the_pixels_that_went_in(write_image, build):
     module = build(Network(), panorama(write_image, wrap=True))
     (image,) = module.images()

@@ -170,7 +170,7 @@ def test_source_and_condition_are_the_same_crops_and_stay(write_image):
     panorama.latent.data += 1
     assert torch.equal(panorama.source(ids), before)
     assert torch.equal(torch.stack(panorama.condition(ids)), 10 + before)
-    assert panorama.prompts(ids) == [""] * 3
+    assert panorama.prompts(ids) == [[(1.0, "")]] * 3
     assert list(panorama.state_dict()) == ["latent"]
 
 
@@ -256,7 +256,7 @@ def test_images_are_views_named_by_their_place(write_image):
     some = torch.tensor([3, 1])
     assert torch.equal(images.views(some), images.pixels[[3, 1]])
     assert torch.equal(torch.stack(images.condition(some)), 10 + images.pixels[[3, 1]])
-    assert images.prompts(some) == ["red", "red"]
+    assert images.prompts(some) == [[(1.0, "red")]] * 2
     assert torch.equal(images.share(some, ids), torch.ones(2, 1, 4, 6))
 
 

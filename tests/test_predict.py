@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from csd_exp.priors.analytic import GaussianMixture
-from csd_exp.priors.base import Cond, Query, predict, row_count
+from csd_exp.priors.base import Cond, Query, compositional, predict, row_count
 
 TEXTS = {"": [1.0, 1.0], "red": [0.1, 2.0], "blue": [3.0, 0.2]}
 
@@ -138,3 +138,20 @@ def test_weights_that_cancel_cost_no_row_and_give_zero():
     query = Query(normal(0, 1, 3, 4, 4), 10, [[(1.5, cond), (-1.5, cond)]])
     assert (predict(prior, [query])[0] == 0).all()
     assert prior.calls == []
+
+
+@pytest.mark.parametrize(("image", "rows"), [(True, 2 + 2), (False, 1 + 2)])
+def test_prompts_of_one_view_share_every_row_but_their_own(image, rows):
+    prior, condition = Counting(guidance_scale=7.5, image_guidance_scale=5.0), normal(0, 3, 4, 4)
+    condition = condition if image else None
+    x_t = normal(1, 1, 3, 4, 4)
+
+    def answer(guidance):
+        return predict(prior, [Query(x_t, 300, [guidance])])[0]
+
+    parts = {prompt: answer(prior.guidance(prompt, condition, "")) for prompt in ("red", "blue")}
+    prior.calls.clear()
+    prompts = [(0.2, "red"), (0.5, "blue"), (0.3, "red")]
+    whole = answer(compositional(prior, prompts, condition, ""))
+    assert sum(prior.calls) == rows
+    torch.testing.assert_close(whole, 0.5 * parts["red"] + 0.5 * parts["blue"], rtol=1e-11, atol=1e-11)

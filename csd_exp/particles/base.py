@@ -60,9 +60,9 @@ class Particles(nn.Module):
             return [None] * len(ids)
         return list(self.crop(self.condition_latent, ids))
 
-    def prompts(self, ids: Tensor) -> list[str]:
-        """Each view's prompt."""
-        return [self.prompt] * len(ids)
+    def prompts(self, ids: Tensor) -> list[list[tuple[float, str | None]]]:
+        """Each view's prompts y_k with their weights alpha_k > 0 of sum 1; None asks for no edit."""
+        return [[(1.0, self.prompt)]] * len(ids)
 
     def share(self, ids: Tensor, chosen: Tensor) -> Tensor:
         """[n, 1, h, w]: 1 / in how many of the step's `chosen` views each latent of views `ids` appears."""

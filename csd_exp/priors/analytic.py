@@ -48,6 +48,7 @@ class GaussianMixture:
                     f"prior.prompts[{prompt!r}] needs {len(self.means)} weights >= 0 that are not all zero, "
                     f"not {list(weights)}."
                 )
+        self._texts = {p: torch.tensor(w, dtype=torch.float64) for p, w in self.prompts.items()}
         self.guidance_scale, self.image_guidance_scale = guidance_scale, image_guidance_scale
         self.channels, self.window, self.row_chunk = self.means.shape[1], window, row_chunk
         # The scaled-linear schedule of Stable Diffusion.
@@ -105,4 +106,4 @@ class GaussianMixture:
         )
 
     def _weights(self, prompt: str) -> Tensor:
-        return torch.tensor(self.prompts.get(prompt, self.prompts[""]), dtype=torch.float64)
+        return self._texts.get(prompt, self._texts[""])
