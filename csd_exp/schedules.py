@@ -1,6 +1,6 @@
 """Which timestep, which weight and which noise a step uses; every draw counted, none stateful."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
@@ -46,12 +46,22 @@ class Level:
     t: int
     alpha: float
     sigma: float
+    alphas_cumprod: Tensor = field(repr=False, compare=False)
 
     @classmethod
     def at(cls, t: int, alphas_cumprod: Tensor) -> "Level":
         """The level of integer timestep t in [0, T) of a table alphas_cumprod [T]."""
         alpha_bar = float(alphas_cumprod[t])
-        return cls(t, alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
+        return cls(t, alpha_bar**0.5, (1 - alpha_bar) ** 0.5, alphas_cumprod)
+
+    def before(self, timesteps: int) -> "Level":
+        """The level so many timesteps earlier; raises InputError where there is none."""
+        if not 1 <= timesteps <= self.t:
+            raise InputError(
+                f"method.residual.spacing must lie in 1 to the timestep, not be {timesteps} at timestep "
+                f"{self.t}; schedule.timestep.t_min must be no lower than it."
+            )
+        return Level.at(self.t - timesteps, self.alphas_cumprod)
 
     def noised(self, x: Tensor, noise: Tensor) -> Tensor:
         """x_t of clean x (Eq. 1)."""

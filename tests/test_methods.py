@@ -1,4 +1,4 @@
-"""The two residuals, term by term."""
+"""The residuals, term by term."""
 
 from types import SimpleNamespace
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from csd_exp import methods
+from csd_exp.errors import InputError
 from csd_exp.methods import Source
 from csd_exp.priors.analytic import GaussianMixture
-from csd_exp.priors.base import predict
+from csd_exp.priors.base import predict, row_count
 from csd_exp.schedules import Draw, Level
 
 MEANS = ((-0.6, -0.2, 0.3), (0.7, 0.3, -0.5))
@@ -22,8 +23,9 @@ def case():
     level = Level.at(300, prior.alphas_cumprod)
 
     def run(residual, target: str, source: str):
-        guided = [prior.guidance(target, c) for c in start]
-        baseline = [prior.guidance(source, c) for c in start]
+        conditions = list(start)
+        guided = [prior.guidance(target, c) for c in conditions]
+        baseline = [prior.guidance(source, c) for c in conditions]
         queries = []
 
         def record(asked):
@@ -46,7 +48,9 @@ def case():
         full, image, none = eps(words, True), eps(None, True), eps(None, False)
         return none + 1.5 * (image - none) + 7.5 * (full - image)
 
-    return SimpleNamespace(x=x, start=start, noise=noise, level=level, run=run, estimate=estimate)
+    return SimpleNamespace(
+        prior=prior, x=x, start=start, noise=noise, level=level, run=run, estimate=estimate
+    )
 
 
 def test_sds_is_the_guided_estimate_minus_the_noise(case):
@@ -79,3 +83,95 @@ def test_an_empty_source_prompt_gives_the_image_conditional_baseline_of_eq_9(cas
 def test_dds_vanishes_where_nothing_is_to_change(case):
     _, r, _ = case.run(lambda p, x, *rest: methods.dds(p, case.start, *rest), "red", "red")
     assert (r == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("residual", "source", "rows"),
+    [("sds", "", 3), ("dds", "", 5), ("pds", "", 5), ("classifier_sd", "", 2), ("classifier_sd", "blue", 2)],
+)
+def test_rows_of_a_view(case, residual, source, rows):
+    _, _, queries = case.run(getattr(methods, residual), "red", source)
+    assert [row_count(asked) for asked in queries] == [2 * rows]
+
+
+def test_classifier_sd_is_the_text_s_part_of_the_guided_estimate(case):
+    x_t, r, _ = case.run(methods.classifier_sd, "red", "")
+    torch.testing.assert_close(x_t, case.level.alpha * case.x + case.level.sigma * case.noise)
+    t = torch.tensor([300, 300])
+    words = torch.tensor(TEXTS["red"], dtype=torch.float64)
+    both, image = (
+        case.prior.eps(x_t, t, [SimpleNamespace(text=text, image=c) for c in case.start])
+        for text in (words, None)
+    )
+    torch.testing.assert_close(r, 7.5 * (both - image), rtol=1e-10, atol=1e-11)
+
+
+def test_classifier_sd_tells_the_prompt_apart_from_a_negative_one(case):
+    _, r, _ = case.run(methods.classifier_sd, "red", "blue")
+    expected = case.estimate(case.x, "red") - case.estimate(case.x, "blue")
+    torch.testing.assert_close(r, expected, rtol=1e-10, atol=1e-11)
+
+
+def test_classifier_sd_without_an_image_is_the_difference_of_classifier_free_guidance():
+    prior = GaussianMixture(MEANS, prompts=TEXTS, guidance_scale=7.5)
+    x, noise = (Draw(0, 0).normal(name, 0, (1, 3, 4, 4)).double() for name in ("x", "noise"))
+    level = Level.at(300, prior.alphas_cumprod)
+    source = Source(x, [prior.guidance("")])
+    x_t, r = methods.classifier_sd(
+        lambda queries: predict(prior, queries), x, noise, level, [prior.guidance("red")], source
+    )
+    words = [torch.tensor(TEXTS[p], dtype=torch.float64) for p in ("red", "")]
+    red, null = (prior.eps(x_t, torch.tensor([300]), [SimpleNamespace(text=w, image=None)]) for w in words)
+    torch.testing.assert_close(r, 7.5 * (red - null), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("spacing", [1, 2, 20])
+def test_pds_is_the_difference_of_stochastic_latents(case, spacing):
+    """Both latents in full, as the public code makes them: noised at t and s, mean, standardised."""
+    bars = case.prior.alphas_cumprod
+    bar, earlier, beta = bars[300], bars[300 - spacing], 1 - bars[300] / bars[299]
+    other_noise = Draw(0, 0).normal("other", 0, case.x.shape).double()
+
+    def latent(clean, prompt):
+        x_t = bar.sqrt() * clean + (1 - bar).sqrt() * case.noise
+        x_s = earlier.sqrt() * clean + (1 - earlier).sqrt() * other_noise
+        x_0 = (x_t - (1 - bar).sqrt() * case.estimate(clean, prompt)) / bar.sqrt()
+        mean = earlier.sqrt() * beta / (1 - bar) * x_0
+        mean = mean + (1 - beta).sqrt() * (1 - earlier) / (1 - bar) * x_t
+        return (x_s - mean) / ((1 - earlier) / (1 - bar) * beta).sqrt()
+
+    x_t, r, _ = case.run(lambda *a: methods.pds(*a, spacing=spacing), "red", "blue")
+    torch.testing.assert_close(x_t, case.level.alpha * case.x + case.level.sigma * case.noise)
+    expected = latent(case.x, "red") - latent(case.start, "blue")
+    torch.testing.assert_close(r, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_pds_one_timestep_back_is_dds_rescaled(case):
+    _, r, _ = case.run(lambda *a: methods.pds(*a, spacing=1), "red", "")
+    _, dds, _ = case.run(methods.dds, "red", "")
+    chi = (r * dds).sum() / dds.square().sum()
+    assert 0.08 < chi < 0.09
+    torch.testing.assert_close(r, chi * dds, rtol=1e-9, atol=1e-11)
+
+
+def test_pds_pulls_back_to_the_source(case):
+    """Where the prompt asks for nothing, two timesteps back, the residual points away from the source."""
+    nothing = GaussianMixture(((0.0, 0.0, 0.0),), std=1e6)  # eps vanishes: everything is as likely
+    guidance = [nothing.guidance("")] * 2
+    _, r = methods.pds(
+        lambda queries: predict(nothing, queries),
+        case.x,
+        case.noise,
+        case.level,
+        guidance,
+        Source(case.start, guidance),
+    )
+    psi = (r / (case.x - case.start)).mean()
+    assert 0.07 < psi < 0.09
+    torch.testing.assert_close(r, psi * (case.x - case.start), rtol=1e-3, atol=1e-5)
+
+
+def test_pds_below_its_spacing_is_said_in_one_sentence(case):
+    low = Level.at(1, case.prior.alphas_cumprod)
+    with pytest.raises(InputError, match=r"spacing .* 2 at timestep 1; .*t_min"):
+        methods.pds(predict, case.x, case.noise, low, [], Source(case.start, []))

@@ -110,13 +110,13 @@ def test_the_order_of_views_and_queries_is_restored():
             torch.testing.assert_close(other, answer[list(order)], rtol=1e-13, atol=1e-13)
 
 
-def test_conditions_are_compared_by_identity_never_by_value():
+def test_conditions_are_known_by_their_tensors_never_by_values():
     prior, image, text = Counting(), normal(0, 3, 4, 4), torch.tensor([1.0, 2.0])
-    one, twin = Cond(text, image), Cond(text, image)
-    assert one != twin
+    one = Cond(text, image)
     x_t = normal(1, 2, 3, 4, 4)
-    assert row_count([Query(x_t, 5, [[(1.0, one), (2.0, twin)]] * 2)]) == 4
-    same = [Query(x_t, 5, [[(1.0, one), (2.0, one)]] * 2)]
+    for other in (Cond(text.clone(), image), Cond(text, image.clone()), Cond(text), Cond(None, image)):
+        assert row_count([Query(x_t, 5, [[(1.0, one), (2.0, other)]] * 2)]) == 4
+    same = [Query(x_t, 5, [[(1.0, one), (2.0, Cond(text, image))]] * 2)]
     assert row_count(same) == 2
     expected = 3 * GaussianMixture.eps(prior, x_t, torch.tensor([5, 5]), [one] * 2)
     torch.testing.assert_close(predict(prior, same)[0], expected)

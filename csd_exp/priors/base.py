@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Cond:
-    """One conditioning of the network, compared by identity, never by tensor values.
+    """One conditioning of the network, known by the identity of its tensors, never by their values.
 
     text: [L, D] embedding, None for the null text. image: [C, h, w] latent condition of an editing
     prior, None for zeros.
@@ -23,6 +23,8 @@ class Cond:
     text: Tensor | None
     image: Tensor | None = None
 
+
+ROUNDING = 1e-12  # a guidance weight below is what is left of weights that cancel
 
 Guidance = list[tuple[float, Cond]]
 """eps_hat = sum_k w_k eps(x_t | c_k), for one view."""
@@ -65,10 +67,7 @@ class Prior(Protocol):
         """What an editing prior is conditioned on, [n, C, h, w]; None for a prior that takes no image."""
 
     def guidance(self, prompt: str, condition: Tensor | None = None, negative_prompt: str = "") -> Guidance:
-        """The guided estimate of one view with condition [C, h, w]; equal conditionings share one Cond.
-
-        A prompt has the same text tensor whenever it is asked for.
-        """
+        """The guided estimate of one view with condition [C, h, w]; equal conditionings share one Cond."""
 
     def eps(self, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
         """Noise estimates [r, C, h, w] of rows x_t at timesteps t [r], one row per conditioning."""
@@ -98,32 +97,15 @@ def predict(prior: Prior, queries: Sequence[Query]) -> list[Tensor]:
     return out
 
 
-def compositional(
-    prior: Prior,
-    prompts: Sequence[tuple[float, str]],
-    condition: Tensor | None = None,
-    negative_prompt: str = "",
-) -> Guidance:
-    """sum_k alpha_k eps^w(x_t; y_k) of one view under prompts (alpha_k, y_k): CSD Appendix B.1.
-
-    The prompts share one Cond wherever they have the same tensors, so the null and the image-only rows are
-    evaluated once: K prompts with image guidance cost K + 2 rows.
-    """
-    shared: dict[tuple[int, int], Cond] = {}
-    return [
-        (alpha * weight, shared.setdefault((id(cond.text), id(cond.image)), cond))
-        for alpha, prompt in prompts
-        for weight, cond in prior.guidance(prompt, condition, negative_prompt)
-    ]
-
-
 def row_count(queries: Sequence[Query]) -> int:
     """How many network rows `predict` evaluates for these queries."""
     return sum(len(_merged(guidance)) for query in queries for guidance in query.guidance)
 
 
 def _merged(guidance: Guidance) -> list[tuple[Cond, float]]:
-    weights: dict[Cond, float] = {}
+    """Each conditioning, known by its tensors, with its weights summed; without those that cancel."""
+    merged: dict[tuple[int, int], tuple[Cond, float]] = {}
     for weight, cond in guidance:
-        weights[cond] = weights.get(cond, 0.0) + weight
-    return [(cond, weight) for cond, weight in weights.items() if weight != 0]
+        key = id(cond.text), id(cond.image)
+        merged[key] = (cond, weight + merged[key][1] if key in merged else weight)
+    return [(cond, weight) for cond, weight in merged.values() if abs(weight) > ROUNDING]
