@@ -67,7 +67,10 @@ class Prior(Protocol):
         """What an editing prior is conditioned on, [n, C, h, w]; None for a prior that takes no image."""
 
     def guidance(self, prompt: str, condition: Tensor | None = None, negative_prompt: str = "") -> Guidance:
-        """The guided estimate of one view with condition [C, h, w]; equal conditionings share one Cond."""
+        """The guided estimate of one view with condition [C, h, w]; equal conditionings share one Cond.
+
+        A prompt has the same text tensor whenever it is asked for.
+        """
 
     def eps(self, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
         """Noise estimates [r, C, h, w] of rows x_t at timesteps t [r], one row per conditioning."""
@@ -95,6 +98,24 @@ def predict(prior: Prior, queries: Sequence[Query]) -> list[Tensor]:
         for (q, view, _, weight), row in zip(chunk, eps, strict=True):
             out[q][view] += weight * row
     return out
+
+
+def compositional(
+    prior: Prior,
+    prompts: Sequence[tuple[float, str]],
+    condition: Tensor | None = None,
+    negative_prompt: str = "",
+) -> Guidance:
+    """sum_k alpha_k eps^w(x_t; y_k) of one view under prompts (alpha_k, y_k): CSD Appendix B.1.
+
+    The null and the image-only rows are the same for all prompts and evaluated once: K prompts with image
+    guidance cost K + 2 rows.
+    """
+    return [
+        (alpha * weight, cond)
+        for alpha, prompt in prompts
+        for weight, cond in prior.guidance(prompt, condition, negative_prompt)
+    ]
 
 
 def row_count(queries: Sequence[Query]) -> int:
