@@ -1,8 +1,10 @@
 """Image files in and out, always as float tensors in [0, 1]."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -41,13 +43,20 @@ def read_image(path: str | Path, key: str = "modality.path") -> Tensor:
         ) from e
 
 
-def read_images(path: str | Sequence[str], key: str = "modality.path") -> list[Tensor]:
-    """One image, every image of a folder in order of name, or a list of files, all of one size."""
-    files: list[str | Path] = [path] if isinstance(path, (str, Path)) else list(path)
-    if len(files) == 1 and Path(files[0]).is_dir():
-        files = sorted(f for f in Path(files[0]).iterdir() if f.suffix.lower() in SUFFIXES)
+def image_files(path: str | Path | Sequence[str], key: str = "modality.path") -> list[Path]:
+    """One file, a list of files, or the images of a folder in natural order: frame_2 before frame_10."""
+    files = [Path(path)] if isinstance(path, (str, Path)) else [Path(file) for file in path]
+    if len(files) == 1 and files[0].is_dir():
+        files = [f for f in files[0].iterdir() if f.suffix.lower() in SUFFIXES]
+        files.sort(key=lambda f: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", f.name)])
     if not files:
         raise InputError(f"{key}={path} holds no image; accepted are {', '.join(SUFFIXES)} files.")
+    return files
+
+
+def read_images(path: str | Sequence[str], key: str = "modality.path") -> list[Tensor]:
+    """The images of `image_files`, all of one size."""
+    files = image_files(path, key)
     images = [read_image(f, key) for f in files]
     for file, image in zip(files, images, strict=True):
         if image.shape != images[0].shape:
@@ -56,6 +65,29 @@ def read_images(path: str | Sequence[str], key: str = "modality.path") -> list[T
                 f"{key}: {file} has {sizes[1]} pixels and {files[0]} {sizes[0]}; all must be alike."
             )
     return images
+
+
+class ImageFiles(Sequence[Tensor]):
+    """Image files as a sequence of images [3, H, W] in [0, 1], each read when it is asked for."""
+
+    def __init__(self, files: Sequence[Path]):
+        self.files = list(files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @overload
+    def __getitem__(self, i: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, i: slice) -> "ImageFiles": ...
+    def __getitem__(self, i):
+        return ImageFiles(self.files[i]) if isinstance(i, slice) else read_image(self.files[i])
+
+
+def saved_pictures(media: Path, name: str) -> ImageFiles:
+    """Final pictures in a run's media folder: `name.png`, `name_00.png` and so on, or frames in `name/`."""
+    numbered = [f for f in media.glob(f"{name}*.png") if re.fullmatch(rf"{name}(_\d{{2,5}})?", f.stem)]
+    return ImageFiles(sorted(numbered) or sorted(media.glob(f"{name}/*.png")))
 
 
 def to_uint8(image: Tensor) -> np.ndarray:

@@ -1,12 +1,13 @@
 """The one step: particles, a prior, a residual and a kernel, joined in a LightningModule."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal, cast, get_args
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from csd_exp.errors import InputError, accept
 from csd_exp.methods import Residual, Source
@@ -68,9 +69,23 @@ class CSDModule(L.LightningModule):
         self.source_prompt, self.negative_prompt = source_prompt, negative_prompt
         self.particles = particles
         self.rows = 0  # network rows this rank has evaluated
-        with torch.no_grad():
-            pixels, posterior = particles.pixels, self._posterior_noise()
-            particles.start(prior.encode(pixels, posterior), prior.condition(pixels, posterior))
+        self._encode_source()
+
+    @torch.no_grad()
+    def _encode_source(self) -> None:
+        """Start the particles; one picture exists at a time, only the latents of all."""
+        latents, conditions = [], []
+        for i, picture in enumerate(self.particles.pixels):
+            noise = self._posterior_noise(i, *picture.shape[-2:])
+            latents.append(self.prior.encode(picture[None], noise))
+            conditions.append(self.prior.condition(picture[None], noise))
+        known = [c for c in conditions if c is not None]
+        self.particles.start(torch.cat(latents), torch.cat(known) if known else None)
+
+    def _posterior_noise(self, i: int, height: int, width: int) -> Tensor:
+        """What the encoder's posterior of picture i is sampled with, where the prior samples it."""
+        shape = (self.prior.channels, height // self.prior.factor, width // self.prior.factor)
+        return Draw(self.seed, 0).normal("encode", i, shape)[None]
 
     def training_step(self, batch: object, batch_idx: int) -> Tensor:
         draw = Draw(self.seed, self.global_step)
@@ -160,13 +175,19 @@ class CSDModule(L.LightningModule):
             return (x_t if self.kernel.space == "x_t" else x).flatten(1), partial(torch.mul, scale)
         x = x.requires_grad_()
         with torch.enable_grad():
-            phi = self.features(self.prior.decode(x).clamp(0, 1)).flatten(1)
+            # What decoding leaves behind for the gradient is made again, so that few views' exist at once.
+            again = partial(checkpoint, self._seen, use_reentrant=False, preserve_rng_state=False)
+            phi = torch.cat([again(part) for part in x.split(self.prior.row_chunk)])
 
         def pull(v: Tensor) -> Tensor:
             (grad,) = torch.autograd.grad(phi[: len(v)], x, v)
             return scale * grad[: len(v)].flatten(1)
 
         return phi.detach(), pull
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """Features [n, D] of the images that latents are of."""
+        return self.features(self.prior.decode(x).clamp(0, 1)).flatten(1)
 
     def _log_step(self, level: Level, r: Tensor, k: Tensor, repulsion: Tensor) -> None:
         rows = k / k.sum(dim=1, keepdim=True)
@@ -188,20 +209,15 @@ class CSDModule(L.LightningModule):
             f"the last checkpoint is {saved}."
         )
 
-    def _posterior_noise(self) -> Tensor:
-        """What the encoder's posterior is sampled with, where the prior samples it."""
-        m, _, height, width = self.particles.pixels.shape
-        shape = (self.prior.channels, height // self.prior.factor, width // self.prior.factor)
-        return torch.stack([Draw(self.seed, 0).normal("encode", i, shape) for i in range(m)])
-
     @torch.no_grad()
-    def images(self) -> list[Tensor]:
-        """The particles as they stand: images [3, H, W] in [0, 1], exactly the pixels of the input."""
-        return self._finished(self.particles.render())
+    def images(self, which: slice = slice(None)) -> Iterator[Tensor]:
+        """The particles as they stand: images [3, H, W] in [0, 1], exactly the pixels of the input.
 
-    def _finished(self, rendered: Tensor) -> list[Tensor]:
-        decoded = self.prior.decode(rendered) if self.particles.space == "latent" else rendered
-        return [image.clamp(0, 1) for image in self.particles.finish(decoded)]
+        One is decoded when it is asked for. which: of several pictures, those to decode.
+        """
+        for rendered in self.particles.render()[which].split(1):
+            decoded = self.prior.decode(rendered) if self.particles.space == "latent" else rendered
+            yield from (image.clamp(0, 1) for image in self.particles.finish(decoded))
 
     def configure_optimizers(self):
         try:

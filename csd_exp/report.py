@@ -20,6 +20,7 @@ from PIL import Image
 
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
+from csd_exp.images import saved_pictures
 
 CURVES = {
     "step/residual_norm": ("Residual norm", "mean over views of the residual's L2 norm, in noise units"),
@@ -130,8 +131,8 @@ def _number(value: object) -> str:
 
 def _pairs(media: Path) -> list[tuple[Picture, Picture]]:
     """Source and edited picture of every image."""
-    sources = [_picture(f, "source") for f in _numbered(media, "source")]
-    edited = [_picture(f, "edited") for f in _numbered(media, "edited")]
+    sources = [_picture(f, "source") for f in saved_pictures(media, "source").files]
+    edited = [_picture(f, "edited") for f in saved_pictures(media, "edited").files]
     return list(zip(sources, edited, strict=False))
 
 
@@ -151,13 +152,8 @@ def _differences(media: Path) -> list[Picture]:
     return [
         _picture(file, f"{gain} × |edited − source|", 400_000, 2048)
         for gain in sorted(gains)
-        for file in _numbered(media, f"difference_x{gain}")
+        for file in saved_pictures(media, f"difference_x{gain}").files
     ]
-
-
-def _numbered(media: Path, name: str) -> list[Path]:
-    """`name.png`, or `name_00.png`, `name_01.png` and so on; a step's number has six digits."""
-    return sorted(f for f in media.glob(f"{name}*.png") if re.fullmatch(rf"{name}(_\d{{2,5}})?", f.stem))
 
 
 def _picture(file: Path, caption: str, most_bytes: int = 2_000_000, longest: int = 8192) -> Picture:

@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -30,12 +30,13 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from csd_exp.build import build_module, constructed, silence_lightning
-from csd_exp.callbacks import Provenance
+from csd_exp.callbacks import Media, Provenance
 from csd_exp.config import check, check_same_science, composed, conf_dir, sentence, without_hydra
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
-from csd_exp.images import as_saved, read_images
+from csd_exp.images import saved_pictures
 from csd_exp.loggers import Wandb
+from csd_exp.particles import Particles
 from csd_exp.report import write_report
 
 PROMPTS = ("prompt", "source_prompt", "negative_prompt")
@@ -43,9 +44,12 @@ PROMPTS = ("prompt", "source_prompt", "negative_prompt")
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves: edited images [3, H, W] in [0, 1], final metrics, and the run directory."""
+    """What a run leaves: edited images [3, H, W] in [0, 1], final metrics, and the run directory.
 
-    images: list[Tensor]
+    The images are the saved PNGs, each read when it is asked for, so that a long video takes no memory.
+    """
+
+    images: Sequence[Tensor]
     metrics: dict[str, float]
     run_dir: Path
 
@@ -77,17 +81,21 @@ def run(config: DictConfig, run_dir: Path, overrides: Sequence[str]) -> Result:
     config = without_hydra(config)
     config.dir = str(run_dir)
     module = build_module(config, constructed(config.prior))
+    callbacks = [constructed(callback) for callback in (config.callbacks or {}).values()]
+    if not any(isinstance(callback, Media) for callback in callbacks):
+        callbacks.append(Media(run_dir, every_n_steps=0))  # a run always leaves its result
     provenance = Provenance(run_dir, OmegaConf.to_yaml(config, resolve=True), ["csd", *overrides])
     trainer = _trainer(
         config.trainer,
         logger=[constructed(logger) for logger in (config.logger or {}).values()],
-        callbacks=[provenance, *(constructed(callback) for callback in (config.callbacks or {}).values())],
+        callbacks=[provenance, *callbacks],
         default_root_dir=str(run_dir),
     )
     with _relaunchable(overrides, run_dir):
         trainer.fit(module, range(config.steps), ckpt_path=config.ckpt_path)
-    images = module.images()
-    metrics = measured(config, images, module.particles.finish(module.particles.pixels))
+        images, sources = (saved_pictures(run_dir / "media", name) for name in ("edited", "source"))
+        mine = measured(config, images, sources) if trainer.is_global_zero else None
+        metrics = cast(dict[str, dict], trainer.strategy.broadcast(mine))
     values = {name: entry["value"] for name, entry in metrics.items()}
     for logger in trainer.loggers:
         if isinstance(logger, Wandb):
@@ -107,13 +115,17 @@ def _trainer(node: DictConfig, **arguments) -> Trainer:
         raise
 
 
-def measured(config: DictConfig, edited: Sequence[Tensor], sources: Sequence[Tensor]) -> dict[str, dict]:
-    """Each metric of the configuration over all images: value, definition and sense, for metrics.json."""
+def measured(config: DictConfig, edited: Iterable[Tensor], sources: Iterable[Tensor]) -> dict[str, dict]:
+    """Each metric of the configuration over all images: value, definition and sense, for metrics.json.
+
+    edited, sources: the pictures [3, H, W] as saved, gone through once and one by one.
+    """
+    metrics = {name: constructed(node) for name, node in (config.metrics or {}).items()}
+    for image, source in zip(edited, sources, strict=True):
+        for metric in metrics.values():
+            metric.update(image, source)
     entries = {}
-    for name, node in (config.metrics or {}).items():
-        metric = constructed(node)
-        for image, source in zip(edited, sources, strict=True):
-            metric.update(as_saved(image), as_saved(source))
+    for name, metric in metrics.items():
         definition, better = inspect.getdoc(type(metric)), metric.higher_is_better
         entries[name] = {
             "value": float(metric.compute()),
@@ -127,7 +139,7 @@ def check_run(config: DictConfig) -> None:
     """Refuse, in one sentence and before any folder exists, whatever can be seen to be wrong."""
     config.dir = config.hydra.run.dir
     check(config)
-    read_images(config.modality.path)
+    cast(type[Particles], get_class(config.modality._target_)).check_path(config.modality.path)
     if "path" in config.prior:
         from csd_exp.priors.stable_diffusion import check_folder  # diffusers takes seconds to import
 

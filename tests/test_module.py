@@ -414,7 +414,7 @@ def test_pixel_particles_descend_through_the_encoder(write_image, build, fit):
     w = 1 - float(module.prior.alphas_cumprod[module.timestep(Draw(0, 0))])
     (expected,) = torch.autograd.grad(latent, pixels, w * r)
     torch.testing.assert_close(particles.latent.grad, expected)
-    images = torch.stack(module.images())
+    images = torch.stack(list(module.images()))
     torch.testing.assert_close(images, (pixels - 2 * expected).detach().clamp(0, 1))
 
 

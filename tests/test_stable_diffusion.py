@@ -527,9 +527,9 @@ def test_csd_edit_runs_on_it(folder, write_image, build, fit):
         prior = InstructPix2Pix(folder(), row_chunk=chunk)
         particles = Images(files, factor=prior.factor, multiple=prior.multiple, prompt=PROMPT)
         module = build(prior, particles)
-        source = torch.stack(module.images())
+        source = torch.stack(list(module.images()))
         fit(module, steps=2)
-        runs.append(torch.stack(module.images()))
+        runs.append(torch.stack(list(module.images())))
         assert module.rows == 2 * 2 * 5
     assert (runs[0] - source).abs().max() > 1e-3
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-5, atol=1e-5)

@@ -3,6 +3,7 @@
 # The hooks take a CSDModule, narrower than Lightning declares.
 # mypy: disable-error-code="override"
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import lightning as L
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from csd_exp.errors import InputError
-from csd_exp.images import to_uint8, write_png
+from csd_exp.images import ImageFiles, saved_pictures, to_uint8, write_png
 from csd_exp.module import CSDModule
 
 GAIN = 2
@@ -21,7 +22,7 @@ class Media(L.Callback):
     """Saves pictures as PNG under `dir/media` and sends them to W&B and TensorBoard where configured.
 
     `source.png` at the start, `edited_000050.png` after every n steps (0 for none), `edited.png` and
-    `difference_x2.png`, twice |edited - source|, at the end. Of several images each has its index in
+    `difference_x2.png`, twice |edited - source| as saved, at the end. Of several images each has its index in
     the name: `edited_00.png`, `edited_000050_00.png`.
     """
 
@@ -33,38 +34,39 @@ class Media(L.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: CSDModule) -> None:
-        self.source = [image.cpu() for image in module.particles.finish(module.particles.pixels)]
-        self._show(trainer, "source", self.source)
+        self._show(trainer, "source", module.particles.originals(), len(module.particles.latent))
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: L.Trainer, module: CSDModule, *_) -> None:
         step = trainer.global_step
         due = self.every_n_steps > 0 and step % self.every_n_steps == 0
         if due and step < trainer.estimated_stepping_batches:
-            self._show(trainer, "edited", module.images(), f"_{step:06d}")
+            self._show(trainer, "edited", module.images(), len(module.particles.latent), f"_{step:06d}")
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, module: CSDModule) -> None:
-        edited = [image.cpu() for image in module.images()]
-        self._show(trainer, "edited", edited)
-        difference = [GAIN * (e - s).abs() for e, s in zip(edited, self.source, strict=True)]
-        self._show(trainer, f"difference_x{GAIN}", difference)
+        count = len(module.particles.latent)
+        self._show(trainer, "edited", module.images(), count)
+        pairs = zip(*(saved_pictures(self.folder, name) for name in ("edited", "source")), strict=True)
+        self._show(trainer, f"difference_x{GAIN}", (GAIN * (e - s).abs() for e, s in pairs), count)
 
-    def _show(self, trainer: L.Trainer, name: str, images: list[Tensor], step: str = "") -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        width = max(2, len(str(len(images) - 1)))
-        ends = [f"_{i:0{width}d}" for i in range(len(images))] if len(images) > 1 else [""]
+    def _show(
+        self, trainer: L.Trainer, name: str, images: Iterable[Tensor], count: int, step: str = ""
+    ) -> None:
+        """Write images one by one as they come, and hand the files to the loggers."""
+        width = max(2, len(str(count - 1)))
+        ends = [f"_{i:0{width}d}" for i in range(count)] if count > 1 else [""]
         files = [self.folder / f"{name}{step}{end}.png" for end in ends]
         for image, file in zip(images, files, strict=True):
             write_png(image, file)
         for logger in trainer.loggers:
-            self._log(logger, f"media/{name}", images, files, trainer.global_step)
+            self._log(logger, f"media/{name}", files, trainer.global_step)
 
     @staticmethod
-    def _log(logger: Logger, key: str, images: list[Tensor], files: list[Path], step: int) -> None:
+    def _log(logger: Logger, key: str, files: list[Path], step: int) -> None:
         if isinstance(logger, WandbLogger):
             # W&B drops what is logged at a step below its own counter, so the step goes in the caption.
             logger.log_image(key, [str(f) for f in files], caption=[f"step {step}"] * len(files))
         elif isinstance(logger, TensorBoardLogger):
-            for i, image in enumerate(images):
+            for i, image in enumerate(ImageFiles(files)):
                 logger.experiment.add_image(f"{key}/{i:02d}", to_uint8(image), step, dataformats="HWC")

@@ -1,27 +1,39 @@
 """What is optimised, and how the views that a prior scores are taken from it.
 
-Particles know images, latents and geometry, never a prior: `module.py` encodes their `pixels`, hands
-the latents to `start`, and decodes what `render` returns.
+Particles know images, latents and geometry, never a prior: `module.py` encodes their `pixels` one by one,
+hands the latents to `start`, and decodes what `render` returns one by one.
 """
 
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from csd_exp.errors import accept
+from csd_exp.images import read_images
 from csd_exp.schedules import Draw
+
+
+class Pictures(Protocol):
+    """Images of one size, gone through one by one: a tensor [m, 3, H, W], or frames that are read anew."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Each image [3, H, W] in [0, 1], in order; may be asked for again."""
 
 
 class Particles(nn.Module):
     """A modality: latents to optimise [m, C, h, w], their source and condition, and views of them.
 
-    pixels: [m, 3, H, W] in [0, 1], the source images as the prior must encode them (padded).
+    pixels: the m source images as the prior must encode them (padded). fps: frames a second, where they
+    are the frames of a video.
     An id is an integer >= 0 that names a view for good: the noise of a view is keyed by it.
     """
 
     space: Literal["latent", "pixel"] = "latent"
-    pixels: Tensor
+    pixels: Pictures
+    fps: Fraction | None = None
     source_latent: Tensor
     condition_latent: Tensor | None
 
@@ -30,6 +42,16 @@ class Particles(nn.Module):
         accept("modality.dtype", dtype, ("float32", "float64"))
         self.prompt = prompt
         self.dtype = getattr(torch, dtype)
+
+    @staticmethod
+    def check_path(path: str | Sequence[str]) -> None:
+        """Raise InputError where an input can be seen to be unusable before a weight is loaded."""
+        read_images(path)
+
+    def originals(self) -> Iterator[Tensor]:
+        """The source images [3, H, W], exactly the pixels of the input."""
+        for picture in self.pixels:
+            yield from self.finish(picture[None])
 
     def start(self, latent: Tensor, condition: Tensor | None) -> None:
         """Begin at the source: latent [m, C, h, w] is copied into the parameters."""
@@ -73,5 +95,5 @@ class Particles(nn.Module):
         return self.latent
 
     def finish(self, images: Tensor) -> list[Tensor]:
-        """Decoded images [m, 3, H, W], cropped to exactly the pixels of the input."""
+        """Decoded images [n, 3, H, W], any n of the m, cropped to exactly the pixels of the input."""
         raise NotImplementedError
