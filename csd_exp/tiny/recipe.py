@@ -1,22 +1,17 @@
-"""`csd-train-prior`: trains, exports and scores the embedded InstructPix2Pix; a stopped run continues."""
+"""Trains, exports and scores the embedded InstructPix2Pix; a stopped run continues."""
 
 import json
-import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-import hydra
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from csd_exp.config import conf_dir
-from csd_exp.errors import InputError
 from csd_exp.figures.grid import grid
 from csd_exp.files import write_whole
 from csd_exp.tiny import models
@@ -26,7 +21,7 @@ from csd_exp.tiny.photos import Pairs, View, build_views
 from csd_exp.tiny.principal import start_at_principal_components
 from csd_exp.tiny.scores import EXACT, Sampler, score
 from csd_exp.tiny.text import tokenize, train_text
-from csd_exp.tiny.training import fit, generator, save, torch_generator
+from csd_exp.tiny.training import fit, generator, run_folder, save, torch_generator, velocity_loss
 
 COLUMNS = 10
 TRAINED = ["seed", "bf16", "data", "text", "vae", "pairs", "unet"]
@@ -132,16 +127,13 @@ def prepare_latents(cfg: DictConfig, run: Path, vae: AutoencoderKL, views: list[
 
 
 def denoiser_loss(unet: nn.Module, batch: tuple[Tensor, Tensor, Tensor], rng: torch.Generator) -> Tensor:
-    """Squared error of the velocity, more often at high noise, where the answer is not yet to be seen."""
+    """Squared error of the velocity of noised edits."""
     edits, sources, texts = batch
-    scheduler, size = models.build_scheduler(), len(edits)
-    spread = 1 - (1 - (torch.arange(size) + torch.rand(size, generator=rng)) / size) ** 1.5
-    t = (spread * scheduler.config.num_train_timesteps).long().to(edits.device)
-    noise = torch.randn(edits.shape, generator=rng).to(edits)
-    rows = torch.cat([scheduler.add_noise(edits, noise, t), sources], 1)
-    rows = rows.contiguous(memory_format=torch.channels_last)
-    found = unet(rows, t, encoder_hidden_states=texts).sample
-    return F.mse_loss(found.float(), scheduler.get_velocity(edits, noise, t))
+
+    def denoise(noisy: Tensor, t: Tensor) -> Tensor:
+        return unet(torch.cat([noisy, sources], 1), t, encoder_hidden_states=texts).sample
+
+    return velocity_loss(denoise, edits, models.build_scheduler(), rng)
 
 
 def train_unet(cfg: DictConfig, run: Path, latents: Latents) -> UNet2DConditionModel:
@@ -197,28 +189,7 @@ def run(cfg: DictConfig) -> dict:
     Raises InputError when `run_dir` holds a run of another configuration, ImportError without the packages
     that paint.
     """
-    folder, export = Path(cfg.run_dir), Path(cfg.export_dir)
-    wanted, found = OmegaConf.masked_copy(cfg, TRAINED), folder / "config.yaml"
-    if found.exists() and OmegaConf.load(found) != wanted:
-        raise InputError(f"run_dir={folder} holds a run of another configuration; give another run_dir.")
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(wanted, found)
+    folder, export = run_folder(cfg, TRAINED), Path(cfg.export_dir)
     torch.set_num_threads(cfg.threads)
     models.export(train(cfg, folder), export)
     return evaluate(cfg, folder, export)
-
-
-@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train_prior")
-def main(cfg: DictConfig) -> None:
-    """Console entry `csd-train-prior`."""
-    try:
-        result = run(cfg)
-    except (InputError, ImportError) as error:
-        print(f"csd-train-prior: {error}", file=sys.stderr)
-        sys.exit(2)
-    print({name: value for name, value in result.items() if not isinstance(value, dict)})
-    print(f"exported: {cfg.export_dir}")
-
-
-if __name__ == "__main__":
-    main()
