@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from csd_exp.errors import InputError
+from csd_exp.figures.grid import grid
 from csd_exp.files import write_whole
 from csd_exp.tiny import models
 from csd_exp.tiny.captions import (
@@ -33,6 +34,7 @@ from csd_exp.tiny.text import tokenize, train_text
 from csd_exp.tiny.training import fit, generator, run_folder, save, torch_generator, velocity_loss
 
 TRAINED = ["seed", "bf16", "text", "autoencoder", "text_to_image"]
+COLUMNS = 12
 COLOURS = tuple(name for name in BACKGROUNDS if name != "white")
 
 
@@ -232,8 +234,8 @@ def _share_right(images: Tensor, references: list[list[Tensor]], right: list[int
     return round((nearest(_coarse(images), rows) == torch.tensor(right)).float().mean().item(), 3)
 
 
-def score(sampler: Sampler, chosen: list[Subject]) -> tuple[dict[str, Any], Tensor]:
-    """Scores by distance to the true pictures at 16 x 16 px, and a sheet of pictures [n, 3, 128, 128].
+def score(sampler: Sampler, chosen: list[Subject]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Scores by distance to the true pictures at 16 x 16 px, and the pictures by their text.
 
     `object_*`: the share of pictures that are nearest to the one asked for among all subjects on the same
     background and in the same style; `background_*`: among the subject on all backgrounds; `style_*`: among
@@ -248,24 +250,23 @@ def score(sampler: Sampler, chosen: list[Subject]) -> tuple[dict[str, Any], Tens
     result: dict[str, Any] = {
         "chance_object": round(1 / len(chosen), 3),
         "chance_background": round(1 / len(backgrounds), 3),
-        "chance_style": 0.5,
     }
-    sheet = [torch.stack([subject.render.image for subject in chosen]) / 255]
+    pictures: dict[str, Tensor] = {}
     for kind, (texts, colours) in asked.items():
         made = sampler(texts)
         others = [[other.render.on(colour) for other in chosen] for colour in colours]
         own = [[subject.render.on(colour) for colour in backgrounds] for subject in chosen]
         result[f"object_{kind}"] = _share_right(made, others, everything)
         result[f"background_{kind}"] = _share_right(made, own, [backgrounds.index(c) for c in colours])
-        sheet.append(made)
-    drawn = sampler([f"a flat drawing of {subject.phrase}" for subject in chosen])
-    drawings = [subject.drawing.image for subject in chosen]
+        pictures |= zip(texts, made, strict=True)
+    texts = [f"a flat drawing of {subject.phrase}" for subject in chosen]
+    made, drawings = sampler(texts), [subject.drawing.image for subject in chosen]
     both = [[subject.render.image, subject.drawing.image] for subject in chosen]
-    result["object_drawn"] = _share_right(drawn, [drawings] * len(chosen), everything)
-    result["style_drawn"] = _share_right(drawn, both, [1] * len(chosen))
+    result["object_drawn"] = _share_right(made, [drawings] * len(chosen), everything)
+    result["style_drawn"] = _share_right(made, both, [1] * len(chosen))
     renders = torch.stack([subject.render.image for subject in chosen])
     result["autoencoder_psnr"] = round(psnr(sampler.reconstruct(renders), renders / 255).mean().item(), 2)
-    return result, torch.cat([*sheet, drawn, torch.stack(drawings) / 255])
+    return result, pictures | dict(zip(texts, made, strict=True))
 
 
 def _on(chosen: list[Subject], colours: list[str]) -> tuple[list[str], list[str]]:
@@ -276,12 +277,13 @@ def _on(chosen: list[Subject], colours: list[str]) -> tuple[list[str], list[str]
 
 
 def evaluate(cfg: DictConfig, run: Path, folder: Path) -> dict[str, Any]:
-    """Scores the exported folder: scores.json, samples.png, prompts.png and its model card."""
+    """Scores the exported folder: scores.json, what it makes of texts as samples.jpg, and its model card."""
     pipe = models.load_pipeline(folder, cfg.device)
     sampler = Sampler(pipe, cfg.samples.steps, cfg.samples.guidance, cfg.seed)
-    result, sheet = score(sampler, subjects(Path(cfg.data.cache), cfg.samples.subjects))
-    save_image(sheet, run / "samples.png", nrow=cfg.samples.subjects, padding=1)
-    save_image(sampler(list(cfg.samples.prompts)), run / "prompts.png", nrow=6, padding=1)
+    result, pictures = score(sampler, subjects(Path(cfg.data.cache), cfg.samples.subjects))
+    prompts = list(cfg.samples.prompts)
+    cells = [*zip(prompts, sampler(prompts), strict=True), *pictures.items()]
+    write_whole(run / "samples.jpg", grid([(fill(text, 28), image) for text, image in cells], COLUMNS))
     write_whole(run / "scores.json", json.dumps(result, indent=2) + "\n")
     write_whole(folder / "README.md", card(cfg, pipe, result))
     return result
