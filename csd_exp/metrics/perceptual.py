@@ -13,7 +13,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import get_model_weights
 
 from csd_exp.errors import InputError
-from csd_exp.metrics.base import PictureMetric
+from csd_exp.metrics.base import FrameMetric, PictureMetric
 
 # Ends of stages, counted from the stem: the last at each of five resolutions, and the first five of seven.
 DISTANCE_DEPTHS = (1, 2, 3, 5, 7)
@@ -52,6 +52,12 @@ def efficientnet_distance(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack(apart).mean(0)
 
 
+def style_blocks(images: Tensor) -> list[Tensor]:
+    """The ten parts [n, C] of `style_embedding`, the means and then the standard deviations of each depth."""
+    layers = activations(images, STYLE_DEPTHS)
+    return [f(layer, dim=(2, 3)) for layer in layers for f in (torch.mean, torch.std)]
+
+
 def style_embedding(images: Tensor) -> Tensor:
     """Channel means and standard deviations [n, 544] of images [n, 3, H, W] in [0, 1], at five depths.
 
@@ -61,8 +67,7 @@ def style_embedding(images: Tensor) -> Tensor:
     `csd_exp.tiny.looks.paint` are recognised on a held-out photograph, and 94.6 % after a small autoencoder
     has blurred the strokes.
     """
-    layers = activations(images, STYLE_DEPTHS)
-    return torch.cat([f(layer, dim=(2, 3)) for layer in layers for f in (torch.mean, torch.std)], 1)
+    return torch.cat(style_blocks(images), 1)
 
 
 class EfficientNetDistance(PictureMetric):
@@ -99,8 +104,8 @@ class LPIPS(PictureMetric):
         file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
         if not file.is_file():
             raise InputError(
-                f"metrics.perceptual=lpips needs the weights of torchvision's {name}, and {file} is missing; "
-                f"put {url} there or use metrics.perceptual=efficientnet."
+                f"metrics/perceptual=lpips needs the weights of torchvision's {name}, and {file} is missing; "
+                f"put {url} there or use metrics/perceptual=efficientnet."
             )
         self.network = LearnedPerceptualImagePatchSimilarity(net, normalize=True).net
 
@@ -110,3 +115,24 @@ class LPIPS(PictureMetric):
 
     def value(self, edited: Tensor, source: Tensor) -> Tensor:
         return self.distance(edited[None], source[None])[0]
+
+
+class PerceptualConsistency(FrameMetric):
+    """`distance` between consecutive edited frames, from 0 where they are equal; the definition is its own.
+
+    The mean over consecutive frames; "LPIPS" of the CSD paper's tables with `metrics/perceptual=lpips`, which
+    does not state the network. It knows nothing of the source: the camera's own motion counts, and a still
+    picture has 0.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, distance: EfficientNetDistance | LPIPS | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.distance = EfficientNetDistance().distance if distance is None else distance.distance
+
+    def seen(self, edited: Tensor, source: Tensor) -> Tensor:
+        return edited
+
+    def between(self, previous: Tensor, current: Tensor) -> Tensor:
+        return self.distance(previous[None], current[None])[0]

@@ -1,12 +1,14 @@
 """Windows of a picture, what is measured on each, and how far the windows are apart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csd_exp.metrics.base import PictureMetric
+from csd_exp.errors import InputError
+from csd_exp.metrics.base import ROUNDING, MeanMetric
+from csd_exp.metrics.perceptual import style_blocks
 from csd_exp.tiny.looks import luminance
 
 Embed = Callable[[Tensor], Tensor]
@@ -41,6 +43,11 @@ def mean_colour(windows: Tensor) -> Tensor:
     return windows.mean((2, 3))
 
 
+def colour_statistics(windows: Tensor) -> Tensor:
+    """Mean and standard deviation of red, green and blue [n, 6] of windows [n, 3, S, S]."""
+    return torch.cat([windows.mean((2, 3)), windows.std((2, 3), correction=0)], 1)
+
+
 def style_statistics(windows: Tensor) -> Tensor:
     """Mean and standard deviation [n, 18] of 9 fixed responses of windows [n, 3, S, S], S >= 8.
 
@@ -58,20 +65,100 @@ def style_statistics(windows: Tensor) -> Tensor:
     return torch.cat(moments, 1)
 
 
-class WindowSpread(PictureMetric):
-    """How far the windows of a picture are from each other, knowing nothing of the edit.
+class WindowMetric(MeanMetric):
+    """A metric of the windows of `side` pixels; None takes the side of the prior's own windows.
 
-    sqrt(mean_w |f_w - mean f|^2), f_w = embed(window w) over non-overlapping windows of `side` pixels. With
-    `mean_colour` in [0, sqrt(3) / 2]; 0 where all windows look alike. The content's own share is the source's
-    value (update with source, source).
+    A picture that holds fewer than two such windows has no value.
     """
 
     higher_is_better = False
 
-    def __init__(self, side: int = 128, embed: Embed = mean_colour, **kwargs):
+    def __init__(self, side: int | None = 128, **kwargs):
         super().__init__(**kwargs)
-        self.side, self.embed = side, embed
+        self.side = side
+
+    def update(self, edited: Tensor, source: Tensor, window: int | None = None) -> None:
+        side, (height, width) = self.side or window, edited.shape[-2:]
+        if side is not None and len(corners(height, width, side)) > 1:
+            self.observe(self.value(windows(edited, side), windows(source, side)))
 
     def value(self, edited: Tensor, source: Tensor) -> Tensor:
-        f = self.embed(windows(edited, self.side))
+        """The metric of the windows [n, 3, S, S] of one picture, a scalar."""
+        raise NotImplementedError
+
+
+class WindowSpread(WindowMetric):
+    """sqrt(mean_w |f_w - mean f|^2): how far the windows of a picture are from each other.
+
+    f_w = embed(window w) over non-overlapping windows of `side` pixels. With `mean_colour` in
+    [0, sqrt(3) / 2]; 0 where all windows look alike. It knows nothing of the edit: the content's own share is
+    the source's value (update with source, source).
+    """
+
+    def __init__(self, side: int | None = 128, embed: Embed = mean_colour, **kwargs):
+        super().__init__(side, **kwargs)
+        self.embed = embed
+
+    def value(self, edited: Tensor, source: Tensor) -> Tensor:
+        f = self.embed(edited)
         return (f - f.mean(0)).square().sum(1).mean().sqrt()
+
+
+class StyleSpread(WindowMetric):
+    """sqrt(mean_b V_b(edited) / V_b(source)): how far windows differ in style, over how far the source's do.
+
+    V_b = sum_c var_w f_c,w over the channels c of block b of `style_embedding`: channel means, or standard
+    deviations, at one of five depths of EfficientNet-Lite0 (the style statistics of Huang & Belongie 2017),
+    of non-overlapping windows w of `side` pixels. From 0; 1 where windows differ as the source's do, below
+    where one style covers all, above where they disagree.
+    """
+
+    def value(self, edited: Tensor, source: Tensor) -> Tensor:
+        spreads = [
+            torch.stack([block.var(0, correction=0).sum() for block in style_blocks(images)])
+            for images in (edited, source)
+        ]
+        return (spreads[0] / spreads[1].clamp(min=1e-12)).mean().sqrt()
+
+
+class SeamEnergy(MeanMetric):
+    """[B(e) / I(e)] / [B(o) / I(o)]: gradients at window borders over those elsewhere; from 0, 1 is no seam.
+
+    Of the squared differences of neighbouring pixels, across at columns where the prior's windows begin or
+    end and down at such rows, B is the mean over those less than `reach` pixels from such a border, and I the
+    mean over the others in the same directions. Both are over channels of values in [0, 1], with
+    1 / (6 * 255^2) added, what rounding to 8 bits costs, so that flat pictures have 1. Dividing by the source
+    takes out the content that happens to lie under the borders. Windows that move from step to step are
+    judged at the places where they would rest. Without windows there is no value.
+
+    reach: in pixels; 4 holds all that decoding makes of a step between latents of 8 pixels.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, reach: int = 4, **kwargs):
+        super().__init__(**kwargs)
+        if reach < 1:
+            raise InputError(f"metrics.seam_energy.reach must be at least 1, not {reach}.")
+        self.reach = reach
+
+    def update(
+        self, edited: Tensor, source: Tensor, borders: tuple[Sequence[int], Sequence[int]] = ((), ())
+    ) -> None:
+        ratios = [self._ratio(image.double(), borders) for image in (edited, source)]
+        if all(ratio.isfinite() for ratio in ratios):
+            self.observe(ratios[0] / ratios[1])
+
+    def _ratio(self, image: Tensor, borders: tuple[Sequence[int], Sequence[int]]) -> Tensor:
+        """B / I of an image; NaN without a border or without an interior."""
+        at_border, interior = [], []
+        for axis, places in zip((1, 2), borders, strict=True):
+            # The difference at i is that of pixels i - 1 and i: across the border of what begins at i.
+            position = torch.arange(1, image.shape[axis])
+            near = (position[:, None] - torch.tensor(places, dtype=torch.long)).abs() < self.reach
+            if near.any():
+                energy = image.diff(dim=axis).square().movedim(axis, 0)
+                at_border.append(energy[near.any(1)].flatten())
+                interior.append(energy[~near.any(1)].flatten())
+        means = [torch.cat(e).mean() if e else torch.tensor(torch.nan) for e in (at_border, interior)]
+        return (means[0] + 2 * ROUNDING) / (means[1] + 2 * ROUNDING)
