@@ -18,11 +18,11 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # Pillow's own limit against decompression bombs
 
 
-def read_image(path: str | Path, key: str = "modality.path") -> Tensor:
+def read_image(path: str | Path, key: str = "modality.path", behind: str = "white") -> Tensor:
     """An image file as [3, H, W] in [0, 1], after EXIF rotation.
 
     One channel is repeated, 16-bit gray is kept in full precision (16-bit colour is read at 8 bits),
-    transparency is laid over white.
+    transparency is laid over the colour `behind`.
     Raises InputError, naming the key and the file, when it is missing, unreadable or above MAX_PIXELS.
     """
     path = Path(path)
@@ -32,7 +32,7 @@ def read_image(path: str | Path, key: str = "modality.path") -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
-                return _to_tensor(ImageOps.exif_transpose(opened))
+                return _to_tensor(ImageOps.exif_transpose(opened), behind)
     except InputError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
@@ -120,7 +120,7 @@ def _reflected(side: int, padded: int) -> Tensor:
     return torch.where(position < side, position, period - position)
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
+def _to_tensor(image: Image.Image, behind: str) -> Tensor:
     if image.mode == "F" or image.mode.startswith("I"):
         white = 1.0 if image.mode == "F" else 65535.0
         gray = torch.from_numpy(np.asarray(image).astype(np.float32)) / white
@@ -129,5 +129,5 @@ def _to_tensor(image: Image.Image) -> Tensor:
         return gray.expand(3, -1, -1).clone()
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255

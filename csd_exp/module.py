@@ -103,7 +103,7 @@ class CSDModule(L.LightningModule):
         k, repulsion = self.kernel(phi)
         update = svgd(r, k, pull(repulsion[own]), self.kernel.normalize, own, self._sum_over_ranks)
         g = weight(level, self.weight) * update.view(-1, *x.shape[1:])
-        share = self.particles.share(ids, chosen)[: len(g)]
+        share = (self.particles.share(ids, chosen) * self.particles.editable(ids))[: len(g)]
         self._log_step(level, r, k, repulsion)
         # DDP averages gradients over ranks; times their number that is the exact sum.
         return self.trainer.world_size * (x[: len(g)] * (share * g).detach()).sum()
@@ -215,6 +215,10 @@ class CSDModule(L.LightningModule):
 
         One is decoded when it is asked for. which: of several pictures, those to decode.
         """
+        yield from self.particles.composite(self._decoded(which), which)
+
+    @torch.no_grad()
+    def _decoded(self, which: slice) -> Iterator[Tensor]:
         for rendered in self.particles.render()[which].split(1):
             decoded = self.prior.decode(rendered) if self.particles.space == "latent" else rendered
             yield from (image.clamp(0, 1) for image in self.particles.finish(decoded))

@@ -6,6 +6,7 @@ hands the latents to `start`, and decodes what `render` returns one by one.
 
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import islice
 from typing import Literal, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from csd_exp.errors import accept
 from csd_exp.images import read_images
+from csd_exp.particles.areas import Areas
 from csd_exp.schedules import Draw
 
 
@@ -33,6 +35,7 @@ class Particles(nn.Module):
 
     space: Literal["latent", "pixel"] = "latent"
     pixels: Pictures
+    areas: Areas | None = None
     fps: Fraction | None = None
     source_latent: Tensor
     condition_latent: Tensor | None
@@ -83,8 +86,38 @@ class Particles(nn.Module):
         return list(self.crop(self.condition_latent, ids))
 
     def prompts(self, ids: Tensor) -> list[list[tuple[float, str | None]]]:
-        """Each view's prompts y_k with their weights alpha_k > 0 of sum 1; None asks for no edit."""
-        return [[(1.0, self.prompt)]] * len(ids)
+        """Each view's prompts y_k with their weights alpha_k > 0 of sum 1; None asks for no edit.
+
+        alpha_k is the part of the view that region k has (CSD Appendix B.1); regions that overlap share
+        their pixels equally. What no region has takes the background's prompt or, if that is empty, None.
+        """
+        backgrounds = self.backgrounds(ids)
+        if self.areas is None or self.areas.weights is None:
+            return [[(1.0, prompt)] for prompt in backgrounds]
+        alphas = self._seen(self.areas.weights, ids).mean((2, 3)).tolist()
+        texts = [region.prompt for region in self.areas.regions]
+        return [
+            [(a, prompt) for a, prompt in zip(view, [*texts, background or None], strict=True) if a > 0]
+            for view, background in zip(alphas, backgrounds, strict=True)
+        ]
+
+    def backgrounds(self, ids: Tensor) -> list[str]:
+        """Each view's prompt where it is in no region."""
+        return [self.prompt] * len(ids)
+
+    def editable(self, ids: Tensor) -> Tensor | float:
+        """[n, 1, h, w] in 0..1, or 1: the part of its update that each latent of the views takes.
+
+        The mask, averaged over a latent and its neighbours, times what regions have of it where the
+        background has no prompt: the kernel would carry other windows' updates there.
+        """
+        if self.areas is None or self.areas.free is None:
+            return 1.0
+        return self._seen(self.areas.free, ids).to(self.latent)
+
+    def _seen(self, area: Tensor, ids: Tensor) -> Tensor:
+        """Views of a canvas [m or 1, C, h, w] that all images may share."""
+        return self.crop(area.expand(len(self.latent), *area.shape[1:]), ids)
 
     def share(self, ids: Tensor, chosen: Tensor) -> Tensor:
         """[n, 1, h, w]: 1 / in how many of the step's `chosen` views each latent of views `ids` appears."""
@@ -93,6 +126,15 @@ class Particles(nn.Module):
     def render(self) -> Tensor:
         """What is to be decoded, in `space`, laid out as `pixels`."""
         return self.latent
+
+    def composite(self, images: Iterator[Tensor], which: slice) -> Iterator[Tensor]:
+        """The images [3, H, W] at `which`, outside of a mask to the last bit the originals."""
+        if self.areas is None or self.areas.mask is None:
+            yield from images
+            return
+        originals = islice(enumerate(self.originals()), *which.indices(len(self.latent)))
+        for image, (i, original) in zip(images, originals, strict=True):
+            yield self.areas.composite(i, image, original)
 
     def finish(self, images: Tensor) -> list[Tensor]:
         """Decoded images [n, 3, H, W], any n of the m, cropped to exactly the pixels of the input."""

@@ -1,12 +1,15 @@
 """A set of images, one particle each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from csd_exp.errors import InputError
 from csd_exp.images import pad_to, read_images
+from csd_exp.particles.areas import Areas, Box
 from csd_exp.particles.base import Particles
 from csd_exp.schedules import Draw
 
@@ -17,6 +20,8 @@ class Images(Particles):
     path: a file, a folder of images, or a list of files; all must have the same size.
     batch: how many images a step takes, drawn anew; None takes all.
     factor, multiple: the prior's pixels per latent, and what a side in latents must be a multiple of.
+    regions, mask, feather: parts of the images with prompts of their own, and the part that may change, see
+        `Areas`; regions are the same in all images.
     """
 
     def __init__(
@@ -26,6 +31,9 @@ class Images(Particles):
         multiple: int,
         window: int | None = None,
         batch: int | None = None,
+        regions: Sequence[Mapping[str, Any]] | None = None,
+        mask: str | Box | Sequence[str] | None = None,
+        feather: int | None = None,
         prompt: str = "",
         dtype: str = "float32",
     ):
@@ -36,7 +44,11 @@ class Images(Particles):
         self.batch = batch
         self.size = tuple(images.shape[-2:])
         height, width = (-(-side // (factor * multiple)) * factor * multiple for side in self.size)
-        self.pixels = pad_to(images, height, width)
+        pad = partial(pad_to, height=height, width=width)
+        self.pixels = pad(images)
+        self.areas = Areas(
+            self.size, pad, factor, regions, mask, feather, count=len(images), background=bool(prompt)
+        )
 
     def choose(self, draw: Draw) -> Tensor:
         everything = len(self.pixels)

@@ -1,10 +1,15 @@
 """One large image, seen through overlapping windows of the prior's native size."""
 
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from csd_exp.errors import InputError
 from csd_exp.images import pad_to, read_image
+from csd_exp.particles.areas import Areas, Box
 from csd_exp.particles.base import Particles
 from csd_exp.schedules import Draw
 
@@ -21,7 +26,11 @@ class Panorama(Particles):
     batch: how many windows a step takes, drawn anew; None takes all.
     wrap: windows cross the left and right border, for 360-degree images.
     jitter: shift the windows by a random offset below the stride each step, so that no seam stays in place.
+    regions, mask, feather: parts of the image with prompts of their own, and the part that may change, see
+        `Areas`; windows with nothing to edit are left out.
     """
+
+    areas: Areas
 
     def __init__(
         self,
@@ -33,6 +42,9 @@ class Panorama(Particles):
         batch: int | None = None,
         wrap: bool = False,
         jitter: bool = False,
+        regions: Sequence[Mapping[str, Any]] | None = None,
+        mask: str | Box | Sequence[str] | None = None,
+        feather: int | None = None,
         prompt: str = "",
         dtype: str = "float32",
     ):
@@ -51,13 +63,15 @@ class Panorama(Particles):
         self.factor, self.window, self.stride = factor, window, stride
         self.batch, self.wrap, self.jitter = batch, wrap, jitter
         image = read_image(path)
-        self.size = tuple(image.shape[-2:])
-        height, width = (max(-(-side // factor), window) * factor for side in self.size)
+        _, *sides = image.shape
+        self.size = (sides[0], sides[1])
+        height, width = (max(-(-side // factor), window) * factor for side in sides)
         self.grid = (height // factor, width // factor)
         # With wrap, the encoder and the decoder must see past the border what lies beyond it.
         self.margin = min(window // 2, self.grid[1]) if wrap else 0
-        self.pixels = pad_to(image[None], height, width, circular=wrap)
-        self.pixels = self._with_margin(self.pixels, self.margin * factor)
+        pad = partial(pad_to, height=height, width=width, circular=wrap)
+        self.pixels = self._with_margin(pad(image[None]), self.margin * factor)
+        self.areas = Areas(self.size, pad, factor, regions, mask, feather, wrap=wrap, background=bool(prompt))
 
     def start(self, latent: Tensor, condition: Tensor | None) -> None:
         inner = slice(self.margin, self.margin + self.grid[1])
@@ -73,6 +87,8 @@ class Panorama(Particles):
         else:
             lefts = self._starts(width, int(right))
         ids = torch.tensor([top * width + left for top in tops for left in lefts])
+        if self.areas.free is not None:
+            ids = ids[self.crop(self.areas.free, ids).amax((1, 2, 3)) > 0]
         if self.batch is None or self.batch >= len(ids):
             return ids
         return ids[torch.from_numpy(generator.permutation(len(ids))[: self.batch])]
