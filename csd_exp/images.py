@@ -2,13 +2,14 @@
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from csd_exp.errors import InputError
@@ -25,14 +26,21 @@ def read_image(path: str | Path, key: str = "modality.path", behind: str = "whit
     transparency is laid over the colour `behind`.
     Raises InputError, naming the key and the file, when it is missing, unreadable or above MAX_PIXELS.
     """
+    with _opened(path, key) as image:
+        return _to_tensor(ImageOps.exif_transpose(image), behind)
+
+
+@contextmanager
+def _opened(path: str | Path, key: str) -> Iterator[Image.Image]:
+    """An image file; whatever its decoder raises becomes one InputError."""
     path = Path(path)
     try:
         if not path.is_file():
             raise InputError(f"{key}={path} is no file; give the path of a {', '.join(SUFFIXES)} image.")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                return _to_tensor(ImageOps.exif_transpose(opened), behind)
+            with Image.open(path) as image:
+                yield image
     except InputError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
@@ -48,10 +56,17 @@ def image_files(path: str | Path | Sequence[str], key: str = "modality.path") ->
     files = [Path(path)] if isinstance(path, (str, Path)) else [Path(file) for file in path]
     if len(files) == 1 and files[0].is_dir():
         files = [f for f in files[0].iterdir() if f.suffix.lower() in SUFFIXES]
-        files.sort(key=lambda f: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", f.name)])
+        files.sort(key=lambda f: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", f.name)])
     if not files:
         raise InputError(f"{key}={path} holds no image; accepted are {', '.join(SUFFIXES)} files.")
     return files
+
+
+def image_size(path: str | Path, key: str = "modality.path") -> tuple[int, int]:
+    """(H, W) of an image file after EXIF rotation, from its header; raises InputError as `read_image`."""
+    with _opened(path, key) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size if turned else image.size[::-1]
 
 
 def read_images(path: str | Sequence[str], key: str = "modality.path") -> list[Tensor]:

@@ -3,7 +3,9 @@
 # The hooks take a CSDModule, narrower than Lightning declares.
 # mypy: disable-error-code="override"
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -14,6 +16,8 @@ from torch import Tensor
 from csd_exp.errors import InputError
 from csd_exp.images import ImageFiles, saved_pictures, to_uint8, write_png
 from csd_exp.module import CSDModule
+from csd_exp.outlines import outlined
+from csd_exp.videos import side_by_side, write_gif, write_mp4
 
 GAIN = 2
 
@@ -23,7 +27,11 @@ class Media(L.Callback):
 
     `source.png` at the start, `edited_000050.png` after every n steps (0 for none), `edited.png` and
     `difference_x2.png`, twice |edited - source| as saved, at the end. Of several images each has its index in
-    the name: `edited_00.png`, `edited_000050_00.png`.
+    the name: `edited_00.png`, `edited_000050_00.png`. `regions.png` is the first source with regions drawn
+    in, `mask.png` what may change, where the particles have them.
+
+    A video's frames are `source/000000.png` and so on and `edited/000000.png`, played by `source.mp4`,
+    `edited.mp4` and `side_by_side.mp4`, and a `.gif` of each; on the way only its first frame is saved.
     """
 
     def __init__(self, dir: str | Path, every_n_steps: int = 50):
@@ -34,31 +42,66 @@ class Media(L.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: CSDModule) -> None:
-        self._show(trainer, "source", module.particles.originals(), len(module.particles.latent))
+        self._show_areas(trainer, module)
+        self._save(trainer, module, "source", module.particles.originals())
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: L.Trainer, module: CSDModule, *_) -> None:
         step = trainer.global_step
         due = self.every_n_steps > 0 and step % self.every_n_steps == 0
         if due and step < trainer.estimated_stepping_batches:
-            self._show(trainer, "edited", module.images(), len(module.particles.latent), f"_{step:06d}")
+            count = len(module.particles.latent) if module.particles.fps is None else 1
+            self._show(trainer, "edited", module.images(slice(count)), count, f"_{step:06d}")
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, module: CSDModule) -> None:
-        count = len(module.particles.latent)
-        self._show(trainer, "edited", module.images(), count)
-        pairs = zip(*(saved_pictures(self.folder, name) for name in ("edited", "source")), strict=True)
-        self._show(trainer, f"difference_x{GAIN}", (GAIN * (e - s).abs() for e, s in pairs), count)
+        self._save(trainer, module, "edited", module.images())
+        source, edited = (saved_pictures(self.folder, name) for name in ("source", "edited"))
+        if module.particles.fps is None:
+            difference = (GAIN * (e - s).abs() for e, s in zip(edited, source, strict=True))
+            self._show(trainer, f"difference_x{GAIN}", difference, len(edited))
+        else:
+            both = partial(side_by_side, source, edited)
+            self._play(trainer, "side_by_side", both, module.particles.fps)
+
+    def _save(self, trainer: L.Trainer, module: CSDModule, name: str, images: Iterable[Tensor]) -> None:
+        """Write all pictures, or all frames and what plays them."""
+        count, fps = len(module.particles.latent), module.particles.fps
+        if fps is None:
+            self._show(trainer, name, images, count)
+            return
+        files = [self.folder / name / f"{i:06d}.png" for i in range(count)]
+        _write(images, files)
+        self._play(trainer, name, lambda: ImageFiles(files), fps)
+
+    def _play(
+        self, trainer: L.Trainer, name: str, frames: Callable[[], Iterable[Tensor]], fps: Fraction
+    ) -> None:
+        """Write frames as mp4 and GIF, and hand the mp4 to W&B; TensorBoard has no player for it."""
+        mp4 = self.folder / f"{name}.mp4"
+        write_mp4(frames(), mp4, fps)
+        write_gif(frames, self.folder / f"{name}.gif", fps)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_video(f"media/{name}", [str(mp4)], caption=[f"step {trainer.global_step}"])
+
+    def _show_areas(self, trainer: L.Trainer, module: CSDModule) -> None:
+        areas = module.particles.areas
+        if areas is not None and areas.regions:
+            source = next(module.particles.originals())
+            self._show(trainer, "regions", [outlined(source, areas.regions)], 1)
+        if areas is not None and areas.mask is not None:
+            masks = [mask.float().expand(3, -1, -1) for mask in areas.mask]
+            self._show(trainer, "mask", masks, len(masks))
 
     def _show(
         self, trainer: L.Trainer, name: str, images: Iterable[Tensor], count: int, step: str = ""
     ) -> None:
-        """Write images one by one as they come, and hand the files to the loggers."""
+        """Write images, and hand the files to the loggers."""
         width = max(2, len(str(count - 1)))
         ends = [f"_{i:0{width}d}" for i in range(count)] if count > 1 else [""]
         files = [self.folder / f"{name}{step}{end}.png" for end in ends]
-        for image, file in zip(images, files, strict=True):
-            write_png(image, file)
+        _write(images, files)
         for logger in trainer.loggers:
             self._log(logger, f"media/{name}", files, trainer.global_step)
 
@@ -70,3 +113,9 @@ class Media(L.Callback):
         elif isinstance(logger, TensorBoardLogger):
             for i, image in enumerate(ImageFiles(files)):
                 logger.experiment.add_image(f"{key}/{i:02d}", to_uint8(image), step, dataformats="HWC")
+
+
+def _write(images: Iterable[Tensor], files: list[Path]) -> None:
+    """Each image as it comes."""
+    for image, file in zip(images, files, strict=True):
+        write_png(image, file)
