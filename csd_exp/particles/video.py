@@ -1,0 +1,59 @@
+"""A video: its frames are the particles."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from csd_exp.errors import InputError
+from csd_exp.particles.areas import Box
+from csd_exp.particles.images import WholePictures
+from csd_exp.videos import Frames
+
+
+class Video(WholePictures):
+    """The frames of a video, edited together; a frame's noise is keyed by its number.
+
+    Of all frames only latents are held (64 KB each at 512 px): they are read, encoded and decoded one by one.
+
+    path: a video file, or a folder of images that are its frames, in natural order.
+    start, stop, step: which frames to take, as in a slice. fps: frames a second; None is the input's own.
+    The last four are as `csd_exp.videos.Frames` says, the rest as for WholePictures.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        factor: int,
+        multiple: int,
+        window: int | None = None,
+        batch: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        step: int = 1,
+        fps: float | None = None,
+        regions: Sequence[Mapping[str, Any]] | None = None,
+        mask: str | Box | None = None,
+        feather: int | None = None,
+        prompt: str = "",
+        dtype: str = "float32",
+    ):
+        frames = Frames(path, start, stop, step, fps)
+        super().__init__(frames.size, factor, multiple, batch, regions, mask, feather, prompt, dtype)
+        self.pixels, self.fps = Padded(frames, self.pad), frames.fps
+
+    @staticmethod
+    def check_path(path: str | Sequence[str]) -> tuple[int, int]:
+        if not isinstance(path, str):
+            raise InputError(f"modality.path must be one video file or one folder of frames, not {path}.")
+        return Frames(path).size
+
+
+class Padded:
+    """Frames, each padded when it is read."""
+
+    def __init__(self, frames: Frames, pad: Callable[[Tensor], Tensor]):
+        self.frames, self.pad = frames, pad
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.pad, self.frames)
