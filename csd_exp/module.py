@@ -20,54 +20,21 @@ Noise = Literal["independent", "shared"]
 Features = Callable[[Tensor], Tensor]
 
 
-class CSDModule(L.LightningModule):
-    """Optimises particles under a frozen prior; one Lightning step is one optimisation step.
+class ParticleModule(L.LightningModule):
+    """Particles, started at their source, under a frozen prior: what optimising and sampling share.
 
-    prior: what scores the views; kept outside the module's state, so checkpoints stay small.
-    residual: one of `csd_exp.methods`. kernel: one of `csd_exp.svgd`.
-    timestep, weight: the schedule, w(t) included. optimizer, lr: constructors of a torch optimizer and
-    learning-rate scheduler. seed: the key of every random draw. noise: `independent` for each view
-    (official) or `shared` by all views of a step.
-    source_prompt, negative_prompt: text of the baseline and of the null conditioning; `prompt` is the
-    particles'. features: images [n, 3, H, W] to [n, D], seen by a kernel on `features`.
+    prior: what scores the views; kept outside the module's state, so checkpoints stay small. seed: the key of
+    every random draw. negative_prompt: text of the null conditioning; `prompt` is the particles'.
     """
 
     prior: Prior
-    features: Features
 
-    def __init__(
-        self,
-        prior: Prior,
-        particles: Particles,
-        residual: Residual,
-        kernel: Kernel,
-        timestep: Timesteps,
-        optimizer: Callable,
-        weight: Weight = "sigma2",
-        lr: Callable | None = None,
-        seed: int = 0,
-        noise: Noise = "independent",
-        source_prompt: str = "",
-        negative_prompt: str = "",
-        features: Features | None = None,
-    ):
+    def __init__(self, prior: Prior, particles: Particles, seed: int = 0, negative_prompt: str = ""):
         super().__init__()
-        accept("method.noise", noise, get_args(Noise))
-        accept("schedule.weight", weight, get_args(Weight))
-        if timestep.t_max >= len(prior.alphas_cumprod):
-            raise InputError(
-                f"schedule.timestep.t_max must be below the prior's {len(prior.alphas_cumprod)} timesteps, "
-                f"not {timestep.t_max}."
-            )
-        if kernel.space == "features" and features is None:
-            raise InputError("kernel.space=features needs a feature extractor: features=pooled.")
         # Not registered: frozen weights are no state, even where they are modules.
-        vars(self).update(prior=prior, features=features)
-        self.residual, self.kernel = residual, kernel
-        self.timestep, self.weight, self.optimizer, self.lr = timestep, weight, optimizer, lr
-        self.seed, self.noise = seed, noise
-        self.source_prompt, self.negative_prompt = source_prompt, negative_prompt
+        vars(self).update(prior=prior)
         self.particles = particles
+        self.seed, self.negative_prompt = seed, negative_prompt
         self.rows = 0  # network rows this rank has evaluated
         self._encode_source()
 
@@ -87,26 +54,9 @@ class CSDModule(L.LightningModule):
         shape = (self.prior.channels, height // self.prior.factor, width // self.prior.factor)
         return Draw(self.seed, 0).normal("encode", i, shape)[None]
 
-    def training_step(self, batch: object, batch_idx: int) -> Tensor:
-        draw = Draw(self.seed, self.global_step)
-        chosen = self.particles.choose(draw)
-        ids, own = self._shard(chosen)
-        level = Level.at(self.timestep(draw), self.prior.alphas_cumprod)
-
-        x = self._latents(self.particles.views(ids))
-        x_t, r = self._score(x.detach(), ids, level, draw)
-        phi, pull = self._kernel_space(x.detach(), x_t, level)
-        r, phi = self._gather(r, len(chosen)), self._gather(phi, len(chosen))
-        if not torch.isfinite(r).all():
-            raise FloatingPointError(self._blame(level))
-
-        k, repulsion = self.kernel(phi)
-        update = svgd(r, k, pull(repulsion[own]), self.kernel.normalize, own, self._sum_over_ranks)
-        g = weight(level, self.weight) * update.view(-1, *x.shape[1:])
-        share = (self.particles.share(ids, chosen) * self.particles.editable(ids))[: len(g)]
-        self._log_step(level, r, k, repulsion)
-        # DDP averages gradients over ranks; times their number that is the exact sum.
-        return self.trainer.world_size * (x[: len(g)] * (share * g).detach()).sum()
+    def _predict(self, queries: Sequence[Query]) -> list[Tensor]:
+        self.rows += row_count(queries)
+        return predict(self.prior, queries)
 
     def _shard(self, chosen: Tensor) -> tuple[Tensor, slice]:
         """This rank's ids, padded so that all ranks hold equally many, and its rows of the gathered set."""
@@ -118,12 +68,110 @@ class CSDModule(L.LightningModule):
         """Every rank's rows as [n, D], in the order of the chosen ids, without the padding."""
         return self._of_ranks(mine.flatten(1)).transpose(0, 1).flatten(0, 1)[:n]
 
-    def _sum_over_ranks(self, x: Tensor) -> Tensor:
-        return self._of_ranks(x).sum(0)
-
     def _of_ranks(self, mine: Tensor) -> Tensor:
         """[world_size, ...], without the graph."""
         return cast(Tensor, self.all_gather(mine)) if self.trainer.world_size > 1 else mine[None]
+
+    def _require_finite(self, values: Tensor, what: str, level: Level) -> None:
+        if torch.isfinite(values).all():
+            return
+        saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none yet"
+        raise FloatingPointError(
+            f"The {what} is not finite at step {self.global_step}, timestep {level.t}; "
+            f"the last checkpoint is {saved}."
+        )
+
+    @torch.no_grad()
+    def images(self, which: slice = slice(None)) -> Iterator[Tensor]:
+        """The particles as they stand: images [3, H, W] in [0, 1], exactly the pixels of the input.
+
+        One is decoded when it is asked for. which: of several pictures, those to decode.
+        """
+        yield from self.particles.composite(self._decoded(which), which)
+
+    @torch.no_grad()
+    def _decoded(self, which: slice) -> Iterator[Tensor]:
+        for rendered in self.particles.render()[which].split(1):
+            decoded = self.prior.decode(rendered) if self.particles.space == "latent" else rendered
+            yield from (image.clamp(0, 1) for image in self.particles.finish(decoded))
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["csd_exp"] = {"prior": self.prior.fingerprint, "rows": self.rows}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        saved = checkpoint.get("csd_exp")
+        if saved is None:
+            raise InputError("ckpt_path is no checkpoint of csd_exp; give the last.ckpt of a run.")
+        if saved["prior"] != self.prior.fingerprint:
+            raise InputError("ckpt_path was made with another prior; resume it with the same prior weights.")
+        self.rows = saved["rows"]
+
+
+class CSDModule(ParticleModule):
+    """Optimises particles under a frozen prior; one Lightning step is one optimisation step.
+
+    residual: one of `csd_exp.methods`. kernel: one of `csd_exp.svgd`.
+    timestep, weight: the schedule, w(t) included. optimizer, lr: constructors of a torch optimizer and
+    learning-rate scheduler. noise: `independent` for each view (official) or `shared` by all views of a step.
+    source_prompt: text of the baseline. features: images [n, 3, H, W] to [n, D], seen by a kernel on
+    `features`. The rest is as for ParticleModule.
+    """
+
+    features: Features
+
+    def __init__(
+        self,
+        prior: Prior,
+        particles: Particles,
+        residual: Residual,
+        kernel: Kernel,
+        timestep: Timesteps,
+        optimizer: Callable,
+        weight: Weight = "sigma2",
+        lr: Callable | None = None,
+        seed: int = 0,
+        noise: Noise = "independent",
+        source_prompt: str = "",
+        negative_prompt: str = "",
+        features: Features | None = None,
+    ):
+        accept("method.noise", noise, get_args(Noise))
+        accept("schedule.weight", weight, get_args(Weight))
+        if timestep.t_max >= len(prior.alphas_cumprod):
+            raise InputError(
+                f"schedule.timestep.t_max must be below the prior's {len(prior.alphas_cumprod)} timesteps, "
+                f"not {timestep.t_max}."
+            )
+        if kernel.space == "features" and features is None:
+            raise InputError("kernel.space=features needs a feature extractor: features=pooled.")
+        super().__init__(prior, particles, seed, negative_prompt)
+        vars(self).update(features=features)
+        self.residual, self.kernel = residual, kernel
+        self.timestep, self.weight, self.optimizer, self.lr = timestep, weight, optimizer, lr
+        self.noise, self.source_prompt = noise, source_prompt
+
+    def training_step(self, batch: object, batch_idx: int) -> Tensor:
+        draw = Draw(self.seed, self.global_step)
+        chosen = self.particles.choose(draw)
+        ids, own = self._shard(chosen)
+        level = Level.at(self.timestep(draw), self.prior.alphas_cumprod)
+
+        x = self._latents(self.particles.views(ids))
+        x_t, r = self._score(x.detach(), ids, level, draw)
+        phi, pull = self._kernel_space(x.detach(), x_t, level)
+        r, phi = self._gather(r, len(chosen)), self._gather(phi, len(chosen))
+        self._require_finite(r, "residual", level)
+
+        k, repulsion = self.kernel(phi)
+        update = svgd(r, k, pull(repulsion[own]), self.kernel.normalize, own, self._sum_over_ranks)
+        g = weight(level, self.weight) * update.view(-1, *x.shape[1:])
+        share = (self.particles.share(ids, chosen) * self.particles.editable(ids))[: len(g)]
+        self._log_step(level, r, k, repulsion)
+        # DDP averages gradients over ranks; times their number that is the exact sum.
+        return self.trainer.world_size * (x[: len(g)] * (share * g).detach()).sum()
+
+    def _sum_over_ranks(self, x: Tensor) -> Tensor:
+        return self._of_ranks(x).sum(0)
 
     def _latents(self, views: Tensor) -> Tensor:
         return self.prior.encode(views) if self.particles.space == "pixel" else views
@@ -155,10 +203,6 @@ class CSDModule(L.LightningModule):
         source = Source(self._latents(self.particles.source(ids)), baseline)
         x_t, r = self.residual(self._predict, x, noise, level, target, source)
         return x_t, r * r.new_tensor(shares)[:, None, None, None]
-
-    def _predict(self, queries: Sequence[Query]) -> list[Tensor]:
-        self.rows += row_count(queries)
-        return predict(self.prior, queries)
 
     def _kernel_space(
         self, x: Tensor, x_t: Tensor, level: Level
@@ -202,27 +246,6 @@ class CSDModule(L.LightningModule):
             }
         )
 
-    def _blame(self, level: Level) -> str:
-        saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none yet"
-        return (
-            f"The residual is not finite at step {self.global_step}, timestep {level.t}; "
-            f"the last checkpoint is {saved}."
-        )
-
-    @torch.no_grad()
-    def images(self, which: slice = slice(None)) -> Iterator[Tensor]:
-        """The particles as they stand: images [3, H, W] in [0, 1], exactly the pixels of the input.
-
-        One is decoded when it is asked for. which: of several pictures, those to decode.
-        """
-        yield from self.particles.composite(self._decoded(which), which)
-
-    @torch.no_grad()
-    def _decoded(self, which: slice) -> Iterator[Tensor]:
-        for rendered in self.particles.render()[which].split(1):
-            decoded = self.prior.decode(rendered) if self.particles.space == "latent" else rendered
-            yield from (image.clamp(0, 1) for image in self.particles.finish(decoded))
-
     def configure_optimizers(self):
         try:
             optimizer = self.optimizer(self.particles.parameters())
@@ -231,14 +254,3 @@ class CSDModule(L.LightningModule):
         if self.lr is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr(optimizer), "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["csd_exp"] = {"prior": self.prior.fingerprint, "rows": self.rows}
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        saved = checkpoint.get("csd_exp")
-        if saved is None:
-            raise InputError("ckpt_path is no checkpoint of csd_exp; give the last.ckpt of a run.")
-        if saved["prior"] != self.prior.fingerprint:
-            raise InputError("ckpt_path was made with another prior; resume it with the same prior weights.")
-        self.rows = saved["rows"]
