@@ -178,7 +178,7 @@ def check(config: DictConfig) -> None:
 
 
 def prompt_of(config: DictConfig) -> str:
-    """The instruction, from `prompt` or `prompt_file`."""
+    """The instruction, from `prompt` or `prompt_file`; "" where regions or images have their own."""
     if config.prompt_file is not None:
         try:
             text = Path(config.prompt_file).read_text(encoding="utf-8").strip()
@@ -187,9 +187,10 @@ def prompt_of(config: DictConfig) -> str:
         if not text:
             raise InputError(f"prompt_file={config.prompt_file} is empty; it must hold the instruction.")
         return text
-    if not (config.prompt or "").strip():
+    prompt = (config.prompt or "").strip()
+    if not prompt and not any(config.modality.get(key) for key in ("regions", "prompts")):
         raise InputError("""prompt is empty; give the instruction as prompt='"turn it into a painting"'.""")
-    return config.prompt
+    return config.prompt if prompt else ""
 
 
 def check_targets(config: DictConfig) -> None:

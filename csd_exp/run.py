@@ -37,8 +37,11 @@ from csd_exp.files import write_whole
 from csd_exp.images import saved_pictures
 from csd_exp.loggers import Wandb
 from csd_exp.particles import Particles
+from csd_exp.particles.areas import check_areas
 from csd_exp.report import write_report
 
+# Residuals that hold what an image has become against what it was.
+NEED_SOURCE = ("csd_exp.methods.dds", "csd_exp.methods.pds")
 PROMPTS = ("prompt", "source_prompt", "negative_prompt")
 
 
@@ -139,7 +142,14 @@ def check_run(config: DictConfig) -> None:
     """Refuse, in one sentence and before any folder exists, whatever can be seen to be wrong."""
     config.dir = config.hydra.run.dir
     check(config)
-    cast(type[Particles], get_class(config.modality._target_)).check_path(config.modality.path)
+    particles = cast(type[Particles], get_class(config.modality._target_))
+    if particles.has_source:
+        check_areas(config.modality, particles.check_path(config.modality.path))
+    elif config.method.residual._target_ in NEED_SOURCE:
+        raise InputError(
+            f"method.residual={config.method.residual._target_} needs a picture to edit, and this modality "
+            "generates from noise; choose method=csd or method=sds."
+        )
     if "path" in config.prior:
         from csd_exp.priors.stable_diffusion import check_folder  # diffusers takes seconds to import
 

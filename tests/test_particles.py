@@ -266,7 +266,7 @@ def test_a_batch_of_images_is_seeded_distinct_and_reaches_all(write_image):
     assert draws == [images.choose(Draw(0, step)).tolist() for step in range(50)]
     assert all(len(set(ids)) == 2 for ids in draws)
     assert {i for ids in draws for i in ids} == set(range(6))
-    everything = Images([write_image(4, 4, seed) for seed in range(3)], 1, 1, batch=9)
+    everything = started(Images([write_image(4, 4, seed) for seed in range(3)], 1, 1, batch=9))
     assert everything.choose(Draw(0, 0)).tolist() == [0, 1, 2]
 
 

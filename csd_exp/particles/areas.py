@@ -91,6 +91,13 @@ class Areas:
         return torch.lerp(original.to(image), image, weight.to(image))
 
 
+def check_areas(modality: Mapping[str, Any], size: tuple[int, int]) -> None:
+    """Raise InputError for regions or a mask that images of size (H, W) cannot have."""
+    read_regions(modality.get("regions") or [], size)
+    if modality.get("mask") is not None:
+        read_masks(modality["mask"], size)
+
+
 def read_regions(
     regions: Sequence[Mapping[str, Any]], size: tuple[int, int], key: str = "modality.regions"
 ) -> list[Region]:

@@ -29,7 +29,7 @@ class Particles(nn.Module):
     """A modality: latents to optimise [m, C, h, w], their source and condition, and views of them.
 
     pixels: the m source images as the prior must encode them (padded). fps: frames a second, where they
-    are the frames of a video.
+    are the frames of a video. has_source: whether there is something to edit.
     An id is an integer >= 0 that names a view for good: the noise of a view is keyed by it.
     """
 
@@ -37,6 +37,7 @@ class Particles(nn.Module):
     pixels: Pictures
     areas: Areas | None = None
     fps: Fraction | None = None
+    has_source: bool = True
     source_latent: Tensor
     condition_latent: Tensor | None
 
@@ -47,9 +48,10 @@ class Particles(nn.Module):
         self.dtype = getattr(torch, dtype)
 
     @staticmethod
-    def check_path(path: str | Sequence[str]) -> None:
-        """Raise InputError where an input can be seen to be unusable before a weight is loaded."""
-        read_images(path)
+    def check_path(path: str | Sequence[str]) -> tuple[int, int]:
+        """(H, W) of an input; raises InputError where it is unusable, before a weight is loaded."""
+        height, width = read_images(path)[0].shape[-2:]
+        return height, width
 
     def originals(self) -> Iterator[Tensor]:
         """The source images [3, H, W], exactly the pixels of the input."""

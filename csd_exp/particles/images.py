@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +15,88 @@ from csd_exp.particles.base import Particles
 from csd_exp.schedules import Draw
 
 
-class Images(Particles):
-    """Images of one size, edited together; every view is a whole image.
+class WholePictures(Particles):
+    """Pictures of one size, every view a whole one; its id is its place among them.
+
+    size: their (H, W) in pixels; `pad` continues them by reflection to what the prior takes.
+    factor, multiple: the prior's pixels per latent, and what a side in latents must be a multiple of.
+    batch: how many pictures a step takes, drawn anew; None takes all.
+    regions, mask, feather: parts of the pictures with prompts of their own, and the part that may change, see
+        `Areas`; there is one mask for all, or for each of `count` one.
+    prompt: one for all pictures, or a list with one for each.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        factor: int,
+        multiple: int,
+        batch: int | None,
+        regions: Sequence[Mapping[str, Any]] | None,
+        mask: str | Box | Sequence[str] | None,
+        feather: int | None,
+        prompt: str | Sequence[str],
+        dtype: str,
+        count: int = 1,
+    ):
+        super().__init__(prompt if isinstance(prompt, str) else "", dtype)
+        self.each = None if isinstance(prompt, str) else list(prompt)
+        if batch is not None and batch < 1:
+            raise InputError(f"modality.batch must be at least 1, or null for all, not {batch}.")
+        self.size, self.batch = size, batch
+        height, width = (-(-side // (factor * multiple)) * factor * multiple for side in size)
+        self.pad = partial(pad_to, height=height, width=width)
+        self.areas = Areas(
+            size, self.pad, factor, regions, mask, feather, count=count, background=bool(prompt)
+        )
+
+    def choose(self, draw: Draw) -> Tensor:
+        everything = len(self.latent)
+        if self.batch is None or self.batch >= everything:
+            return torch.arange(everything)
+        return torch.from_numpy(draw.generator("views").permutation(everything)[: self.batch])
+
+    def crop(self, canvas: Tensor, ids: Tensor) -> Tensor:
+        return canvas[ids.to(canvas.device)]
+
+    def backgrounds(self, ids: Tensor) -> list[str]:
+        return super().backgrounds(ids) if self.each is None else [self.each[int(i)] for i in ids]
+
+    def share(self, ids: Tensor, chosen: Tensor) -> Tensor:
+        return self.latent.new_ones(len(ids), 1, *self.latent.shape[-2:])
+
+    def finish(self, images: Tensor) -> list[Tensor]:
+        height, width = self.size
+        return list(images[..., :height, :width])
+
+
+def read_prompts(prompts: str | Sequence[str], count: int | None, key: str = "modality.prompts") -> list[str]:
+    """A prompt for each of `count` images, None for as many as there are: a list, or a text file's lines.
+
+    Raises InputError, naming the key, for a file that cannot be read, an empty prompt, or another number.
+    """
+    lines = list(prompts)
+    if isinstance(prompts, str):
+        try:
+            lines = Path(prompts).read_text(encoding="utf-8").strip().splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(
+                f"{key}={prompts} cannot be read as UTF-8 text ({e}); give a list of prompts, or a file with "
+                "one on each line."
+            ) from e
+    if not lines or not all(line.strip() for line in lines):
+        raise InputError(f"{key} must hold an instruction for each image; of {len(lines)} one is empty.")
+    if count is not None and len(lines) != count:
+        raise InputError(f"{key} has {len(lines)} prompts for {count} images; give one for each image.")
+    return [line.strip() for line in lines]
+
+
+class Images(WholePictures):
+    """Images edited together.
 
     path: a file, a folder of images, or a list of files; all must have the same size.
-    batch: how many images a step takes, drawn anew; None takes all.
-    factor, multiple: the prior's pixels per latent, and what a side in latents must be a multiple of.
-    regions, mask, feather: parts of the images with prompts of their own, and the part that may change, see
-        `Areas`; regions are the same in all images.
+    prompts: in place of `prompt` one for each image, see `read_prompts`.
+    The rest is as for WholePictures.
     """
 
     def __init__(
@@ -34,34 +109,12 @@ class Images(Particles):
         regions: Sequence[Mapping[str, Any]] | None = None,
         mask: str | Box | Sequence[str] | None = None,
         feather: int | None = None,
+        prompts: str | Sequence[str] | None = None,
         prompt: str = "",
         dtype: str = "float32",
     ):
-        super().__init__(prompt, dtype)
-        if batch is not None and batch < 1:
-            raise InputError(f"modality.batch must be at least 1, or null for all images, not {batch}.")
         images = torch.stack(read_images(path))
-        self.batch = batch
-        self.size = tuple(images.shape[-2:])
-        height, width = (-(-side // (factor * multiple)) * factor * multiple for side in self.size)
-        pad = partial(pad_to, height=height, width=width)
-        self.pixels = pad(images)
-        self.areas = Areas(
-            self.size, pad, factor, regions, mask, feather, count=len(images), background=bool(prompt)
-        )
-
-    def choose(self, draw: Draw) -> Tensor:
-        everything = len(self.pixels)
-        if self.batch is None or self.batch >= everything:
-            return torch.arange(everything)
-        return torch.from_numpy(draw.generator("views").permutation(everything)[: self.batch])
-
-    def crop(self, canvas: Tensor, ids: Tensor) -> Tensor:
-        return canvas[ids.to(canvas.device)]
-
-    def share(self, ids: Tensor, chosen: Tensor) -> Tensor:
-        return self.latent.new_ones(len(ids), 1, *self.latent.shape[-2:])
-
-    def finish(self, images: Tensor) -> list[Tensor]:
-        height, width = self.size
-        return list(images[..., :height, :width])
+        count, _, height, width = images.shape
+        each = prompt if prompts is None else read_prompts(prompts, count)
+        super().__init__((height, width), factor, multiple, batch, regions, mask, feather, each, dtype, count)
+        self.pixels = self.pad(images)
