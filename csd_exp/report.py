@@ -11,9 +11,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import av
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from PIL import Image
@@ -21,6 +23,7 @@ from PIL import Image
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
 from csd_exp.images import saved_pictures
+from csd_exp.outlines import colour
 
 CURVES = {
     "step/residual_norm": ("Residual norm", "mean over views of the residual's L2 norm, in noise units"),
@@ -38,6 +41,7 @@ CURVES = {
 }
 SHOWN_PACKAGES = ("csd_exp", "torch", "lightning", "diffusers", "transformers", "numpy")
 MOST_INTERMEDIATE = 12
+MOST_VIDEO_BYTES = 16_000_000  # a longer one is played from its file beside the page
 
 # Colours that the page's style sheet replaces, so that curves follow the light or dark theme.
 INK, LINE = "#010203", "#040506"
@@ -51,6 +55,17 @@ class Picture:
     width: int
     height: int
     caption: str
+
+
+@dataclass(frozen=True)
+class Video:
+    """Source and edited video side by side: a data URI or a file beside the page, and what it holds."""
+
+    uri: str
+    width: int
+    height: int
+    frames: int
+    fps: float
 
 
 @dataclass(frozen=True)
@@ -74,8 +89,9 @@ def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` into a run directory and return its path.
 
     Reads only that directory: config.yaml, and as far as present provenance.json, command.txt, metrics.csv,
-    metrics.json and media/*.png. metrics.json maps a name to a number, or to {value, definition,
-    higher_is_better}. The page loads nothing from anywhere; pictures are the saved PNGs, above 2 MB JPEG.
+    metrics.json and media/. metrics.json maps a name to a number, or to {value, definition,
+    higher_is_better}. The page loads nothing from anywhere; pictures are the saved PNGs, above 2 MB JPEG; a
+    video above 16 MB stays in its file, media/side_by_side.mp4.
     Raises InputError where config.yaml is missing.
     """
     run_dir = Path(run_dir)
@@ -91,9 +107,15 @@ def write_report(run_dir: str | Path) -> Path:
         command=_text(run_dir / "command.txt").strip(),
         provenance=_json(run_dir / "provenance.json"),
         shown_packages=SHOWN_PACKAGES,
+        video=_video(run_dir / "media"),
         pairs=_pairs(run_dir / "media"),
         steps=_intermediate(run_dir / "media"),
         differences=_differences(run_dir / "media"),
+        generated=(config.get("modality") or {}).get("_target_") == "csd_exp.particles.Generated",
+        regions=_first(run_dir / "media", "regions"),
+        legend=_legend(config),
+        masks=[_picture(f, "mask") for f in saved_pictures(run_dir / "media", "mask").files],
+        prompts=_prompts(config),
         curves=_curves(run_dir / "metrics.csv"),
         metrics=[_metric(name, entry) for name, entry in _json(run_dir / "metrics.json").items()],
     )
@@ -130,10 +152,25 @@ def _number(value: object) -> str:
 
 
 def _pairs(media: Path) -> list[tuple[Picture, Picture]]:
-    """Source and edited picture of every image."""
-    sources = [_picture(f, "source") for f in saved_pictures(media, "source").files]
-    edited = [_picture(f, "edited") for f in saved_pictures(media, "edited").files]
+    """Source and edited picture of every image, of a video's frames the first."""
+    shown = slice(1 if (media / "side_by_side.mp4").is_file() else None)
+    sources = [_picture(f, "source") for f in saved_pictures(media, "source").files[shown]]
+    edited = [_picture(f, "edited") for f in saved_pictures(media, "edited").files[shown]]
     return list(zip(sources, edited, strict=False))
+
+
+def _video(media: Path) -> Video | None:
+    """What a run that edited a video has to play."""
+    file = media / "side_by_side.mp4"
+    if not file.is_file():
+        return None
+    with av.open(str(file)) as container:
+        stream = container.streams.video[0]
+        size, frames, fps = (stream.width, stream.height), stream.frames, float(stream.average_rate or 0)
+    content = file.read_bytes()
+    embedded = f"data:video/mp4;base64,{base64.b64encode(content).decode()}"
+    uri = embedded if len(content) <= MOST_VIDEO_BYTES else f"media/{file.name}"
+    return Video(uri, *size, frames, fps)
 
 
 def _intermediate(media: Path) -> list[Picture]:
@@ -145,6 +182,24 @@ def _intermediate(media: Path) -> list[Picture]:
     steps = sorted(found)
     kept = steps[:: -(-len(steps) // MOST_INTERMEDIATE)] if steps else []
     return [_picture(found[step], f"step {step}", 400_000, 2048) for step in kept]
+
+
+def _first(media: Path, name: str) -> Picture | None:
+    files = saved_pictures(media, name).files
+    return _picture(files[0], name) if files else None
+
+
+def _legend(config: dict) -> list[tuple[str, str]]:
+    """Each region's colour and prompt, and the background's."""
+    regions = (config.get("modality") or {}).get("regions") or []
+    entries = [(to_hex(colour(i)), region["prompt"]) for i, region in enumerate(regions)]
+    return [*entries, ("transparent", config.get("prompt") or "no edit")]
+
+
+def _prompts(config: dict) -> list[str]:
+    """The prompts of pictures that have one each."""
+    prompts = (config.get("modality") or {}).get("prompts") or []
+    return [] if isinstance(prompts, str) else prompts
 
 
 def _differences(media: Path) -> list[Picture]:
