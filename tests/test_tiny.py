@@ -190,6 +190,21 @@ def test_a_run_stopped_half_way_ends_with_the_same_weights(tmp_path, monkeypatch
     assert len((tmp_path / "whole.csv").read_text().splitlines()) == 7
 
 
+def test_timesteps_cover_all_noise_levels_and_none_beyond():
+    seen = []
+
+    def denoise(noisy, t):
+        seen.extend(t.tolist())
+        return noisy
+
+    for k in (506, *range(40)):  # draw 506 of this key rounds to the end
+        rng = training.torch_generator(0, 8, k)
+        training.velocity_loss(denoise, torch.ones(16, 1, 1, 1), models.build_scheduler(), rng)
+    assert max(seen) == 999
+    assert min(seen) < 50
+    assert np.mean(seen) == pytest.approx(1000 * 0.6, abs=15)  # the mean of 1 - (1 - u)^1.5
+
+
 def test_principal_components_reconstruct_before_any_training(picture):
     patches = picture[None, :, 16:144].unfold(3, 64, 16)[0].permute(2, 0, 1, 3) * 2 - 1
     torch.manual_seed(0)

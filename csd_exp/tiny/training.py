@@ -59,9 +59,10 @@ def velocity_loss(
     `denoise(noisy, t)` estimates it. Timesteps [n] are spread over the batch, more of them at high noise,
     where the answer is not yet to be seen.
     """
-    size = len(clean)
+    size, last = len(clean), scheduler.config.num_train_timesteps - 1
     spread = 1 - (1 - (torch.arange(size) + torch.rand(size, generator=rng)) / size) ** 1.5
-    t = (spread * scheduler.config.num_train_timesteps).long().to(clean.device)
+    # in single precision the spread may round to 1
+    t = (spread * (last + 1)).long().clamp(max=last).to(clean.device)
     noise = torch.randn(clean.shape, generator=rng).to(clean)
     noisy = scheduler.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)
     return F.mse_loss(denoise(noisy, t).float(), scheduler.get_velocity(clean, noise, t))

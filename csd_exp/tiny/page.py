@@ -1,0 +1,143 @@
+"""`csd-score-models`: scores the shipped models on held-out pictures and writes docs/models.md about them."""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from csd_exp.config import conf_dir
+from csd_exp.errors import InputError
+from csd_exp.files import write_whole
+from csd_exp.tiny.card import row
+from csd_exp.tiny.looks import PAINTING_STYLES
+from csd_exp.tiny.scores import EXACT
+
+MODELS = ("instruct_pix2pix", "text_to_image", "clip")
+PAGE = """# The embedded models
+
+Three small models ship in `csd_exp/assets`, {size:.0f} MB together: what they are made of and what they cannot
+do is in the model card beside each. Everything on this page is on pictures that no training saw, and is
+written by `csd-score-models`; `csd-train-prior model=...` trains a model anew.
+
+## Editing: `prior=embedded`
+
+{exact} instructions with one right answer and {ambiguous} with many. An answer is *recognised* where it is
+nearer to the exact answer to its instruction than to that of any other, by squared error; for the five
+painters by the style statistics of an ImageNet network. Local edits count on patches that show at least 5 % of
+their region. *Held out* is a wording that training never used.
+
+| | training wordings | held-out wordings |
+| --- | --- | --- |
+| recognised, mean over instructions | {recognised_wordings:.1%} | {recognised_held_out:.1%} |
+| PSNR to the exact answer, computed edits | {psnr_wordings:.2f} dB | {psnr_held_out:.2f} dB |
+
+The autoencoder alone: {autoencoder:.2f} dB on photographs. {drawn} of {styles} painting styles came out of
+{draws} draws of "turn it into a painting" on one patch, and "tint it" gave a hue variance of {hue:.2f} (0 one
+hue, 1 all hues alike).
+
+| edit | autoencoder | unedited | edit | recognised | outside | edit, held out | recognised, held out |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{rows}
+
+PSNR in dB. *Autoencoder* is the exact answer encoded and decoded, which no edit exceeds by much; *unedited* the
+source in the answer's place; *outside* a local edit against the source where its region is not.
+
+{edits}
+
+"Turn it into a painting" and "tint it", {draws} draws each on one patch:
+
+![draws of "turn it into a painting"](models/instruct_pix2pix/painting.jpg)
+![draws of "tint it"](models/instruct_pix2pix/tint.jpg)
+
+## Text to image: `prior=embedded_text_to_image`
+
+The share of pictures that are nearest, at 16 x 16 px, to the true picture of what was asked for: among {subjects}
+things, eight backgrounds, or a render and a drawing.
+
+| asked for | object (chance {chance_object}) | background (chance {chance_background}) | style (chance 0.5) |
+| --- | --- | --- | --- |
+| its name | {object_plain} | {background_plain} | |
+| a seen background | {object_seen} | {background_seen} | |
+| an unseen background | {object_unseen} | {background_unseen} | |
+| the unseen flat drawing | {object_drawn} | | {style_drawn} |
+
+Pictures of texts, then for some of the things the true render, by name, on a seen and on an unseen background,
+as a flat drawing, and the true drawing:
+
+![pictures of texts](models/text_to_image/samples.jpg)
+
+## CLIP: `metrics.clip=csd_tiny`
+
+Which of {exact} instructions made an edit, told by the angle between image difference and text difference:
+{edit_training:.1%} on training wordings, {edit_held_out:.1%} on held-out ones (chance {edit_luck:.1%}). Which of
+{captions} captions is that of a photograph: {caption:.1%}; which photograph that of a caption: {picture:.1%}
+(chance {luck:.1%}).
+"""
+USAGE = """csd-score-models [KEY=VALUE ...]
+
+Scores the models that the package ships on held-out pictures and writes docs/models.md, its pictures and
+numbers in docs/models, and the model cards. KEY is any of csd-train-prior's: scores.images=4.
+"""
+
+
+def evaluate(cfg: DictConfig, run: Path, folder: Path) -> dict[str, Any]:
+    """Scores of the model in `folder`, by the evaluation beside the recipe that `cfg` names."""
+    score: Callable = import_module(cfg.recipe.rpartition(".")[0]).evaluate
+    return score(cfg, run, folder)
+
+
+def write_page(docs: Path, assets: Path, overrides: list[str]) -> Path:
+    """Scores all models in `assets` and writes `docs`/models.md; returns its path."""
+    scores, cfg = {}, {}
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for model in MODELS:
+            cfg[model] = compose("train_prior", [f"model={model}", *overrides])
+    for model in MODELS:
+        scores[model] = evaluate(cfg[model], docs / "models" / model, assets / model)
+    page = docs / "models.md"
+    write_whole(page, _page(cfg["instruct_pix2pix"], scores, assets))
+    return page
+
+
+def _page(cfg: DictConfig, scores: dict[str, dict[str, Any]], assets: Path) -> str:
+    edit, clip = scores["instruct_pix2pix"], scores["clip"]
+    return PAGE.format(
+        size=sum(file.stat().st_size for file in assets.rglob("*") if file.is_file()) / 1e6,
+        exact=len(EXACT),
+        ambiguous=3,
+        recognised_wordings=edit["mean_recognised_wordings"],
+        recognised_held_out=edit["mean_recognised_held_out"],
+        psnr_wordings=edit["mean_edit_psnr_wordings"],
+        psnr_held_out=edit["mean_edit_psnr_held_out"],
+        autoencoder=edit["autoencoder_psnr"],
+        drawn=edit["painting_styles_drawn"],
+        styles=len(PAINTING_STYLES),
+        draws=cfg.scores.draws,
+        hue=edit["tint_hue_variance"],
+        rows="\n".join(row(name, edit) for name in EXACT),
+        edits="\n".join(
+            f"![edits of a held-out picture](models/instruct_pix2pix/held_out_{number:02d}.jpg)"
+            for number in range(cfg.scores.images)
+        ),
+        subjects=cfg.samples.subjects,
+        edit_luck=1 / len(EXACT),
+        luck=1 / clip["captions"],
+        **{key: value for key, value in scores["text_to_image"].items() if key != "autoencoder_psnr"},
+        **{key: clip[key] for key in ("edit_training", "edit_held_out", "captions", "caption", "picture")},
+    )
+
+
+def main() -> None:
+    """Console entry `csd-score-models`."""
+    if {"-h", "--help"} & set(sys.argv):
+        print(USAGE)
+        return
+    try:
+        print(write_page(Path("docs"), Path(__file__).parents[1] / "assets", sys.argv[1:]))
+    except (InputError, ImportError) as error:
+        print(f"csd-score-models: {error}", file=sys.stderr)
+        sys.exit(2)
