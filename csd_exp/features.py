@@ -1,4 +1,4 @@
-"""What a kernel on `features` compares: embeddings of decoded views, differentiable."""
+"""What a kernel on `features` compares and CLIP scores stand on: embeddings, differentiable in images."""
 
 import open_clip
 import torch
@@ -6,9 +6,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from csd_exp.errors import InputError
+from csd_exp.files import ASSETS, check_sums
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+TINY = "csd-tiny"
+TINY_FOLDER = ASSETS / "clip"
+
+open_clip.add_model_config(TINY_FOLDER / f"{TINY}.json")
 
 
 class Pooled:
@@ -24,23 +29,46 @@ class Pooled:
 
 
 class OpenClip:
-    """A normalised open_clip image embedding: images [n, 3, H, W] in [0, 1] to [n, D].
+    """Normalised open_clip embeddings of images and texts, in one space.
 
-    model, pretrained: names or a checkpoint path, as `open_clip.create_model_and_transforms` takes them.
+    model, pretrained: names or a checkpoint path, as `open_clip.create_model_and_transforms` takes them; by
+    default the small CLIP that the package ships, whose checksums are verified.
+    Raises InputError, naming `clip.pretrained` or the damaged file, for what cannot be loaded.
     """
 
-    def __init__(self, model: str = "ViT-B-32", pretrained: str = "laion2b_s34b_b79k", device: str = "cpu"):
+    def __init__(self, model: str = TINY, pretrained: str | None = None, device: str = "cpu"):
+        shipped = model == TINY and pretrained is None
+        if shipped:
+            check_sums(TINY_FOLDER)
+            pretrained = str(TINY_FOLDER / "open_clip_model.safetensors")
         try:
             self.model = open_clip.create_model(model, pretrained=pretrained, device=device)
+            self.tokenizer = open_clip.get_tokenizer(f"local-dir:{TINY_FOLDER}" if model == TINY else model)
         except (RuntimeError, OSError) as e:
             reason = str(e).splitlines()[0]
-            raise InputError(
-                f"features.pretrained={pretrained} cannot be loaded for {model} ({reason})."
-            ) from e
+            raise InputError(f"clip.pretrained={pretrained} cannot be loaded for {model} ({reason}).") from e
         self.model.eval().requires_grad_(False)
-        self.side = self.model.visual.image_size
-        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+        self.device = device
+        preprocess = open_clip.get_model_preprocess_cfg(self.model)
+        self.side = preprocess["size"]
+        self.mean, self.std = (
+            torch.tensor(preprocess[name], device=device).view(3, 1, 1) for name in ("mean", "std")
+        )
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Images [n, 3, H, W] in [0, 1] to [n, D]; differentiable."""
         resized = F.interpolate(images, self.side, mode="bicubic", antialias=True, align_corners=False)
         return self.model.encode_image((resized - self.mean) / self.std, normalize=True)
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> Tensor:
+        """The embeddings [n, D] of n texts."""
+        return self.model.encode_text(self.tokenizer(texts).to(self.device), normalize=True)
+
+
+def edit_captions(instruction: str, subject: str = "a photograph") -> tuple[str, str]:
+    """The captions before and after an edit: `subject`, and "`subject`, `instruction`".
+
+    CLIP's directional similarity compares captions; an instruction is no caption, so this rule makes two.
+    """
+    return subject, f"{subject}, {instruction}"

