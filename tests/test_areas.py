@@ -11,11 +11,13 @@ from PIL import Image
 
 import csd_exp
 from csd_exp import methods
+from csd_exp.config import composed
 from csd_exp.errors import InputError
 from csd_exp.images import pad_to
-from csd_exp.particles import Images, Panorama
+from csd_exp.particles import Generated, Images, Panorama
 from csd_exp.particles.areas import ramp, read_masks, read_regions
 from csd_exp.priors import GaussianMixture
+from csd_exp.run import check_run
 from csd_exp.schedules import Draw
 from csd_exp.svgd import RBF, NoKernel
 
@@ -324,3 +326,101 @@ def test_masks_that_cannot_be_used_are_refused_by_key(write_image, write_mask, t
     assert "modality.feather must be at least 0" in refusal([0, 0, 4, 6], feather=-1)
     elsewhere = [{"prompt": "x", "box": [7, 0, 8, 6]}]
     assert "no pixel in common" in refusal([0, 0, 2, 6], regions=elsewhere, feather=0)
+
+
+# Prompts of their own for every image, and pictures from noise
+
+
+def test_each_image_has_its_prompt_or_one_line_of_a_file(write_image, tmp_path):
+    paths = [str(write_image(6, 8, seed)) for seed in range(3)]
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n\n", encoding="utf-8")
+    for prompts in (["one", "two", "three"], str(tmp_path / "prompts.txt")):
+        images = Images(paths, 1, 1, prompts=prompts, prompt="all")
+        assert images.prompts(torch.tensor([2, 0])) == [[(1.0, "three")], [(1.0, "one")]]
+
+
+def test_prompts_that_do_not_fit_are_refused_by_key(write_image, tmp_path):
+    def refusal(prompts) -> str:
+        with pytest.raises(InputError) as error:
+            Images([str(write_image(6, 8, seed)) for seed in range(3)], 1, 1, prompts=prompts)
+        return str(error.value)
+
+    assert refusal(["one", "two"]) == "modality.prompts has 2 prompts for 3 images; give one for each image."
+    assert "of 3 one is empty" in refusal(["one", " ", "three"])
+    assert "cannot be read as UTF-8 text" in refusal(str(tmp_path / "none.txt"))
+    assert refusal([]).startswith("modality.prompts must hold")
+
+
+TEXTS = {"": [1.0, 1.0], "dark": [1.0, 0.0], "light": [0.0, 1.0]}
+
+
+def test_generated_pictures_start_at_the_seeds_noise_and_come_to_their_prompts(build, fit):
+    prior = GaussianMixture(means=[[-0.6, -0.6, -0.6], [0.5, 0.5, 0.5]], prompts=TEXTS, guidance_scale=1.0)
+    particles = Generated(1, 1, window=6, prompts=["dark", "light", "dark"], seed=3, dtype="float64")
+    module = build(
+        prior,
+        particles,
+        residual=methods.sds,
+        kernel=RBF(repulsion="off"),
+        weight="one",
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+    )
+    noise = torch.stack([Draw(3, 0).normal("start", i, (3, 6, 6)) for i in range(3)])
+    assert torch.equal(particles.latent.detach(), noise.double())
+    assert particles.condition(torch.arange(3)) == [None] * 3
+    fit(module, 400)
+    dark, light, other = (float(view.mean()) for view in particles.latent.detach())
+    assert dark == pytest.approx(-0.6, abs=0.1)
+    assert light == pytest.approx(0.5, abs=0.1)
+    assert other == pytest.approx(-0.6, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": 0}, "modality.count must be at least 1"),
+        ({"size": 0}, "modality.size must be at least 1"),
+        ({"count": 3, "prompts": ["x", "y"]}, "modality.prompts has 2 prompts for 3 images"),
+    ],
+)
+def test_generated_pictures_that_cannot_be_are_refused_by_key(settings, message):
+    with pytest.raises(InputError, match=message):
+        Generated(1, 1, window=8, **settings)
+
+
+def test_a_picture_can_be_of_any_size_and_number():
+    assert Generated(8, 4, window=16, prompt="x", count=2).pixels.shape == (2, 3, 128, 128)
+    particles = Generated(8, 4, window=16, prompt="x", size=50)
+    assert particles.pixels.shape == (1, 3, 64, 64)
+    assert particles.finish(particles.pixels)[0].shape == (3, 50, 50)
+
+
+# The command line's own checks
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(InputError) as error:
+        check_run(composed(["prior=analytic", *overrides]))
+    return str(error.value)
+
+
+def test_a_run_is_refused_before_it_begins_where_its_areas_cannot_be_used(write_image):
+    path = f"modality.path={write_image(6, 8)}"
+    box = "modality.regions=[{prompt: x, box: [0, 0, 4, 3]}, {prompt: y, box: [0, 0, 9, 6]}]"
+    assert refused("experiment=panorama", path, box).startswith(
+        "modality.regions[1].box=[0, 0, 9, 6] reaches"
+    )
+    assert refused("experiment=panorama", path, "prompt=x", "modality.mask=none.png").startswith(
+        "modality.mask=none.png is no file"
+    )
+    assert refused("experiment=panorama", path).startswith("prompt is empty")
+    assert "method=csd or method=sds" in refused("experiment=generate", "method=csd_edit")
+
+
+def test_regions_or_prompts_of_their_own_need_no_prompt(write_image):
+    path = f"modality.path={write_image(6, 8)}"
+    for own in ("modality.regions=[{prompt: x, box: [0, 0, 4, 3]}]", "modality.prompts=[x]"):
+        modality = "images" if "prompts" in own else "panorama"
+        config = composed([f"experiment={modality}", "prior=analytic", path, own])
+        check_run(config)
+        assert config.prompt == ""
