@@ -282,7 +282,8 @@ def train_text(cfg: DictConfig, run: Path, captions: list[str]) -> tuple[CLIPTok
 
     def batch(k: int) -> dict[str, Tensor]:
         rng, half = generator(cfg.seed, 6, k), cfg.text.batch // 2
-        chosen = rng.choice(len(clusters), size=half // CLUSTER)
+        # the first cluster is the null text, which all others are told from
+        chosen = [0, *rng.choice(len(clusters), size=half // CLUSTER - 1)]
         rows = [rng.choice(clusters[number], size=CLUSTER) for number in chosen]
         row = torch.from_numpy(np.concatenate([*rows, rng.choice(free, size=half)]))
         cluster = known["cluster"][row]
