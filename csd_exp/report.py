@@ -100,7 +100,7 @@ def write_report(run_dir: str | Path) -> Path:
     config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
     name = config.get("name", run_dir.name)
     page = _template().render(
-        title=config.get("prompt") or name,
+        title=_title(config) or name,
         name=name,
         config=config,
         config_text=_text(run_dir / "config.yaml"),
@@ -194,6 +194,13 @@ def _legend(config: dict) -> list[tuple[str, str]]:
     regions = (config.get("modality") or {}).get("regions") or []
     entries = [(to_hex(colour(i)), region["prompt"]) for i, region in enumerate(regions)]
     return [*entries, ("transparent", config.get("prompt") or "no edit")]
+
+
+def _title(config: dict) -> str:
+    """The prompt, or the first few of those that stand in its place."""
+    modality = config.get("modality") or {}
+    several = [region["prompt"] for region in modality.get("regions") or []] or _prompts(config)
+    return config.get("prompt") or " · ".join(several[:4]) + (" …" if len(several) > 4 else "")
 
 
 def _prompts(config: dict) -> list[str]:

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from csd_exp import methods
 from csd_exp.callbacks import Media, Provenance, Throughput
 from csd_exp.errors import InputError
 from csd_exp.images import write_png
 from csd_exp.loggers import Csv
-from csd_exp.particles import Images, Panorama
+from csd_exp.particles import Generated, Images, Panorama
 from csd_exp.priors.analytic import GaussianMixture
 from csd_exp.report import write_report
 
@@ -273,3 +274,46 @@ def test_a_browser_runs_the_slider_and_no_prompt(finished, tmp_path):
     assert split == pytest.approx(width / 4, abs=1)
     assert width / float(re.search(r'data-height="([\d.]+)"', dom)[1]) == pytest.approx(160 / 64, rel=0.01)
     assert "data-run" not in re.search(r"<body[^>]*>", dom)[0]
+
+
+def test_regions_and_the_mask_are_shown_with_their_prompts(write_image, build, fit, tmp_path):
+    run = tmp_path / "run"
+    regions = [
+        {"prompt": "<b>snow</b>", "box": [0, 0, 0.5, 1]},
+        {"prompt": "night", "box": [0.25, 0, 1, 0.5]},
+    ]
+    particles = Panorama(write_image(40, 80), 1, 40, regions=regions, mask=[0, 0, 60, 40])
+    fit(build(GaussianMixture(window=40), particles), 1, callbacks=[Media(run)])
+    (run / "config.yaml").write_text(json.dumps({"name": "r", "modality": {"regions": regions}}))
+    page = Page(write_report(run))
+    assert page.within("h1") == ["<b>snow</b> · night"]
+    legend = [
+        text for text in page.within("span") if text in ("<b>snow</b>", "night", "no edit (background)")
+    ]
+    assert legend == ["<b>snow</b>", "night", "no edit (background)"]
+    images = {image["alt"]: embedded(image["src"]) for image in page.attributes("img")}
+    drawn = np.asarray(Image.open(io.BytesIO(images["regions drawn over the source"]))).copy()
+    colours = [attributes["style"].removeprefix("background: ") for attributes in page.attributes("i")]
+    for i, inside in enumerate([(slice(0, 40), slice(0, 40)), (slice(0, 20), slice(20, 80))]):
+        rgb = [int(colours[i][k : k + 2], 16) for k in (1, 3, 5)]
+        line = (np.abs(drawn[inside].astype(int) - rgb) <= 1).all(-1)
+        assert line[[0, -1]].mean() > 0.7
+        assert not line[5:-5, 5:15].any()
+    mask = np.asarray(Image.open(io.BytesIO(images["mask 1"])))
+    assert (mask[:, :60] == 255).all()
+    assert (mask[:, 60:] == 0).all()
+
+
+def test_generated_pictures_stand_alone_with_their_prompts(build, fit, tmp_path):
+    run = tmp_path / "run"
+    particles = Generated(1, 1, window=16, prompts=["a dog", "a cat"])
+    fit(build(GaussianMixture(window=16), particles, residual=methods.sds), 1, callbacks=[Media(run)])
+    modality = {"_target_": "csd_exp.particles.Generated", "prompts": ["a dog", "a cat"]}
+    (run / "config.yaml").write_text(json.dumps({"name": "r", "modality": modality}))
+    page = Page(write_report(run))
+    assert not page.attributes("input")
+    assert [image["alt"] for image in page.attributes("img")] == [
+        "generated picture 1",
+        "generated picture 2",
+    ]
+    assert page.within("figcaption") == ["a dog", "a cat"]
