@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from csd_exp.errors import InputError
 from csd_exp.particles.areas import Box
 from csd_exp.particles.images import WholePictures
 from csd_exp.videos import Frames
@@ -44,8 +43,7 @@ class Video(WholePictures):
 
     @staticmethod
     def check_path(path: str | Sequence[str]) -> tuple[int, int]:
-        if not isinstance(path, str):
-            raise InputError(f"modality.path must be one video file or one folder of frames, not {path}.")
+        assert isinstance(path, str), "the type of modality.path is checked before"
         return Frames(path).size
 
 

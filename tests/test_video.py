@@ -1,0 +1,242 @@
+"""Video edits: frames as particles, one at a time, from a command line to files that players show."""
+
+import os
+import re
+import subprocess
+import sys
+import weakref
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import csd_exp
+from csd_exp.callbacks import Media
+from csd_exp.errors import InputError
+from csd_exp.images import read_image, saved_pictures, to_uint8, write_png
+from csd_exp.particles import Images, Video
+from csd_exp.priors.analytic import GaussianMixture
+from csd_exp.report import write_report
+from csd_exp.schedules import Draw
+from csd_exp.svgd import RBF, NoKernel
+from csd_exp.videos import Frames, write_mp4
+
+FPS = Fraction(30000, 1001)
+SIZE = (11, 18)  # height and width, a multiple of nothing
+EVEN = (14, 18)  # as H.264 has it
+
+
+def picture(number: int, height: int = SIZE[0], width: int = SIZE[1]) -> torch.Tensor:
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    return torch.stack([x, y, (x + number / 10) % 1])
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Twelve frames that only natural order puts in order."""
+    for number in range(12):
+        write_png(picture(number), tmp_path / f"clip/frame_{number}.png")
+    return tmp_path / "clip"
+
+
+@pytest.fixture
+def mp4(tmp_path) -> Path:
+    write_mp4((picture(i, *EVEN) for i in range(12)), tmp_path / "clip.mp4", FPS)
+    return tmp_path / "clip.mp4"
+
+
+def prior(**settings) -> GaussianMixture:
+    scales = {"guidance_scale": 4.0, "image_guidance_scale": 1.5}
+    return GaussianMixture(prompts={"": [0, 1], "dark": [1, 0]}, **scales | settings)
+
+
+def video(path: Path, **settings) -> Video:
+    return Video(str(path), 1, 4, prompt="dark", **settings)
+
+
+def test_a_video_is_the_set_of_its_frames(folder, build, fit):
+    """Noise, batches, padding and coupling are those of the same frames as images."""
+    files = [str(folder / f"frame_{i}.png") for i in range(12)]
+    latents = []
+    for particles in (video(folder, batch=5), Images(files, 1, 4, batch=5, prompt="dark")):
+        module = build(prior(), particles, kernel=RBF(normalize="rms"))
+        fit(module, 3)
+        latents.append(module.particles.latent.detach())
+    assert latents[0].shape == (12, 3, 12, 20)
+    assert torch.equal(*latents)
+
+
+def test_untouched_frames_come_out_with_the_pixels_that_went_in(folder, build):
+    module = build(prior(), video(folder, start=1, stop=11, step=3))
+    expected = [read_image(folder / f"frame_{i}.png") for i in (1, 4, 7, 10)]
+    torch.testing.assert_close(list(module.images()), expected, atol=1e-6, rtol=0)
+    assert all(torch.equal(a, b) for a, b in zip(module.particles.originals(), expected, strict=True))
+    (second,) = module.images(slice(1, 2))
+    torch.testing.assert_close(second, expected[1], atol=1e-6, rtol=0)
+    assert module.particles.fps == 8
+
+
+def test_a_step_scores_its_batch_and_leaves_the_other_frames(folder, build, fit):
+    module = build(prior(), video(folder, batch=3))
+    start = module.particles.latent.detach().clone()
+    fit(module, 1)
+    moved = (module.particles.latent.detach() != start).flatten(1).any(1)
+    assert sorted(module.particles.choose(Draw(0, 0)).tolist()) == moved.nonzero().flatten().tolist()
+    assert (int(moved.sum()), module.rows) == (3, 3 * 5)
+
+
+def test_a_video_of_one_frame_moves_as_without_a_kernel(folder, build, fit):
+    one, alone = (build(prior(), video(folder, stop=1), kernel=k) for k in (RBF(), NoKernel()))
+    fit(one, 3), fit(alone, 3)
+    assert torch.equal(one.particles.latent, alone.particles.latent)
+    assert not torch.equal(one.particles.latent, one.particles.source_latent)
+
+
+def test_outside_of_a_mask_no_pixel_of_any_frame_changes(folder, tmp_path, build, fit):
+    mask = torch.zeros(3, *SIZE)
+    mask[:, 3:9, 4:12] = 1
+    write_png(mask, tmp_path / "mask.png")
+    module = build(prior(), video(folder, mask=str(tmp_path / "mask.png")))
+    fit(module, 2)
+    for edited, source in zip(module.images(), module.particles.originals(), strict=True):
+        assert torch.equal(edited[mask == 0], source[mask == 0])
+        assert not torch.allclose(edited[:, 5:7, 7:9], source[:, 5:7, 7:9])
+
+
+class Watched(GaussianMixture):
+    """Keeps count of the pictures that are alive."""
+
+    def __init__(self):
+        super().__init__(prompts={"": [0, 1], "dark": [1, 0]})
+        self.seen: list[weakref.ref] = []
+        self.most = 0
+
+    def watch(self, image: torch.Tensor) -> None:
+        self.seen = [ref for ref in self.seen if ref() is not None] + [weakref.ref(image)]
+        self.most = max(self.most, len(self.seen))
+
+    def encode(self, image, noise=None):
+        assert len(image) == 1
+        self.watch(image)
+        return super().encode(image, noise)
+
+    def decode(self, latent):
+        assert len(latent) == 1
+        self.watch(image := super().decode(latent))
+        return image
+
+
+def test_few_pictures_of_a_long_video_exist_at_once(folder, build, fit, tmp_path):
+    watched = Watched()
+    module = build(watched, video(folder))
+    fit(module, 2, callbacks=[Media(tmp_path / "run", every_n_steps=1)])
+    assert len(saved_pictures(tmp_path / "run/media", "edited")) == 12
+    assert 0 < watched.most <= 3
+
+
+def probed(path: Path) -> tuple[Fraction, int, tuple[int, int]]:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return stream.average_rate, sum(1 for _ in container.decode(stream)), (stream.width, stream.height)
+
+
+def test_media_of_a_video_are_frames_and_what_plays_them(mp4, build, fit, tmp_path):
+    module = build(prior(), video(mp4))
+    fit(module, 2, callbacks=[Media(tmp_path / "run", every_n_steps=1)])
+    media = tmp_path / "run/media"
+    players = {f"{name}.{kind}" for name in ("source", "edited", "side_by_side") for kind in ("mp4", "gif")}
+    assert {f.name for f in media.iterdir()} == players | {"source", "edited", "edited_000001.png"}
+    for name, width in {"source": 18, "edited": 18, "side_by_side": 36}.items():
+        assert probed(media / f"{name}.mp4") == (FPS, 12, (width, 14))
+    edited = saved_pictures(media, "edited")
+    assert [f.name for f in edited.files] == [f"{i:06d}.png" for i in range(12)]
+    for saved, now in zip(edited, module.images(), strict=True):
+        assert np.array_equal(to_uint8(saved), to_uint8(now))
+    for saved, frame in zip(saved_pictures(media, "source"), Frames(mp4), strict=True):
+        assert np.array_equal(to_uint8(saved), to_uint8(frame))
+    for shown, saved in zip(Frames(media / "edited.mp4"), edited, strict=True):
+        assert (shown - saved).abs().mean() < 0.05
+
+    (tmp_path / "run/config.yaml").write_text("name: clip\nprompt: dark\n")
+    page = write_report(tmp_path / "run").read_text()
+    assert page.count('<video src="data:video/mp4;base64,') == 1
+    assert "<b>12</b> frames at <b>29.97</b> a second of <b>18 × 14</b> px" in page
+    assert page.count('<img class="edited"') == 1
+
+
+# The command line
+
+RUN = [
+    *("experiment=video", "prior=analytic", "prior.guidance_scale=4", "+prior.prompts.dark=[0,1]"),
+    *("modality.path=clip.mp4", "modality.batch=4", "prompt=dark", "steps=6", "logger=csv"),
+]
+
+
+def csd(*args: str, cwd: Path) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "MASTER_PORT")}
+    command = [sys.executable, "-m", "csd_exp", *args]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
+
+
+def latent(folder: Path) -> torch.Tensor:
+    return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]["particles.latent"]
+
+
+def test_the_command_line_edits_a_video_and_resumes_to_the_same_bits(mp4, tmp_path, monkeypatch):
+    done = csd(*RUN, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    media = tmp_path / "run/media"
+    assert probed(media / "edited.mp4") == (FPS, 12, (18, 14))
+    assert [len(saved_pictures(media, name)) for name in ("source", "edited")] == [12, 12]
+    assert all(saved_pictures(media, "edited")[i].shape == (3, *EVEN) for i in (0, 11))
+    assert not list((tmp_path / "run").rglob("*.part"))
+    assert "<video" in (tmp_path / "run/report.html").read_text()
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(self, trainer, *_):
+        if trainer.global_step == 4:
+            raise PowerCut
+
+    monkeypatch.chdir(tmp_path)
+    every = ["callbacks.checkpoint.every_n_steps=3", "hydra.run.dir=half"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Media, "on_train_batch_end", cut)
+        with pytest.raises(PowerCut):
+            csd_exp.edit(*RUN, *every)
+    result = csd_exp.edit(*RUN, *every[:1], "ckpt_path=half/last.ckpt")
+    assert torch.equal(latent(tmp_path / "half"), latent(tmp_path / "run"))
+    assert len(result.images) == 12
+    assert torch.equal(result.images[7], saved_pictures(media, "edited")[7])
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda folder: [f.unlink() for f in folder.iterdir()], "clip holds no image"),
+        (
+            lambda folder: write_png(picture(5, width=20), folder / "frame_5.png"),
+            r"frame_5\.png has 20 x 11 pixels",
+        ),
+        (
+            lambda folder: (folder / "frame_5.png").write_bytes(b"x"),
+            r"frame_5\.png cannot be read as an image",
+        ),
+        (
+            lambda folder: (folder / "frame_5.png").write_bytes((folder / "frame_5.png").read_bytes()[:-40]),
+            r"frame_5\.png cannot be read as an image",
+        ),
+    ],
+    ids=["empty", "of two sizes", "corrupt", "truncated"],
+)
+def test_frames_that_cannot_be_used_are_named_before_a_step_is_taken(folder, made, message, monkeypatch):
+    made(folder)
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(InputError, match=message) as refused:
+        csd_exp.edit(*RUN, "modality.path=clip", "hydra.run.dir=run")
+    assert len(re.findall(r"[.;] [A-Z]", str(refused.value))) == 0
+    assert not (folder.parent / "run").exists()
