@@ -150,7 +150,7 @@ class Measure:
         painted = edit in EDITS and style_of(EDITS[edit].answers[0]) is not None
         self.answers = metrics.Answers(edit, side, metrics.style_statistics if painted else metrics.pixels)
         self.source, self.side = source, side
-        self.metrics: dict[str, metrics.PictureMetric] = {
+        self.metrics: dict[str, metrics.MeanMetric] = {
             "strength": metrics.EditStrength(self.answers),
             "distance": metrics.AnswerDistance(self.answers),
             "disagreement": metrics.AnswerDisagreement(self.answers),

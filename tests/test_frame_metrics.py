@@ -41,8 +41,8 @@ def constant_flow(dx: float, dy: float, height: int, width: int) -> Tensor:
 class Difference(FrameMetric):
     """The second mean colour minus the first."""
 
-    def seen(self, edited, source):
-        return edited.mean()
+    def update(self, edited, source):
+        self.follow(edited.mean())
 
     def between(self, previous, current):
         return current - previous

@@ -11,6 +11,13 @@ from csd_exp.metrics.answers import EditStrength as EditStrength
 from csd_exp.metrics.base import FrameMetric as FrameMetric
 from csd_exp.metrics.base import MeanMetric as MeanMetric
 from csd_exp.metrics.base import PictureMetric as PictureMetric
+from csd_exp.metrics.clip import CLIPDirectionalSimilarity as CLIPDirectionalSimilarity
+from csd_exp.metrics.clip import CLIPDirectionConsistency as CLIPDirectionConsistency
+from csd_exp.metrics.clip import CLIPDirectionConsistencyAsPrinted as CLIPDirectionConsistencyAsPrinted
+from csd_exp.metrics.clip import CLIPEditConsistency as CLIPEditConsistency
+from csd_exp.metrics.clip import CLIPImageConsistency as CLIPImageConsistency
+from csd_exp.metrics.clip import CLIPImageSimilarity as CLIPImageSimilarity
+from csd_exp.metrics.clip import CLIPTextSimilarity as CLIPTextSimilarity
 from csd_exp.metrics.flow import DIS as DIS
 from csd_exp.metrics.flow import RAFT as RAFT
 from csd_exp.metrics.flow import ExactWarpingError as ExactWarpingError

@@ -58,17 +58,14 @@ class FrameMetric(MeanMetric):
     """The mean of `between(previous, current)` over consecutive frames, which come in order, one by one.
 
     Only what is kept of one frame is held, so a video may have any length. A single frame has no
-    neighbour: the value is NaN.
+    neighbour: the value is NaN. Subclasses give `update`, which calls `follow`.
     """
 
     full_state_update = True  # the other `forward` would forget the frame before
     _previous: Any = None
 
-    def update(self, edited: Tensor, source: Tensor) -> None:
-        self.follow(self.seen(edited, source))
-
     def follow(self, current: Any) -> None:
-        """Observe a frame against the one before, and keep it for the next."""
+        """Observe what `update` took of a frame against the frame before, and keep it for the next."""
         value = None if self._previous is None else self.between(self._previous, current)
         if value is not None:
             self.observe(value)
@@ -77,10 +74,6 @@ class FrameMetric(MeanMetric):
     def reset(self) -> None:
         super().reset()
         self._previous = None
-
-    def seen(self, edited: Tensor, source: Tensor) -> Any:
-        """What is kept of a frame until the next."""
-        raise NotImplementedError
 
     def between(self, previous: Any, current: Any) -> Tensor | None:
         """The metric of two consecutive frames, a scalar; None where it has none."""

@@ -129,8 +129,8 @@ class WarpingError(FrameMetric):
         super().__init__(**kwargs)
         self.flow = DIS() if flow is None else flow
 
-    def seen(self, edited: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        return edited, source
+    def update(self, edited: Tensor, source: Tensor) -> None:
+        self.follow((edited, source))
 
     def between(self, previous: tuple[Tensor, Tensor], current: tuple[Tensor, Tensor]) -> Tensor | None:
         (before, its_source), (after, source) = previous, current
@@ -146,7 +146,7 @@ class ExactWarpingError(FrameMetric):
 
     higher_is_better = False
 
-    def update(self, edited: Tensor, source: Tensor, flow: Tensor | None = None) -> None:
+    def update(self, edited: Tensor, source: Tensor | None = None, flow: Tensor | None = None) -> None:
         self.follow((edited, flow))
 
     def between(self, previous: tuple, current: tuple) -> Tensor | None:

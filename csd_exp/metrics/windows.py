@@ -77,14 +77,12 @@ class WindowMetric(MeanMetric):
         super().__init__(**kwargs)
         self.side = side
 
-    def update(self, edited: Tensor, source: Tensor, window: int | None = None) -> None:
-        side, (height, width) = self.side or window, edited.shape[-2:]
-        if side is not None and len(corners(height, width, side)) > 1:
-            self.observe(self.value(windows(edited, side), windows(source, side)))
-
-    def value(self, edited: Tensor, source: Tensor) -> Tensor:
-        """The metric of the windows [n, 3, S, S] of one picture, a scalar."""
-        raise NotImplementedError
+    def cut(self, image: Tensor, window: int | None) -> Tensor | None:
+        """The windows [n, 3, S, S] of an image, None where there are fewer than two."""
+        side, (height, width) = self.side or window, image.shape[-2:]
+        if side is None or len(corners(height, width, side)) < 2:
+            return None
+        return windows(image, side)
 
 
 class WindowSpread(WindowMetric):
@@ -99,9 +97,11 @@ class WindowSpread(WindowMetric):
         super().__init__(side, **kwargs)
         self.embed = embed
 
-    def value(self, edited: Tensor, source: Tensor) -> Tensor:
-        f = self.embed(edited)
-        return (f - f.mean(0)).square().sum(1).mean().sqrt()
+    def update(self, edited: Tensor, source: Tensor | None = None, window: int | None = None) -> None:
+        cut = self.cut(edited, window)
+        if cut is not None:
+            f = self.embed(cut)
+            self.observe((f - f.mean(0)).square().sum(1).mean().sqrt())
 
 
 class StyleSpread(WindowMetric):
@@ -113,12 +113,15 @@ class StyleSpread(WindowMetric):
     where one style covers all, above where they disagree.
     """
 
-    def value(self, edited: Tensor, source: Tensor) -> Tensor:
+    def update(self, edited: Tensor, source: Tensor, window: int | None = None) -> None:
+        cuts = [self.cut(image, window) for image in (edited, source)]
         spreads = [
-            torch.stack([block.var(0, correction=0).sum() for block in style_blocks(images)])
-            for images in (edited, source)
+            torch.stack([block.var(0, correction=0).sum() for block in style_blocks(cut)])
+            for cut in cuts
+            if cut is not None
         ]
-        return (spreads[0] / spreads[1].clamp(min=1e-12)).mean().sqrt()
+        if spreads:
+            self.observe((spreads[0] / spreads[1].clamp(min=1e-12)).mean().sqrt())
 
 
 class SeamEnergy(MeanMetric):

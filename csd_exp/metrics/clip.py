@@ -1,0 +1,221 @@
+"""CLIP scores: whether an edit goes where its text says, and whether it is the same edit in every frame.
+
+C is the image embedding and T the text embedding of an open_clip model, both at unit length; e_i is an edited
+picture or frame and o_i its source. Pictures are resized to the model's square whatever their aspect, as the
+code of InstructPix2Pix and Instruct-NeRF2NeRF does. A cosine of a difference that vanishes is 0.
+"""
+
+from functools import cache
+from typing import Protocol
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from csd_exp.errors import InputError
+from csd_exp.features import OpenClip, edit_captions
+from csd_exp.metrics.base import FrameMetric, MeanMetric, PictureMetric
+
+TINY = "tiny"
+
+
+class Embedder(Protocol):
+    """Unit embeddings [n, D] of images [n, 3, H, W] in [0, 1], and of texts."""
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+    def texts(self, texts: list[str]) -> Tensor: ...
+
+
+class Clip:
+    """A CLIP that embeds each picture once, however many metrics ask for it."""
+
+    def __init__(self, embedder: Embedder, device: str = "cpu"):
+        self.embedder, self.device = embedder, device
+        self._images: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._texts: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def image(self, picture: Tensor) -> Tensor:
+        """[D] of a picture [3, H, W] in [0, 1], which must not be changed in place."""
+        if picture not in self._images:
+            self._images[picture] = self.embedder(picture[None].to(self.device))[0].double().cpu()
+        return self._images[picture]
+
+    @torch.no_grad()
+    def text(self, text: str) -> Tensor:
+        """[D] of a text."""
+        if text not in self._texts:
+            self._texts[text] = self.embedder.texts([text])[0].double().cpu()
+        return self._texts[text]
+
+
+@cache
+def named_clip(name: str, device: str = "cpu") -> Clip:
+    """The CLIP of a name: `tiny`, the shipped one; an open_clip model; or MODEL/PRETRAINED.
+
+    A model's name is open_clip's own, or that in lower case with underscores: `vit_bigg_14` is ViT-bigG-14.
+    PRETRAINED is one of open_clip's tags, by default the model's first, or a checkpoint's path. Raises
+    InputError for a name that open_clip does not have, and for weights that cannot be loaded.
+    """
+    if name == TINY:
+        return Clip(OpenClip(device=device), device)
+    asked, _, pretrained = name.partition("/")
+    models = {model.lower().replace("-", "_"): model for model in open_clip.list_models()}
+    model = asked if asked in models.values() else models.get(asked.lower().replace("-", "_"))
+    tags = open_clip.list_pretrained_tags_by_model(model) if model else []
+    if model is None or not (pretrained or tags):
+        raise InputError(
+            f"metrics.clip={name} is no CLIP; give tiny, a model of open_clip such as vit_bigg_14, "
+            "or MODEL/PRETRAINED."
+        )
+    return Clip(OpenClip(model, pretrained or tags[0], device), device)
+
+
+class CLIPMetric(MeanMetric):
+    """clip: a name that `named_clip` knows, or a `Clip`. device: where it computes."""
+
+    def __init__(self, clip: str | Clip = TINY, device: str = "cpu", **kwargs):
+        super().__init__(**kwargs)
+        self.clip = named_clip(clip, device) if isinstance(clip, str) else clip
+
+
+class CaptionMetric(CLIPMetric):
+    """A metric that compares pictures with captions.
+
+    source_caption: what the sources show. target_caption: what the edited pictures should show; None makes it
+    of each picture's own prompt, as "SOURCE_CAPTION, PROMPT".
+    """
+
+    def __init__(
+        self,
+        clip: str | Clip = TINY,
+        device: str = "cpu",
+        source_caption: str = "a photograph",
+        target_caption: str | None = None,
+        **kwargs,
+    ):
+        super().__init__(clip, device, **kwargs)
+        self.source_caption, self.target_caption = source_caption, target_caption
+
+    def captions(self, prompt: str) -> tuple[Tensor, Tensor] | None:
+        """The embeddings of a picture's captions, before and after the edit; None where nothing was asked."""
+        if not prompt and self.target_caption is None:
+            return None
+        before, after = edit_captions(prompt, self.source_caption)
+        return self.clip.text(before), self.clip.text(self.target_caption or after)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(a, b, dim=0)
+
+
+class CLIPDirectionalSimilarity(CaptionMetric):
+    """cos(C(e) - C(o), T(target caption) - T(source caption)), in [-1, 1]; the edit went where its text says.
+
+    The mean over pictures of the directional similarity of StyleGAN-NADA (Gal et al. 2022), as
+    InstructPix2Pix (Brooks et al. 2023) evaluates it; "CLIP Directional Similarity" of the CSD
+    paper. The paper does not state its captions. Here the source's is "a photograph" and the target's "a
+    photograph, PROMPT", unless metrics.source_caption and metrics.target_caption are given.
+    """
+
+    higher_is_better = True
+
+    def update(self, edited: Tensor, source: Tensor, prompt: str = "") -> None:
+        if captions := self.captions(prompt):
+            before, after = captions
+            self.observe(cosine(self.clip.image(edited) - self.clip.image(source), after - before))
+
+
+class CLIPTextSimilarity(CaptionMetric):
+    """cos(C(e), T(target caption)), in [-1, 1]; the edited picture shows what the caption says.
+
+    The mean over pictures of the CLIP score (Radford et al. 2021; Hessel et al. 2021, without their factor
+    2.5 and clipping at 0). The target caption is "a photograph, PROMPT", unless metrics.target_caption is
+    given.
+    """
+
+    higher_is_better = True
+
+    def update(self, edited: Tensor, source: Tensor | None = None, prompt: str = "") -> None:
+        if captions := self.captions(prompt):
+            self.observe(cosine(self.clip.image(edited), captions[1]))
+
+
+class CLIPImageSimilarity(CLIPMetric, PictureMetric):
+    """cos(C(e), C(o)), in [-1, 1]; 1 where the edit kept all that CLIP sees of the source.
+
+    The mean over pictures; "CLIP image similarity" of InstructPix2Pix (Brooks et al. 2023) and
+    of the CSD paper's panoramas.
+    """
+
+    higher_is_better = True
+
+    def value(self, edited: Tensor, source: Tensor) -> Tensor:
+        return cosine(self.clip.image(edited), self.clip.image(source))
+
+
+class CLIPFrameMetric(CLIPMetric, FrameMetric):
+    """Follows the embeddings of frames and of their sources."""
+
+    def update(self, edited: Tensor, source: Tensor) -> None:
+        self.follow((self.clip.image(edited), self.clip.image(source)))
+
+
+class CLIPImageConsistency(CLIPMetric, FrameMetric):
+    """cos(C(e_i), C(e_i+1)), in [-1, 1]; 1 where consecutive edited frames look alike to CLIP.
+
+    The mean over consecutive frames; "CLIP Image Consistency" of the CSD paper's tables, and "frame
+    consistency" of Gen-1 (Esser et al. 2023). It is blind to the source: a still picture has 1.
+    """
+
+    higher_is_better = True
+
+    def update(self, edited: Tensor, source: Tensor | None = None) -> None:
+        self.follow(self.clip.image(edited))
+
+    def between(self, previous: Tensor, current: Tensor) -> Tensor:
+        return cosine(previous, current)
+
+
+class CLIPDirectionConsistency(CLIPFrameMetric):
+    """cos(C(o_i+1) - C(o_i), C(e_i+1) - C(e_i)), in [-1, 1]; 1 where edited frames move as their sources do.
+
+    The mean over consecutive frames; "CLIP direction consistency" of Instruct-NeRF2NeRF (Haque et al. 2023),
+    as its authors corrected their Appendix C in issue 28 of github.com/ayaanzhaque/instruct-nerf2nerf. Not to
+    be compared with CLIPEditConsistency or CLIPDirectionConsistencyAsPrinted, which go by the same name.
+    """
+
+    higher_is_better = True
+
+    def between(self, previous: tuple[Tensor, Tensor], current: tuple[Tensor, Tensor]) -> Tensor:
+        return cosine(current[1] - previous[1], current[0] - previous[0])
+
+
+class CLIPEditConsistency(CLIPFrameMetric):
+    """cos(C(e_i) - C(o_i), C(e_i+1) - C(o_i+1)), in [-1, 1]; 1 where the edit is the same in each frame.
+
+    The mean over consecutive frames; the second reading of Instruct-NeRF2NeRF's "CLIP direction consistency",
+    proposed in issue 91 of github.com/ayaanzhaque/instruct-nerf2nerf: the direction of the edit, not that of
+    the camera.
+    """
+
+    higher_is_better = True
+
+    def between(self, previous: tuple[Tensor, Tensor], current: tuple[Tensor, Tensor]) -> Tensor:
+        return cosine(previous[0] - previous[1], current[0] - current[1])
+
+
+class CLIPDirectionConsistencyAsPrinted(CLIPFrameMetric):
+    """cos(C(e_i) - C(o_i), C(e_i+1) - C(e_i)), in [-1, 1]; here only to be held against published numbers.
+
+    The mean over consecutive frames; "CLIP direction consistency" as Appendix C of Instruct-NeRF2NeRF (Haque
+    et al. 2023) prints it, a slip by issues 28 and 91 of github.com/ayaanzhaque/instruct-nerf2nerf: how the
+    frames change along the edit says nothing of consistency.
+    """
+
+    higher_is_better = None
+
+    def between(self, previous: tuple[Tensor, Tensor], current: tuple[Tensor, Tensor]) -> Tensor:
+        return cosine(previous[0] - previous[1], current[0] - previous[0])
