@@ -1,13 +1,11 @@
 """One run, from a command line or from Python: compose, check, fit, write what came out."""
 
-import inspect
-import json
 import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -33,7 +31,7 @@ from csd_exp.build import build_module, constructed, silence_lightning
 from csd_exp.callbacks import Media, Provenance
 from csd_exp.config import check, check_same_science, composed, conf_dir, sentence, without_hydra
 from csd_exp.errors import InputError
-from csd_exp.files import write_whole
+from csd_exp.evaluate import build_metrics, entries, write_metrics
 from csd_exp.images import saved_pictures
 from csd_exp.loggers import Wandb
 from csd_exp.particles import Particles
@@ -47,7 +45,7 @@ PROMPTS = ("prompt", "source_prompt", "negative_prompt")
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves: edited images [3, H, W] in [0, 1], final metrics, and the run directory.
+    """What a run leaves: edited images [3, H, W] in [0, 1], the metrics that have a value, the run directory.
 
     The images are the saved PNGs, each read when it is asked for, so that a long video takes no memory.
     """
@@ -94,19 +92,19 @@ def run(config: DictConfig, run_dir: Path, overrides: Sequence[str]) -> Result:
         callbacks=[provenance, *callbacks],
         default_root_dir=str(run_dir),
     )
+    metrics = build_metrics(config.metrics) if trainer.is_global_zero else {}
     with _relaunchable(overrides, run_dir):
         trainer.fit(module, range(config.steps), ckpt_path=config.ckpt_path)
-        images, sources = (saved_pictures(run_dir / "media", name) for name in ("edited", "source"))
-        mine = measured(config, images, sources) if trainer.is_global_zero else None
-        metrics = cast(dict[str, dict], trainer.strategy.broadcast(mine))
-    values = {name: entry["value"] for name, entry in metrics.items()}
+        mine = entries(metrics, config.metrics, run_dir / "media") if trainer.is_global_zero else None
+        found = cast(dict[str, dict], trainer.strategy.broadcast(mine))
+    values = {name: entry["value"] for name, entry in found.items() if entry["value"] is not None}
     for logger in trainer.loggers:
         if isinstance(logger, Wandb):
             logger.finish(values)
     if trainer.is_global_zero and not config.trainer.get("fast_dev_run"):
-        write_whole(run_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        write_metrics(found, run_dir)
         write_report(run_dir)
-    return Result(images, values, run_dir)
+    return Result(saved_pictures(run_dir / "media", "edited"), values, run_dir)
 
 
 def _trainer(node: DictConfig, **arguments) -> Trainer:
@@ -116,26 +114,6 @@ def _trainer(node: DictConfig, **arguments) -> Trainer:
         if isinstance(e.__cause__, MisconfigurationException):
             raise InputError(f"trainer is not accepted: {' '.join(str(e.__cause__).split())}") from e
         raise
-
-
-def measured(config: DictConfig, edited: Iterable[Tensor], sources: Iterable[Tensor]) -> dict[str, dict]:
-    """Each metric of the configuration over all images: value, definition and sense, for metrics.json.
-
-    edited, sources: the pictures [3, H, W] as saved, gone through once and one by one.
-    """
-    metrics = {name: constructed(node) for name, node in (config.metrics or {}).items()}
-    for image, source in zip(edited, sources, strict=True):
-        for metric in metrics.values():
-            metric.update(image, source)
-    entries = {}
-    for name, metric in metrics.items():
-        definition, better = inspect.getdoc(type(metric)), metric.higher_is_better
-        entries[name] = {
-            "value": float(metric.compute()),
-            "definition": definition,
-            "higher_is_better": better,
-        }
-    return entries
 
 
 def check_run(config: DictConfig) -> None:

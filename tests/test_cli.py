@@ -77,7 +77,9 @@ def test_a_run_leaves_everything_and_python_gives_the_same(folder: Path) -> None
     saved = torch.from_numpy(edited.copy()).permute(2, 0, 1)
     assert torch.equal((result.images[0] * 255).round().byte(), saved)
     recorded = json.loads((left / "metrics.json").read_text())
-    assert result.metrics == {name: entry["value"] for name, entry in recorded.items()}
+    assert recorded["window_spread"]["value"] is None  # the picture is smaller than two of its windows
+    values = {name: entry["value"] for name, entry in recorded.items()}
+    assert result.metrics == {name: value for name, value in values.items() if value is not None}
     assert result.run_dir != left
     assert (result.run_dir / "report.html").is_file()
 
@@ -192,8 +194,8 @@ def test_every_experiment_takes_a_step(folder: Path, experiment: str) -> None:
         *own.get(experiment, ["modality.path=picture.png"]),
     )
     assert result.images[0].shape == (3, size[1], size[0])
-    measured = {"structure_similarity", "ssim", "window_spread"}
-    assert set(result.metrics) == (set() if experiment == "generate" else measured)
+    measured = set() if experiment == "generate" else {"structure_similarity", "ssim"}
+    assert set(result.metrics) >= measured
 
 
 def test_a_run_that_diverges_says_where(folder: Path) -> None:

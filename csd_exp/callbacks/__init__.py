@@ -1,7 +1,8 @@
-"""What a run shows and keeps while it runs: pictures, speed, progress, checkpoints and provenance."""
+"""What a run shows and keeps while it runs: pictures, metrics, speed, checkpoints, provenance."""
 
 from csd_exp.callbacks.checkpoint import LastCheckpoint as LastCheckpoint
 from csd_exp.callbacks.media import Media as Media
+from csd_exp.callbacks.metrics import Metrics as Metrics
 from csd_exp.callbacks.progress import Progress as Progress
 from csd_exp.callbacks.provenance import Provenance as Provenance
 from csd_exp.callbacks.throughput import Throughput as Throughput

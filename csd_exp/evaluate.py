@@ -1,0 +1,160 @@
+"""What the pictures of a run measure: while it goes on, at its end, and again by `csd-eval`."""
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from inspect import getdoc, signature
+from itertools import repeat
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+from torchmetrics import Metric
+from yaml import YAMLError
+
+from csd_exp.build import constructed, silence_lightning
+from csd_exp.config import check_targets, composed
+from csd_exp.errors import InputError
+from csd_exp.files import write_whole
+from csd_exp.images import saved_pictures
+from csd_exp.report import write_report
+
+USAGE = """csd-eval RUN_DIR [metrics=NAME] [metrics.KEY=VALUE ...]
+
+Measures the saved pictures of a finished run again, writes metrics.json and report.html in its folder.
+
+  csd-eval outputs/demo/2026-01-31_12-00-00_000000                            the run's own metrics
+  csd-eval outputs/demo/2026-01-31_12-00-00_000000 metrics=video              those of conf/metrics/video.yaml
+  csd-eval outputs/demo/2026-01-31_12-00-00_000000 metrics/perceptual=lpips   another network
+"""
+
+
+def build_metrics(group: DictConfig | None) -> dict[str, Metric]:
+    """The metrics of a configuration's group by name; what else is in it is there for them to refer to."""
+    return {str(name): constructed(node) for name, node in (group or {}).items() if _is_metric(node)}
+
+
+def _is_metric(node: Any) -> bool:
+    return (
+        isinstance(node, DictConfig) and "_target_" in node and issubclass(get_class(node._target_), Metric)
+    )
+
+
+@torch.no_grad()
+def measured(metrics: Mapping[str, Metric], edited: Iterable[Tensor], media: Path) -> dict[str, float | None]:
+    """The value of each metric on a run's pictures, None where it has none.
+
+    edited: [3, H, W] as saved, in order; gone through once, one by one. media: the run's folder of pictures.
+    Each metric gets what its `update` names; one that needs what is not known of a picture leaves it out.
+    """
+    takes = {name: signature(metric.update).parameters.values() for name, metric in metrics.items()}
+    for metric in metrics.values():
+        metric.reset()
+    for image, known in zip(edited, _known(media), strict=False):  # pictures from noise have no sources
+        facts = {"edited": image} | known
+        for name, metric in metrics.items():
+            if all(p.name in facts or p.default is not p.empty for p in takes[name]):
+                metric.update(**{p.name: facts[p.name] for p in takes[name] if p.name in facts})
+    values = {name: float(m.compute()) if m.update_called else math.nan for name, m in metrics.items()}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _known(media: Path) -> Iterator[dict[str, Any]]:
+    """What is known of each edited picture; see `csd_exp.metrics.MeanMetric`."""
+    sources = saved_pictures(media, "source")
+    return ({"source": source} for source in sources) if sources else repeat({})
+
+
+def entries(metrics: Mapping[str, Metric], group: DictConfig | None, media: Path) -> dict[str, dict]:
+    """For metrics.json: each metric's value on the final pictures, its definition, sense and settings."""
+    values = measured(metrics, saved_pictures(media, "edited"), media)
+    return {
+        name: {
+            "value": values[name],
+            "definition": getdoc(type(metric)),
+            "higher_is_better": metric.higher_is_better,
+            "settings": _settings(cast(DictConfig, group)[name]),
+        }
+        for name, metric in metrics.items()
+    }
+
+
+def _settings(node: DictConfig) -> dict[str, Any]:
+    settings = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+    return {key: value for key, value in settings.items() if key != "_target_"}
+
+
+def write_metrics(metrics: Mapping[str, Mapping], run_dir: Path) -> None:
+    """Write metrics.json into a run's folder."""
+    write_whole(run_dir / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+
+
+def evaluate(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, dict]:
+    """Measure the saved pictures of a finished run again; write metrics.json and the report.
+
+    overrides: of the group `metrics`, which is then composed anew; without any, the metrics are the run's
+    own. What was measured before under other names is kept. Raises InputError, before anything is written,
+    for a folder that no finished run is in, and for overrides of anything but metrics.
+    """
+    config = _config(run_dir)
+    for override in overrides:
+        if not override.startswith(("metrics=", "metrics.", "metrics/", "+metrics.", "~metrics.")):
+            raise InputError(f"{override} is no key of metrics; csd-eval measures pictures that are there.")
+    if overrides:
+        config.metrics = composed(overrides).metrics
+    config.dir = str(run_dir)
+    check_targets(OmegaConf.masked_copy(config, "metrics"))
+    group = config.get("metrics")
+    found = entries(build_metrics(group), group, _media(run_dir))
+    file = run_dir / "metrics.json"
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    write_metrics(earlier | found, run_dir)
+    write_report(run_dir)
+    return found
+
+
+def _config(run_dir: Path) -> DictConfig:
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise InputError(f"{run_dir} has no config.yaml, so it is no run directory; give one that csd wrote.")
+    try:
+        config = OmegaConf.load(file)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as e:
+        raise InputError(f"{file} cannot be read ({' '.join(str(e).split())}).") from e
+    if not isinstance(config, DictConfig):
+        raise InputError(f"{file} is no configuration of csd.")
+    return config
+
+
+def _media(run_dir: Path) -> Path:
+    """The folder of a run's pictures, where each edited one has its source, or none has one."""
+    media = run_dir / "media"
+    edited, sources = (len(saved_pictures(media, name)) for name in ("edited", "source"))
+    if not edited:
+        raise InputError(f"{media} holds no edited picture; the run in {run_dir} has not finished.")
+    if sources not in (0, edited):
+        raise InputError(f"{media} holds {edited} edited pictures for {sources} sources; each needs one.")
+    return media
+
+
+def main() -> None:
+    """The command line `csd-eval`: exit code 2 and one sentence for anything a user got wrong."""
+    silence_lightning()
+    folders = [argument for argument in sys.argv[1:] if "=" not in argument]
+    overrides = [argument for argument in sys.argv[1:] if "=" in argument]
+    try:
+        if {"-h", "--help"} & set(sys.argv):
+            print(USAGE)
+        elif len(folders) != 1:
+            raise InputError(f"one run directory is needed, not {len(folders)}: csd-eval RUN_DIR.")
+        else:
+            for name, entry in evaluate(Path(folders[0]), overrides).items():
+                print(f"{name:32} {'none' if entry['value'] is None else format(entry['value'], '.4g')}")
+    except InputError as e:
+        print(f"csd-eval: {e}", file=sys.stderr)
+        sys.exit(2)

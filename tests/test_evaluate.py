@@ -1,0 +1,164 @@
+"""Metrics of a run on the way, at its end, and again by `csd-eval`: always the same numbers."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import csd_exp
+from csd_exp import evaluate as module
+from csd_exp.errors import InputError
+from csd_exp.evaluate import build_metrics, evaluate, measured
+from csd_exp.images import read_image
+
+SIZE = (53, 37)  # width and height, no multiple of anything
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of six steps that measured after every second."""
+    folder = tmp_path_factory.mktemp("run")
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "picture.png")
+    result = csd_exp.edit(
+        *("experiment=panorama", "prior=analytic", "prior.window=16", "prior.guidance_scale=4"),
+        *(
+            "+prior.prompts.warm=[0,1]",
+            "prompt=warm",
+            "steps=6",
+            "logger=csv",
+            "metrics.window_spread.side=16",
+        ),
+        *("callbacks.media.every_n_steps=2", "callbacks.metrics.every_n_steps=2"),
+        **{"modality.path": folder / "picture.png", "hydra.run.dir": folder / "out"},
+    )
+    assert result.run_dir == folder / "out"
+    return result.run_dir
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path) -> Path:
+    """A copy to change."""
+    for file in finished.rglob("*"):
+        if file.is_file() and file.suffix in (".png", ".yaml", ".json", ".txt", ".csv"):
+            copy = tmp_path / "out" / file.relative_to(finished)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    return tmp_path / "out"
+
+
+def values(run_dir: Path) -> dict:
+    return {name: e["value"] for name, e in json.loads((run_dir / "metrics.json").read_text()).items()}
+
+
+def logged(run_dir: Path) -> dict[int, dict[str, float]]:
+    """The logged metrics by the number of steps done."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["metrics/ssim"]]
+    return {
+        int(row["step"]) + 1: {
+            k.removeprefix("metrics/"): float(v) for k, v in row.items() if "metrics/" in k
+        }
+        for row in rows
+    }
+
+
+def test_csd_eval_finds_what_the_run_found_to_the_last_bit(run_dir):
+    before = json.loads((run_dir / "metrics.json").read_text())
+    assert set(before) >= {"ssim", "structure_similarity", "window_spread"}
+    (run_dir / "metrics.json").unlink()
+    assert evaluate(run_dir) == before
+    assert json.loads((run_dir / "metrics.json").read_text()) == before
+    assert "SSIM" in (run_dir / "report.html").read_text()
+    assert not list(run_dir.rglob("*.part"))
+
+
+def test_what_is_logged_on_the_way_is_what_the_saved_pictures_give(run_dir):
+    found = logged(run_dir)
+    assert sorted(found) == [2, 4, 6]
+    assert found[6] == {name: value for name, value in values(run_dir).items() if value is not None}
+    config = module._config(run_dir)
+    for step in (2, 4):
+        saved = [read_image(run_dir / f"media/edited_{step:06d}.png")]
+        assert measured(build_metrics(config.metrics), saved, run_dir / "media") == found[step]
+    assert found[2] != found[4]
+
+
+def test_numbers_are_those_of_the_files(run_dir):
+    other = np.random.default_rng(1).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
+    Image.fromarray(other).save(run_dir / "media/edited.png")
+    before = values(run_dir)
+    after = {name: entry["value"] for name, entry in evaluate(run_dir).items()}
+    assert all(after[name] != before[name] for name in ("ssim", "window_spread"))
+    Image.fromarray(other).save(run_dir / "media/source.png")
+    assert evaluate(run_dir)["ssim"]["value"] == pytest.approx(1)
+
+
+def test_other_metrics_are_measured_beside_the_runs_own(run_dir):
+    before = json.loads((run_dir / "metrics.json").read_text())
+    found = evaluate(run_dir, ["metrics.window_spread.side=8", "~metrics.ssim"])
+    assert "ssim" not in found
+    assert found["window_spread"]["settings"]["side"] == 8
+    assert found["window_spread"]["value"] != before["window_spread"]["value"]
+    after = json.loads((run_dir / "metrics.json").read_text())
+    assert after == before | found
+
+
+def test_a_value_that_is_not_there_is_null_and_no_result(run_dir):
+    found = evaluate(run_dir, ["metrics.window_spread.side=4000"])
+    assert found["window_spread"]["value"] is None
+    text = (run_dir / "metrics.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["window_spread"]["value"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed=1"], "seed=1 is no key of metrics"),
+        (["metrics=nothing"], "metrics=nothing does not exist"),
+        (["metrics.ssim.sidde=1"], r"metrics\.ssim\.sidde is no key"),
+        (["metrics.window_spread._target_=os.system"], "may construct only"),
+        (["metrics.window_spread.side=wide"], r"metrics\.window_spread\.side=wide is not accepted"),
+    ],
+)
+def test_overrides_that_cannot_be_used_change_nothing(run_dir, overrides, message):
+    before = (run_dir / "metrics.json").read_bytes()
+    with pytest.raises(InputError, match=message):
+        evaluate(run_dir, overrides)
+    assert (run_dir / "metrics.json").read_bytes() == before
+
+
+def test_folders_that_no_finished_run_is_in(run_dir, tmp_path):
+    with pytest.raises(InputError, match=r"has no config\.yaml"):
+        evaluate(tmp_path / "nowhere")
+    (run_dir / "media/edited.png").unlink()
+    with pytest.raises(InputError, match="holds no edited picture"):
+        evaluate(run_dir)
+    for i in range(2):
+        Image.new("RGB", SIZE).save(run_dir / f"media/edited_{i:02d}.png")
+    with pytest.raises(InputError, match="2 edited pictures for 1 sources"):
+        evaluate(run_dir)
+    (run_dir / "config.yaml").write_text("a: [")
+    with pytest.raises(InputError, match=r"config\.yaml cannot be read"):
+        evaluate(run_dir)
+
+
+def test_the_command_line(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["csd-eval", str(run_dir)])
+    module.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == list(values(run_dir))
+
+    for arguments in ([str(tmp_path / "nowhere")], [], [str(run_dir), "more"]):
+        monkeypatch.setattr(sys, "argv", ["csd-eval", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            module.main()
+        assert exit.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("csd-eval: ")
+        assert len(err.splitlines()) == 1
