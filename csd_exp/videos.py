@@ -5,6 +5,7 @@ from contextlib import suppress
 from fractions import Fraction
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -106,13 +107,8 @@ class Frames:
                         raise self._unlike(f"frame {number}", (height, width), "frame 0", size)
                     yield image
                     number += 1
-                # A file trimmed by its edit list has frames that are not shown, but lasts as long as it says.
-                if 0 < number < stream.frames and stream.duration and stream.average_rate:
-                    lasts = (
-                        frame.pts - (stream.start_time or 0)
-                    ) * stream.time_base + 2 / stream.average_rate
-                    if lasts < stream.duration * stream.time_base:
-                        raise self._unusable(f"it ends after {number} of its {stream.frames} frames")
+                if 0 < number < stream.frames and _lacks_its_end(stream, frame):
+                    raise self._unusable(f"it ends after {number} of its {stream.frames} frames")
         except av.FFmpegError as e:
             where = f"its frame {number} cannot be decoded" if number else "it cannot be read as a video"
             raise self._unusable(f"{where} ({e.strerror})") from e
@@ -132,6 +128,13 @@ class Frames:
             f"modality.path={self.path}: {this} has {size[1]} x {size[0]} pixels and {other} "
             f"{others[1]} x {others[0]}; all must be alike."
         )
+
+
+def _lacks_its_end(stream: av.VideoStream, last: av.VideoFrame) -> bool:
+    """Whether a stream says it lasts longer than its last frame; one trimmed by an edit list does not."""
+    tick, rate = stream.time_base or Fraction(0), stream.average_rate
+    shown = ((last.pts or 0) - (stream.start_time or 0)) * tick + (2 / rate if rate else 0)
+    return shown < (stream.duration or 0) * tick
 
 
 def _to_tensor(frame: av.VideoFrame) -> Tensor:
@@ -222,11 +225,12 @@ class _PaletteFilter:
         self.entrance.push(frame)
         with suppress(BlockingIOError, EOFError):
             while True:
-                yield self.exit.pull()
+                yield cast(av.VideoFrame, self.exit.pull())
 
     def _buffer(self, like: av.VideoFrame) -> FilterContext:
-        sides = {"width": like.width, "height": like.height}
-        return self.graph.add_buffer(**sides, format=like.format, time_base=like.time_base)
+        return self.graph.add_buffer(
+            width=like.width, height=like.height, format=like.format, time_base=like.time_base
+        )
 
 
 def side_by_side(left: Iterable[Tensor], right: Iterable[Tensor]) -> Iterator[Tensor]:
