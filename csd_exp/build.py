@@ -9,9 +9,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from csd_exp.errors import InputError
-from csd_exp.module import CSDModule
+from csd_exp.module import CSDModule, ParticleModule
 from csd_exp.particles import Particles
 from csd_exp.priors import Prior
+from csd_exp.samplers import SamplingModule
 
 
 def constructed(node: DictConfig, **arguments) -> Any:
@@ -31,11 +32,15 @@ def build_particles(config: DictConfig, prior: Prior) -> Particles:
     return constructed(config.modality, factor=prior.factor, multiple=prior.multiple, window=window)
 
 
-def build_module(config: DictConfig, prior: Prior) -> CSDModule:
-    """The one step of a configuration, at its source."""
+def build_module(config: DictConfig, prior: Prior) -> ParticleModule:
+    """What a configuration does to its particles, optimise or sample, at their source."""
+    particles = build_particles(config, prior)
+    if "sampler" in config.method:
+        sampler = constructed(config.method.sampler)
+        return SamplingModule(prior, particles, sampler, config.seed, config.negative_prompt)
     return CSDModule(
         prior,
-        build_particles(config, prior),
+        particles,
         residual=constructed(config.method.residual),
         noise=config.method.noise,
         kernel=constructed(config.kernel),

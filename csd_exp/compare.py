@@ -29,10 +29,8 @@ from csd_exp.errors import InputError
 from csd_exp.figures.equal_strength import Curve, Point, markdown, nearest, plot, strip, summary, table
 from csd_exp.files import write_whole
 from csd_exp.images import as_saved, read_image, write_png
-from csd_exp.module import CSDModule
+from csd_exp.module import ParticleModule
 from csd_exp.priors import Prior
-from csd_exp.priors.base import Query, predict, row_count
-from csd_exp.samplers import per_view
 from csd_exp.schedules import Draw
 from csd_exp.tiny.edits import EDITS, style_of
 
@@ -43,6 +41,7 @@ pictures.png into dir; curves that are there already are reused.
 
   csd-compare                                        the shipped panorama, "tint it"
   csd-compare edit=painting prompt='"turn it into a painting"' dir=outputs/compare_painting
+  csd-compare methods=all                            PDS, MultiDiffusion and the other baselines too
   csd-compare modality.path=my.jpg seeds=[0,1,2] strengths=[0.3] ~methods.sds
 
 KEY is any of csd's, or one of the comparison's:
@@ -52,20 +51,16 @@ OWN = ("dir", "prompt", "edit", "steps", "measured_at", "seeds", "strengths", "m
 
 
 @dataclass
-class SamplerConfig:
-    """steps: of DDIM. guidance: guidance scales of the prior, from the weakest edit to the strongest."""
-
-    steps: int = 20
-    guidance: list[Any] = MISSING
-
-
-@dataclass
 class MethodConfig:
-    """title: its name in the table. overrides: of csd. sampler: samples the edit instead of optimising it."""
+    """title: its name in the table. overrides: of csd.
+
+    guidance: for a method that samples, the guidance scales of the prior along which it is measured, from the
+    weakest edit to the strongest.
+    """
 
     title: str = MISSING
     overrides: list[str] = field(default_factory=list)
-    sampler: SamplerConfig | None = None
+    guidance: list[Any] | None = None
 
 
 @dataclass
@@ -194,7 +189,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Job:
-    """One method with one seed: a run of csd, or of a sampler in its place."""
+    """One method with one seed: runs of csd."""
 
     name: str
     config: DictConfig
@@ -218,18 +213,40 @@ class Job:
 
     def run(self, prior: Prior, measure: Measure, album: Path) -> list[Point]:
         """The curve; its pictures are written into `album`, numbered."""
-        if self.method.sampler is None:
+        if self.method.guidance is None:
             return optimised(self.config, prior, measure, album)
-        return sampled(self.config, self.method.sampler, prior, measure, album)
+        return sampled(self.config, self.method.guidance, prior, measure, album)
 
 
 def optimised(config: DictConfig, prior: Prior, measure: Measure, album: Path) -> list[Point]:
     """A curve along the steps of one run."""
     recorder = Recorder(measure, config.measured_at, album)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = constructed(config.trainer, callbacks=[recorder], **quiet)
-    trainer.fit(build_module(config, prior), range(config.steps))
+    _fitted(config, prior, recorder)
     return recorder.points
+
+
+def sampled(
+    config: DictConfig, guidance: Sequence[Any], prior: Prior, measure: Measure, album: Path
+) -> list[Point]:
+    """A curve along the guidance of a sampler, a run for each of its scales."""
+    points: list[Point] = []
+    for scales in guidance:
+        guided = copy(prior)  # the same weights
+        vars(guided).update(scales)
+        module = _fitted(config, guided)
+        (image,) = module.images()
+        write_picture(album, len(points), image)
+        spent = {"step": float(module.trainer.global_step), "rows": float(module.rows)}
+        points.append(spent | dict(scales) | measure(image))
+    return points
+
+
+def _fitted(config: DictConfig, prior: Prior, *callbacks: L.Callback) -> ParticleModule:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = constructed(config.trainer, callbacks=list(callbacks), **quiet)
+    module = build_module(config, prior)
+    trainer.fit(module, range(trainer.max_steps))
+    return module
 
 
 class Recorder(L.Callback):
@@ -247,34 +264,11 @@ class Recorder(L.Callback):
             self._record(trainer, module)
 
     def _record(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        assert isinstance(module, CSDModule)
+        assert isinstance(module, ParticleModule)
         (image,) = module.images()
         write_picture(self.album, len(self.points), image)
         spent = {"step": float(trainer.global_step), "rows": float(module.rows)}
         self.points.append(spent | {"lr": trainer.optimizers[0].param_groups[0]["lr"]} | self.measure(image))
-
-
-def sampled(
-    config: DictConfig, sampler: DictConfig, prior: Prior, measure: Measure, album: Path
-) -> list[Point]:
-    """A curve along the guidance of a sampler."""
-    particles = build_module(config, prior).particles
-    points: list[Point] = []
-    for scales in sampler.guidance:
-        guided = copy(prior)  # the same weights
-        vars(guided).update(scales)
-        rows: list[int] = []
-
-        def counted(queries: Sequence[Query], guided=guided, rows=rows) -> list[Tensor]:
-            rows.append(row_count(queries))
-            return predict(guided, queries)
-
-        latent = per_view(counted, guided, particles, config.seed, sampler.steps, config.negative_prompt)
-        (image,) = particles.finish(prior.decode(latent).clamp(0, 1))
-        write_picture(album, len(points), image)
-        spent = {"step": float(sampler.steps), "rows": float(sum(rows))}
-        points.append(spent | dict(scales) | measure(image))
-    return points
 
 
 def _jobs(config: DictConfig, overrides: Sequence[str]) -> Iterator[Job]:
@@ -286,19 +280,21 @@ def _jobs(config: DictConfig, overrides: Sequence[str]) -> Iterator[Job]:
         check(changed)
         if changed.prior != config.prior or changed.modality.path != config.modality.path:
             raise InputError(f"methods.{name} changes prior or modality.path; all methods must share them.")
-        for scales in method.sampler.guidance if method.sampler else ():
-            _check_guidance(f"methods.{name}.sampler.guidance", scales)
+        _check_guidance(f"methods.{name}.guidance", method.guidance, samples="sampler" in changed.method)
         for seed in config.seeds:
             job = changed.copy()
             job.seed = seed
             yield Job(name, job)
 
 
-def _check_guidance(key: str, scales: Any) -> None:
+def _check_guidance(key: str, guidance: Sequence[Any] | None, samples: bool) -> None:
+    if samples != bool(guidance):
+        raise InputError(f"{key} must list guidance scales where the method samples, and be null elsewhere.")
     known = ("guidance_scale", "image_guidance_scale")
-    named = OmegaConf.is_dict(scales) and set(scales) <= set(known)
-    if not named or not all(isinstance(scale, int | float) for scale in scales.values()):
-        raise InputError(f"{key} must list numbers for {' and '.join(known)}, not {scales}.")
+    for scales in guidance or ():
+        named = OmegaConf.is_dict(scales) and set(scales) <= set(known)
+        if not named or not all(isinstance(scale, int | float) for scale in scales.values()):
+            raise InputError(f"{key} must list numbers for {' and '.join(known)}, not {scales}.")
 
 
 def write_picture(album: Path, number: int, image: Tensor) -> None:

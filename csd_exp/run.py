@@ -38,8 +38,11 @@ from csd_exp.particles import Particles
 from csd_exp.particles.areas import check_areas
 from csd_exp.report import write_report
 
-# Residuals that hold what an image has become against what it was.
-NEED_SOURCE = ("csd_exp.methods.dds", "csd_exp.methods.pds")
+# Residuals and samplers that go out from a picture.
+NEED_SOURCE = (
+    *("csd_exp.methods.dds", "csd_exp.methods.pds"),
+    *("csd_exp.samplers.SDEdit", "csd_exp.samplers.Downscaled"),
+)
 PROMPTS = ("prompt", "source_prompt", "negative_prompt")
 
 
@@ -94,7 +97,7 @@ def run(config: DictConfig, run_dir: Path, overrides: Sequence[str]) -> Result:
     )
     metrics = build_metrics(config.metrics) if trainer.is_global_zero else {}
     with _relaunchable(overrides, run_dir):
-        trainer.fit(module, range(config.steps), ckpt_path=config.ckpt_path)
+        trainer.fit(module, range(trainer.max_steps), ckpt_path=config.ckpt_path)
         mine = entries(metrics, config.metrics, run_dir / "media") if trainer.is_global_zero else None
         found = cast(dict[str, dict], trainer.strategy.broadcast(mine))
     values = {name: entry["value"] for name, entry in found.items() if entry["value"] is not None}
@@ -121,11 +124,12 @@ def check_run(config: DictConfig) -> None:
     config.dir = config.hydra.run.dir
     check(config)
     particles = cast(type[Particles], get_class(config.modality._target_))
+    method = "sampler" if "sampler" in config.method else "residual"
     if particles.has_source:
         check_areas(config.modality, particles.check_path(config.modality.path))
-    elif config.method.residual._target_ in NEED_SOURCE:
+    elif config.method[method]._target_ in NEED_SOURCE:
         raise InputError(
-            f"method.residual={config.method.residual._target_} needs a picture to edit, and this modality "
+            f"method.{method}={config.method[method]._target_} needs a picture to edit, and this modality "
             "generates from noise; choose method=csd or method=sds."
         )
     if "path" in config.prior:

@@ -1,15 +1,27 @@
-"""Baselines that sample an edit instead of optimising one, over the same particles and the same prior."""
+"""Baselines that sample an edit instead of optimising one, over the same particles and the same prior.
 
-from collections.abc import Sequence
+All are DDIM of every view at once and differ in how they start and in what the views share on the way.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from csd_exp.methods import Predict
+from csd_exp.errors import InputError
+from csd_exp.module import ParticleModule
 from csd_exp.particles import Particles
+from csd_exp.particles.downscaled import Downscaled as DownscaledPictures
 from csd_exp.priors.base import Guidance, Prior, Query, compositional
 from csd_exp.schedules import Draw, Level
+
+Fuse = Callable[[Tensor], Tensor]
+"""Views [n, C, h, w] to views that agree where they overlap: averaged on the canvas, cropped again."""
 
 
 def trailing_timesteps(steps: int, total: int) -> list[int]:
@@ -17,23 +29,107 @@ def trailing_timesteps(steps: int, total: int) -> list[int]:
     return [int(t) - 1 for t in np.round(np.arange(total, 0, -total / steps))]
 
 
-def ddim(
-    predict: Predict,
-    x: Tensor,
-    guidance: Sequence[Guidance],
-    timesteps: Sequence[int],
-    alphas_cumprod: Tensor,
-) -> Tensor:
-    """Deterministic DDIM (Song et al. 2021, Eq. 12, eta = 0) of views [n, C, h, w], noisy at timesteps[0].
+@dataclass(frozen=True, kw_only=True)
+class PerView:
+    """Every view by itself, averaged where they overlap at the end: InstructPix2Pix window by window.
 
-    timesteps fall; the last step returns the estimate of x_0.
+    Deterministic DDIM (Song et al. 2021, Eq. 12, eta = 0) on `trailing` timesteps.
+    steps: of DDIM. Raises InputError, naming the key, for what the prior's schedule cannot hold.
     """
-    for t, following in zip(timesteps, [*timesteps[1:], None], strict=True):
-        level = Level.at(t, alphas_cumprod)
-        (eps,) = predict([Query(x, t, guidance)])
-        x_0 = (x - level.sigma * eps) / level.alpha
-        x = x_0 if following is None else Level.at(following, alphas_cumprod).noised(x_0, eps)
-    return x
+
+    steps: int = 20
+    one_noise: ClassVar[bool] = False  # whether views start from crops of one canvas of noise
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise InputError(f"method.sampler.steps must be at least 1, not {self.steps}.")
+
+    def timesteps(self, total: int) -> list[int]:
+        """The timesteps of all steps, falling; the step after the last ends at x_0. total: of the prior."""
+        if self.steps > total:
+            raise InputError(
+                f"method.sampler.steps must be at most the {total} timesteps there are, not {self.steps}."
+            )
+        return trailing_timesteps(self.steps, total)
+
+    def seen(self, particles: Particles, side: int) -> Particles:
+        """What is sampled in place of `particles`. side: of the prior's window, in pixels."""
+        return particles
+
+    def start(self, noise: Tensor, source: Tensor, level: Level) -> Tensor:
+        """Noisy views [n, C, h, w] at the first level, from normal noise and clean source views."""
+        return noise
+
+    def step(
+        self, x: Tensor, eps: Tensor, level: Level, following: Level | None, fuse: Fuse
+    ) -> tuple[Tensor, Tensor]:
+        """The views at the following level, None for clean ones, and their estimates of x_0."""
+        x_0 = level.denoised(x, eps)
+        return (x_0 if following is None else following.noised(x_0, eps)), x_0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiDiffusion(PerView):
+    """MultiDiffusion (Bar-Tal et al. 2023, Eq. 5, equal weights): overlaps are averaged after each step.
+
+    Where views do not overlap, as whole frames and images do not, it is PerView.
+    """
+
+    one_noise: ClassVar[bool] = True
+
+    def step(
+        self, x: Tensor, eps: Tensor, level: Level, following: Level | None, fuse: Fuse
+    ) -> tuple[Tensor, Tensor]:
+        x, x_0 = super().step(x, eps, level, following, fuse)
+        return fuse(x), x_0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncTweedies(PerView):
+    """SyncTweedies (Kim et al. 2024, case 2): the views' estimates of x_0 are averaged before the step.
+
+    Each view keeps an x_t from noise of its own and goes on by DDIM from it and the shared x_0, so that its
+    noise is what both leave: (x_t - alpha x_0) / sigma. (From one canvas of noise, for views that are crops,
+    this would be MultiDiffusion, both being linear.) Where views do not overlap, it is PerView.
+    """
+
+    def step(
+        self, x: Tensor, eps: Tensor, level: Level, following: Level | None, fuse: Fuse
+    ) -> tuple[Tensor, Tensor]:
+        x_0 = fuse(level.denoised(x, eps))
+        if following is None:
+            return x_0, x_0
+        return following.noised(x_0, (x - level.alpha * x_0) / level.sigma), x_0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDEdit(PerView):
+    """SDEdit (Meng et al. 2022): the source, noised to strength * T, is denoised under the prompt.
+
+    All steps lie in [0, strength * T), as there. strength: in (0, 1]; at 1 little of the source is left but
+    an editing prior's condition.
+    """
+
+    strength: float = 0.6
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (isfinite(self.strength) and 0 < self.strength <= 1):
+            raise InputError(f"method.sampler.strength must lie in (0, 1], not {self.strength}.")
+
+    def timesteps(self, total: int) -> list[int]:
+        return super().timesteps(round(self.strength * total))
+
+    def start(self, noise: Tensor, source: Tensor, level: Level) -> Tensor:
+        return level.noised(source, noise)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Downscaled(PerView):
+    """Each picture in one piece, resized to the prior's window, and the result back again (CSD Fig. 5)."""
+
+    def seen(self, particles: Particles, side: int) -> Particles:
+        return DownscaledPictures(particles, side)
 
 
 def paste(particles: Particles, views: Tensor, ids: Tensor) -> Tensor:
@@ -45,27 +141,76 @@ def paste(particles: Particles, views: Tensor, ids: Tensor) -> Tensor:
     return torch.autograd.grad(cropped, canvas, (particles.share(ids, ids) * views).to(cropped))[0]
 
 
-@torch.no_grad()
-def per_view(
-    predict: Predict,
-    prior: Prior,
-    particles: Particles,
-    seed: int = 0,
-    steps: int = 20,
-    negative_prompt: str = "",
-) -> Tensor:
-    """Every view edited by itself, from noise of its own: InstructPix2Pix window by window.
+class SamplingModule(ParticleModule):
+    """Samples an edit of the particles under a frozen prior; one Lightning step is one DDIM step.
 
-    Returns latents [m, C, h, w], views averaged where they overlap. `particles` must have been started;
-    they are left as they are.
+    Each view's noise is keyed by its id. The particles hold the estimate of x_0, the buffer `x_t` the noisy
+    views, so that a run can be continued. Under DDP each rank evaluates a part of the views.
+    sampler: one of `csd_exp.samplers`. The rest is as for ParticleModule.
     """
-    draw = Draw(seed, 0)
-    ids = particles.choose(draw)
-    guidance = [
-        compositional(prior, [(alpha, prompt or "") for alpha, prompt in view], condition, negative_prompt)
-        for view, condition in zip(particles.prompts(ids), particles.condition(ids), strict=True)
-    ]
-    source = particles.source(ids)
-    noise = torch.stack([draw.normal("noise", int(i), source.shape[1:]) for i in ids]).to(source)
-    timesteps = trailing_timesteps(steps, len(prior.alphas_cumprod))
-    return paste(particles, ddim(predict, noise, guidance, timesteps, prior.alphas_cumprod), ids)
+
+    x_t: Tensor
+
+    def __init__(
+        self, prior: Prior, particles: Particles, sampler: PerView, seed: int = 0, negative_prompt: str = ""
+    ):
+        if particles.space != "latent":
+            raise InputError(
+                "method.sampler needs a modality of latents; choose an optimising method instead."
+            )
+        timesteps = sampler.timesteps(len(prior.alphas_cumprod))
+        seen = sampler.seen(particles, prior.window * prior.factor)
+        super().__init__(prior, seen, seed, negative_prompt)
+        self.automatic_optimization = False
+        self.sampler, self.ids = sampler, seen.every()
+        self.levels = [Level.at(t, prior.alphas_cumprod) for t in timesteps]
+        source = seen.source(self.ids)
+        noise = torch.stack([Draw(seed, 0).normal("noise", int(i), source.shape[1:]) for i in self.ids])
+        noise = noise.to(source)
+        if sampler.one_noise:
+            # The sum of independent noises over the root of their number is white noise again.
+            noise = self._fuse(noise) / seen.share(self.ids, self.ids).sqrt()
+        self.register_buffer("x_t", sampler.start(noise, source, self.levels[0]))
+
+    @torch.no_grad()
+    def training_step(self, batch: object, batch_idx: int) -> None:
+        level, following = [*self.levels, None][self.global_step : self.global_step + 2]
+        assert level is not None
+        eps = self._estimate(level)
+        self._require_finite(eps, "noise estimate", level)
+        self.x_t, x_0 = self.sampler.step(self.x_t, eps, level, following, self._fuse)
+        self._show(x_0)
+        self.log_dict({"step/timestep": float(level.t), "step/rows": float(self.rows)})
+        # Lightning counts its steps by the optimizer's.
+        cast(LightningOptimizer, self.optimizers()).step()
+
+    def _estimate(self, level: Level) -> Tensor:
+        """The guided noise estimates of all views."""
+        places = torch.arange(len(self.ids))
+        mine, _ = self._shard(places)
+        (eps,) = self._predict([Query(self.x_t[mine.to(self.x_t.device)], level.t, self._target(mine))])
+        return self._gather(eps, len(places)).view_as(self.x_t)
+
+    def _target(self, places: Tensor) -> list[Guidance]:
+        ids = self.ids[places]
+        return [
+            compositional(
+                self.prior, [(a, prompt or "") for a, prompt in view], condition, self.negative_prompt
+            )
+            for view, condition in zip(
+                self.particles.prompts(ids), self.particles.condition(ids), strict=True
+            )
+        ]
+
+    def _fuse(self, views: Tensor) -> Tensor:
+        return self.particles.crop(paste(self.particles, views, self.ids), self.ids)
+
+    def _show(self, x_0: Tensor) -> None:
+        """Make the particles what the views show, but where these may not change or none lies."""
+        particles = self.particles
+        change = particles.editable(self.ids) * (x_0 - particles.source(self.ids))
+        particles.latent.copy_(particles.source_latent + paste(particles, change, self.ids))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # There are no gradients: it changes nothing.
+        return torch.optim.SGD(self.particles.parameters())

@@ -67,6 +67,10 @@ class Level:
         """x_t of clean x (Eq. 1)."""
         return self.alpha * x + self.sigma * noise
 
+    def denoised(self, x_t: Tensor, noise: Tensor) -> Tensor:
+        """The clean view that noise is taken to have made x_t of."""
+        return (x_t - self.sigma * noise) / self.alpha
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timesteps:

@@ -125,8 +125,8 @@ TINY = (
     *("modality.stride=8", "steps=4", "measured_at=[1]", "seeds=[0,3]"),
     *("schedule.timestep.t_max=900", "strengths=[0.01,0.99]", "optimizer.lr=0.5"),
     *("~methods.csd_edit_matched", "~methods.csd_edit_rowsum", "~methods.uncoupled"),
-    "methods.per_window.sampler={steps: 3, guidance: [{guidance_scale: 0}, {guidance_scale: 1}]}",
-    "methods.per_window.overrides=['modality.batch=null','modality.jitter=false']",
+    "methods.per_window.guidance=[{guidance_scale: 0}, {guidance_scale: 1}]",
+    "methods.per_window.overrides=['method=per_view','method.sampler.steps=3']",
 )
 
 
@@ -188,9 +188,11 @@ class TestCommand:
         assert mixed["strength"] == pytest.approx(1, abs=0.02)
         assert mixed["disagreement"] > 0.1
 
-    def test_a_method_is_the_same_run_of_csd(self):
-        config = composed([], "compare")
-        jobs = list(compare._jobs(config, []))
+    @pytest.mark.parametrize("methods", ["default", "all"])
+    def test_a_method_is_the_same_run_of_csd(self, methods):
+        overrides = [f"methods={methods}"]
+        config = composed(overrides, "compare")
+        jobs = list(compare._jobs(config, overrides))
         assert {job.config.seed for job in jobs} == set(config.seeds)
         assert len(config.seeds) >= 5
         for job in jobs:
@@ -206,7 +208,9 @@ class TestCommand:
             ("methods.sds.overrides=['prior.std=0.5']", "share"),
             ("methods.sds.overrides=['kernel=rbff']", "rbff"),
             ("kernel.bandwith=2", "kernel.bandwith"),
-            ("methods.per_window.sampler.guidance=[{guidence_scale: 1}]", "guidence_scale"),
+            ("methods.per_window.guidance=[{guidence_scale: 1}]", "guidence_scale"),
+            ("methods.per_window.guidance=null", "methods.per_window.guidance"),
+            ("methods.sds.guidance=[{guidance_scale: 1}]", "methods.sds.guidance"),
             ("modality.path=nowhere.png", "nowhere.png"),
         ],
     )

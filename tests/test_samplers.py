@@ -1,17 +1,24 @@
-"""Sampling against diffusers' scheduler, against a closed form, and through the Prior protocol alone."""
+"""Sampling against diffusers' scheduler, closed forms and loops written out, by the Prior protocol alone."""
 
 import inspect
-from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
 from csd_exp import samplers
+from csd_exp.errors import InputError
 from csd_exp.particles import Images, Panorama
+from csd_exp.particles.downscaled import resized
 from csd_exp.priors import GaussianMixture
-from csd_exp.priors.base import Cond, Prior, predict, row_count
+from csd_exp.priors.base import Cond, Prior
+from csd_exp.samplers import Downscaled, MultiDiffusion, PerView, SamplingModule, SDEdit, SyncTweedies
 from csd_exp.schedules import Draw
+
+MEANS = ((-0.6, -0.2, 0.3), (0.7, 0.3, -0.5))
+TEXTS = {"second": [0, 1]}
+ALL = (PerView, MultiDiffusion, SyncTweedies, SDEdit, Downscaled)
 
 
 class OnlyPrior:
@@ -27,13 +34,76 @@ class OnlyPrior:
         return getattr(self._prior, name)
 
 
-def started(prior, particles):
-    particles.start(prior.encode(particles.pixels), prior.condition(particles.pixels))
-    return particles
+def mixture():
+    """So broad that windows differ in which colour they make of a place that they share."""
+    guidance = {"guidance_scale": 2.0, "image_guidance_scale": 1.3}
+    return GaussianMixture(MEANS, std=1.0, image_std=3.0, prompts=TEXTS, window=4, **guidance)
 
 
-def panorama(prior, path, **options):
-    return started(prior, Panorama(path, factor=prior.factor, window=prior.window, **options))
+@pytest.fixture
+def sample(fit):
+    """The module of a finished sampling run."""
+
+    def sample(particles, sampler, prior=None, seed=0, **trainer) -> SamplingModule:
+        module = SamplingModule(prior or mixture(), particles, sampler, seed)
+        fit(module, sampler.steps, **trainer)
+        return module
+
+    return sample
+
+
+@pytest.fixture
+def panorama(write_image):
+    """A panorama in float64; 6 x 9 pixels are not divided evenly by windows of 4."""
+
+    def panorama(height=6, width=9, **options):
+        settings = {"stride": 2, "batch": 2, "jitter": True, "prompt": "second", "dtype": "float64"}
+        return Panorama(write_image(height, width), factor=1, window=4, **settings | options)
+
+    return panorama
+
+
+def guided(prior, x, t, condition, guidance_scale=2.0, image_guidance_scale=1.3):
+    """InstructPix2Pix Eq. 3 of one view, every row evaluated."""
+    words = torch.tensor(TEXTS["second"], dtype=torch.float64)
+    rows = [Cond(words, condition), Cond(None, condition), Cond(None)]
+    both, image, none = (prior.eps(x[None], torch.tensor([t]), [cond])[0] for cond in rows)
+    return none + image_guidance_scale * (image - none) + guidance_scale * (both - image)
+
+
+def by_hand(prior, particles, timesteps, seed=0, strength_start=False, fuse_x_t=False, fuse_x_0=False):
+    """Every view's DDIM in float64 with windows cut and averaged by loops; returns the canvas."""
+    bars = [*(float(prior.alphas_cumprod[t]) for t in timesteps), 1.0]
+    source, ids = particles.source_latent[0], particles.every()
+    views = [Draw(seed, 0).normal("noise", int(i), (3, 4, 4)).double() for i in ids]
+    cut = [(slice(None), slice(top, top + 4), slice(left, left + 4)) for top, left in particles.corners(ids)]
+
+    def average(views, power=1.0):
+        total, count = torch.zeros_like(source), torch.zeros_like(source)
+        for view, place in zip(views, cut, strict=True):
+            total[place] += view
+            count[place] += 1
+        assert count.min() >= 1
+        return total / count**power
+
+    if fuse_x_t:
+        canvas = average(views, 0.5)
+        views = [canvas[place] for place in cut]
+    if strength_start:
+        clean, noisy = bars[0] ** 0.5, (1 - bars[0]) ** 0.5
+        views = [clean * source[place] + noisy * v for v, place in zip(views, cut, strict=True)]
+    for t, bar, following in zip(timesteps, bars, bars[1:], strict=False):
+        eps = [guided(prior, v, t, source[place]) for v, place in zip(views, cut, strict=True)]
+        x_0 = [(v - (1 - bar) ** 0.5 * e) / bar**0.5 for v, e in zip(views, eps, strict=True)]
+        if fuse_x_0:
+            shared = average(x_0)
+            x_0 = [shared[place] for place in cut]
+            eps = [(v - bar**0.5 * x) / (1 - bar) ** 0.5 for v, x in zip(views, x_0, strict=True)]
+        views = [following**0.5 * x + (1 - following) ** 0.5 * e for x, e in zip(x_0, eps, strict=True)]
+        if fuse_x_t:
+            shared = average(views)
+            views = [shared[place] for place in cut]
+    return average(views)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 50])
@@ -43,11 +113,9 @@ def test_trailing_timesteps_are_those_of_diffusers(steps):
     assert samplers.trailing_timesteps(steps, 1000) == scheduler.timesteps.tolist()
 
 
-@pytest.mark.parametrize("steps", [5, 20])
-def test_ddim_follows_diffusers_scheduler(steps):
-    prior = GaussianMixture(prompts={"second": [0, 1]}, guidance_scale=2.0, image_guidance_scale=1.3)
+def test_one_view_follows_diffusers_scheduler(sample, write_image):
+    module = sample(Images(write_image(8, 8), 1, 1, prompt="second", dtype="float64"), PerView(steps=5))
     scheduler = DDIMScheduler(
-        trained_betas=None,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -55,42 +123,175 @@ def test_ddim_follows_diffusers_scheduler(steps):
         set_alpha_to_one=True,
         timestep_spacing="trailing",
     )
-    scheduler.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, 8, 8, generator=generator)
-    condition = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1
-    guidance = [prior.guidance("second", c) for c in condition]
-    expected = x
+    scheduler.set_timesteps(5)
+    x = Draw(0, 0).normal("noise", 0, (3, 8, 8)).double()
     for t in scheduler.timesteps:
-        rows = [(w, c) for g in guidance for w, c in g]
-        eps = prior.eps(expected.repeat_interleave(3, 0), t.expand(6), [c for _, c in rows])
-        weights = torch.tensor([w for w, _ in rows]).view(6, 1, 1, 1)
-        eps = (weights * eps).view(2, 3, 3, 8, 8).sum(1)
-        expected = scheduler.step(eps, t, expected, eta=0.0).prev_sample
-    timesteps = samplers.trailing_timesteps(steps, 1000)
-    sampled = samplers.ddim(partial(predict, prior), x, guidance, timesteps, prior.alphas_cumprod)
-    torch.testing.assert_close(sampled, expected, rtol=1e-5, atol=1e-5)
+        eps = guided(module.prior, x, int(t), module.particles.source_latent[0])
+        x = scheduler.step(eps, t, x, eta=0.0).prev_sample
+    torch.testing.assert_close(module.particles.latent[0].data, x, rtol=1e-5, atol=1e-5)
 
 
-def test_ddim_transports_noise_to_a_gaussian_exactly():
-    # One component: the flow maps x_T to mean + std * (x_T - alpha_T mean) / spread_T.
-    prior = GaussianMixture(means=((0.4, -0.3, 0.2),), std=0.5)
-    x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    guidance = [[(1.0, Cond(torch.ones(1)))]]
-    timesteps = samplers.trailing_timesteps(1000, 1000)
-    sampled = samplers.ddim(partial(predict, prior), x, guidance, timesteps, prior.alphas_cumprod)
+@pytest.mark.parametrize("sampler", [PerView, MultiDiffusion, SyncTweedies])
+def test_one_view_is_transported_to_a_gaussian_exactly(sample, write_image, sampler):
+    # One component and no guidance: the flow maps x_T to mean + std * (x_T - alpha_T mean) / spread_T.
+    prior = GaussianMixture(means=((0.4, -0.3, 0.2),), std=0.5, image_std=1e6)
+    module = sample(Images(write_image(4, 4), 1, 1, dtype="float64"), sampler(steps=1000), prior)
+    x = Draw(0, 0).normal("noise", 0, (3, 4, 4)).double()
     alpha_bar = prior.alphas_cumprod[-1]
     mean = prior.means[0].expand(3, 4, 4)
     exact = mean + 0.5 * (x - alpha_bar.sqrt() * mean) / (alpha_bar * 0.25 + 1 - alpha_bar).sqrt()
-    torch.testing.assert_close(sampled, exact, rtol=0, atol=1e-2)
+    torch.testing.assert_close(module.particles.latent[0].data, exact, rtol=0, atol=1e-2)
 
 
-def test_pasted_overlaps_are_averaged_by_count(write_image):
-    prior = GaussianMixture(window=4)
-    particles = panorama(prior, write_image(6, 8), stride=2)
-    ids = particles.choose(Draw(0, 0))
-    views = torch.randn(len(ids), 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    total, count = torch.zeros(1, 3, 6, 8), torch.zeros(6, 8)
+@pytest.mark.parametrize(
+    ("sampler", "how"),
+    [
+        (PerView(steps=6), {}),
+        (MultiDiffusion(steps=6), {"fuse_x_t": True}),
+        (SyncTweedies(steps=6), {"fuse_x_0": True}),
+        (SDEdit(steps=6, strength=0.5), {"strength_start": True}),
+    ],
+)
+def test_overlapping_windows_against_the_formulas_written_out(sample, panorama, sampler, how):
+    module = sample(panorama(), sampler)
+    total = 500 if isinstance(sampler, SDEdit) else 1000
+    expected = by_hand(module.prior, module.particles, samplers.trailing_timesteps(6, total), **how)
+    torch.testing.assert_close(module.particles.latent[0].data, expected, rtol=1e-9, atol=1e-9)
+    assert module.rows == 6 * 8 * 3  # all windows, though a step of csd takes two: both, image, none
+
+
+def test_what_is_averaged_makes_a_difference(sample, panorama):
+    ends = [
+        sample(panorama(), s(steps=6)).particles.latent.data for s in (PerView, MultiDiffusion, SyncTweedies)
+    ]
+    assert min((a - b).abs().max() for a, b in zip(ends, [*ends[1:], ends[0]], strict=True)) > 1e-2
+
+
+@pytest.mark.parametrize("sampler", [MultiDiffusion, SyncTweedies])
+def test_disjoint_windows_and_whole_frames_have_nothing_to_fuse(sample, panorama, write_image, sampler):
+    files = [str(write_image(4, 4, seed)) for seed in range(3)]
+    for particles in (
+        lambda: panorama(8, 12, stride=4),
+        lambda: Images(files, 1, 1, prompt="second", dtype="float64", batch=2),
+    ):
+        alone, fused = (sample(particles(), s(steps=5)) for s in (PerView, sampler))
+        torch.testing.assert_close(fused.particles.latent, alone.particles.latent, rtol=1e-10, atol=1e-10)
+        assert fused.rows == alone.rows
+
+
+def test_sdedit_goes_from_the_source_to_a_sample(sample, panorama):
+    particles = panorama(8, 8, stride=4)
+    weak = sample(
+        particles, SDEdit(steps=1, strength=0.001), GaussianMixture(std=10.0, image_std=1e6, window=4)
+    )
+    # So broad a prior leaves the noise of timestep 0 as it is.
+    away = weak.particles.latent.data - particles.source_latent
+    assert 0.02 < away.std() < 0.04
+    strong, pure = (
+        sample(panorama(8, 8, stride=4), s) for s in (SDEdit(steps=6, strength=1.0), PerView(steps=6))
+    )
+    bar = float(strong.prior.alphas_cumprod[-1])
+    assert strong.levels == pure.levels
+    # All that is left of the source at T is its share alpha_T of the start.
+    start = SamplingModule(strong.prior, panorama(8, 8, stride=4), SDEdit(steps=6, strength=1.0))
+    noise = SamplingModule(strong.prior, panorama(8, 8, stride=4), PerView(steps=6))
+    views = start.particles.source(start.ids)
+    torch.testing.assert_close(start.x_t, bar**0.5 * views + (1 - bar) ** 0.5 * noise.x_t)
+    assert bar**0.5 < 0.07
+
+
+@pytest.mark.parametrize("strength", [0.0, -0.1, 1.1, float("nan")])
+def test_a_strength_out_of_range_is_said_in_one_sentence(strength):
+    with pytest.raises(InputError, match=r"^method\.sampler\.strength must lie in \(0, 1\], not .*\.$"):
+        SDEdit(strength=strength)
+
+
+def test_steps_that_do_not_fit_are_said_in_one_sentence(panorama):
+    with pytest.raises(InputError, match=r"^method\.sampler\.steps must be at least 1"):
+        PerView(steps=0)
+    with pytest.raises(InputError, match=r"at most the 10 timesteps there are, not 20\.$"):
+        SamplingModule(mixture(), panorama(), SDEdit(steps=20, strength=0.01))
+
+
+def test_the_downscaled_picture_is_edited_in_one_piece(sample, panorama):
+    module = sample(panorama(12, 20), Downscaled(steps=6))
+    small = module.particles.source_latent
+    assert small.shape == (1, 3, 4, 4)
+    (source,) = module.particles.originals()
+    torch.testing.assert_close(small.float(), 2 * resized(source[None], 4, 4) - 1, rtol=1e-5, atol=1e-5)
+    assert module.rows == 6 * 3
+    x = Draw(0, 0).normal("noise", 0, (3, 4, 4)).double()
+    steps = samplers.trailing_timesteps(6, 1000)
+    bars = [*(float(module.prior.alphas_cumprod[t]) for t in steps), 1.0]
+    for t, bar, following in zip(steps, bars, bars[1:], strict=False):
+        eps = guided(module.prior, x, t, small[0])
+        x = following**0.5 * (x - (1 - bar) ** 0.5 * eps) / bar**0.5 + (1 - following) ** 0.5 * eps
+    torch.testing.assert_close(module.particles.latent[0].data, x, rtol=1e-9, atol=1e-9)
+    (image,) = module.images()
+    assert image.shape == source.shape
+    torch.testing.assert_close(image, resized((x[None] + 1) / 2, 12, 20)[0].clamp(0, 1))
+
+
+def test_images_are_downscaled_each_by_itself(sample, write_image):
+    files = [str(write_image(9, 6, seed)) for seed in range(2)]
+    both = sample(Images(files, 1, 1, prompt="second"), Downscaled(steps=3))
+    assert [image.shape for image in both.images()] == [(3, 9, 6)] * 2
+    first = sample(Images(files[:1], 1, 1, prompt="second"), Downscaled(steps=3))
+    torch.testing.assert_close(next(both.images()), next(first.images()))
+
+
+@pytest.mark.parametrize("sampler", ALL)
+def test_samplers_repeat_their_bits_through_the_protocol_alone(sample, panorama, sampler):
+    one, same, other = (
+        sample(panorama(), sampler(steps=3), OnlyPrior(mixture()), seed).particles.latent.data
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_a_stopped_run_goes_on_with_the_same_bits(fit, panorama, tmp_path):
+    def module():
+        return SamplingModule(mixture(), panorama(), SyncTweedies(steps=6))
+
+    whole, half = module(), module()
+    fit(whole, 6)
+    fit(half, 3).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = module()
+    fit(resumed, 6, ckpt_path=tmp_path / "half.ckpt")
+    assert torch.equal(resumed.particles.latent, whole.particles.latent)
+    assert resumed.rows == whole.rows
+
+
+def test_outside_of_a_mask_the_latents_stay_the_source(sample, panorama):
+    box = [0, 0, 4, 6]
+    module = sample(panorama(mask=box, feather=0), MultiDiffusion(steps=4))
+    outside = np.ones((6, 9), bool)
+    outside[:6, :5] = False
+    change = (module.particles.latent - module.particles.source_latent).abs().amax((0, 1)).detach().numpy()
+    assert (change[outside] == 0).all()
+    assert change[:6, :3].min() > 0
+    assert module.rows < 4 * 8 * 3
+    (image,), (source,) = module.images(), module.particles.originals()
+    assert torch.equal(image[:, :, 4:], source[:, :, 4:])
+
+
+def test_an_estimate_that_is_not_finite_stops_the_run(sample, panorama):
+    class Broken(GaussianMixture):
+        def eps(self, x_t, t, conds):
+            return super().eps(x_t, t, conds) * torch.nan
+
+    with pytest.raises(
+        FloatingPointError, match=r"The noise estimate is not finite at step 0, timestep 999;"
+    ):
+        sample(panorama(), PerView(steps=3), Broken(prompts=TEXTS, window=4))
+
+
+def test_pasted_overlaps_are_averaged_by_count(panorama):
+    module = SamplingModule(mixture(), panorama(6, 8), PerView())
+    particles, ids = module.particles, module.ids
+    views = torch.randn(len(ids), 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total, count = torch.zeros(1, 3, 6, 8, dtype=torch.float64), torch.zeros(6, 8)
     for view, (top, left) in zip(views, particles.corners(ids), strict=True):
         total[0, :, top : top + 4, left : left + 4] += view
         count[top : top + 4, left : left + 4] += 1
@@ -99,42 +300,10 @@ def test_pasted_overlaps_are_averaged_by_count(write_image):
     torch.testing.assert_close(samplers.paste(particles, views, ids), total / count)
 
 
-def test_pasting_crops_gives_back_the_canvas(write_image):
-    prior = GaussianMixture(window=4)
+def test_pasting_crops_gives_back_the_canvas(panorama):
     for options in ({"stride": 3}, {"stride": 2, "wrap": True}, {"stride": 4}):
-        particles = panorama(prior, write_image(5, 9), **options)
-        ids = particles.choose(Draw(0, 0))
+        module = SamplingModule(mixture(), panorama(5, 9, **options), PerView())
+        particles = module.particles
         torch.testing.assert_close(
-            samplers.paste(particles, particles.source(ids), ids), particles.latent.data
+            samplers.paste(particles, particles.source(module.ids), module.ids), particles.latent.data
         )
-
-
-def test_each_view_is_sampled_by_itself_through_the_protocol(write_image):
-    prior = GaussianMixture(window=4, prompts={"second": [0, 1]}, guidance_scale=2, image_guidance_scale=1.5)
-    particles = panorama(prior, write_image(4, 12), stride=4, prompt="second")
-    before, only = particles.latent.clone(), OnlyPrior(prior)
-    sampled = samplers.per_view(partial(predict, only), only, particles, seed=3, steps=6)
-    assert torch.equal(particles.latent, before)
-    timesteps = samplers.trailing_timesteps(6, 1000)
-    for i in particles.choose(Draw(3, 0)):
-        noise = Draw(3, 0).normal("noise", int(i), (3, 4, 4))[None]
-        guidance = [prior.guidance("second", particles.condition(i[None])[0])]
-        alone = samplers.ddim(partial(predict, prior), noise, guidance, timesteps, prior.alphas_cumprod)
-        torch.testing.assert_close(sampled[..., int(i) : int(i) + 4], alone, rtol=1e-5, atol=1e-5)
-
-
-def test_sampling_counts_its_rows_and_repeats_its_bits(write_image):
-    prior = GaussianMixture(window=4, prompts={"second": [0, 1]}, guidance_scale=2, image_guidance_scale=1.5)
-    particles = started(prior, Images(write_image(4, 4), 1, 1, prompt="second"))
-    rows = []
-
-    def counted(queries):
-        rows.append(row_count(queries))
-        return predict(prior, queries)
-
-    first = samplers.per_view(counted, prior, particles, seed=1, steps=5)
-    assert rows == [3] * 5
-    assert torch.equal(first, samplers.per_view(partial(predict, prior), prior, particles, seed=1, steps=5))
-    assert not torch.equal(
-        first, samplers.per_view(partial(predict, prior), prior, particles, seed=2, steps=5)
-    )

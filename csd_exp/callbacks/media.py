@@ -1,6 +1,6 @@
 """Pictures of the run: source, edited and their difference."""
 
-# The hooks take a CSDModule, narrower than Lightning declares.
+# The hooks take a ParticleModule, narrower than Lightning declares.
 # mypy: disable-error-code="override"
 
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from csd_exp.errors import InputError
 from csd_exp.images import ImageFiles, saved_pictures, to_uint8, write_png
-from csd_exp.module import CSDModule
+from csd_exp.module import ParticleModule
 from csd_exp.outlines import outlined
 from csd_exp.videos import side_by_side, write_gif, write_mp4
 
@@ -41,12 +41,12 @@ class Media(L.Callback):
         self.every_n_steps = every_n_steps
 
     @rank_zero_only
-    def on_train_start(self, trainer: L.Trainer, module: CSDModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: ParticleModule) -> None:
         self._show_areas(trainer, module)
         self._save(trainer, module, "source", module.particles.originals())
 
     @rank_zero_only
-    def on_train_batch_end(self, trainer: L.Trainer, module: CSDModule, *_) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: ParticleModule, *_) -> None:
         step = trainer.global_step
         due = self.every_n_steps > 0 and step % self.every_n_steps == 0
         if due and step < trainer.estimated_stepping_batches:
@@ -54,7 +54,7 @@ class Media(L.Callback):
             self._show(trainer, "edited", module.images(slice(count)), count, f"_{step:06d}")
 
     @rank_zero_only
-    def on_train_end(self, trainer: L.Trainer, module: CSDModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: ParticleModule) -> None:
         self._save(trainer, module, "edited", module.images())
         source, edited = (saved_pictures(self.folder, name) for name in ("source", "edited"))
         if module.particles.fps is None:
@@ -64,7 +64,7 @@ class Media(L.Callback):
             both = partial(side_by_side, source, edited)
             self._play(trainer, "side_by_side", both, module.particles.fps)
 
-    def _save(self, trainer: L.Trainer, module: CSDModule, name: str, images: Iterable[Tensor]) -> None:
+    def _save(self, trainer: L.Trainer, module: ParticleModule, name: str, images: Iterable[Tensor]) -> None:
         """Write all pictures, or all frames and what plays them."""
         count, fps = len(module.particles.latent), module.particles.fps
         if fps is None:
@@ -85,7 +85,7 @@ class Media(L.Callback):
             if isinstance(logger, WandbLogger):
                 logger.log_video(f"media/{name}", [str(mp4)], caption=[f"step {trainer.global_step}"])
 
-    def _show_areas(self, trainer: L.Trainer, module: CSDModule) -> None:
+    def _show_areas(self, trainer: L.Trainer, module: ParticleModule) -> None:
         areas = module.particles.areas
         if areas is not None and areas.regions:
             source = next(module.particles.originals())

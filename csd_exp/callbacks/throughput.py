@@ -1,6 +1,6 @@
 """How fast the steps go and how much memory they take."""
 
-# The hooks take a CSDModule, narrower than Lightning declares.
+# The hooks take a ParticleModule, narrower than Lightning declares.
 # mypy: disable-error-code="override"
 
 import resource
@@ -10,7 +10,7 @@ import time
 import lightning as L
 import torch
 
-from csd_exp.module import CSDModule
+from csd_exp.module import ParticleModule
 
 
 class Throughput(L.Callback):
@@ -21,10 +21,10 @@ class Throughput(L.Callback):
     `step/memory_gib`: the peak so far of this process, allocated on CUDA, resident in RAM otherwise.
     """
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: CSDModule, *_) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: ParticleModule, *_) -> None:
         self._start, self._rows = time.perf_counter(), module.rows
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: CSDModule, *_) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: ParticleModule, *_) -> None:
         steps_per_second = 1 / (time.perf_counter() - self._start)
         rows = (module.rows - self._rows) * trainer.world_size
         module.log_dict(

@@ -69,6 +69,10 @@ class Particles(nn.Module):
         """The distinct ids [n] of this step's views, the same on every rank."""
         raise NotImplementedError
 
+    def every(self) -> Tensor:
+        """The ids [n] of views that together cover everything that may change."""
+        return torch.arange(len(self.latent))
+
     def crop(self, canvas: Tensor, ids: Tensor) -> Tensor:
         """Views [n, C, h, w] of a canvas laid out as the latents; differentiable."""
         raise NotImplementedError

@@ -79,19 +79,27 @@ class Panorama(Particles):
 
     def choose(self, draw: Draw) -> Tensor:
         generator = draw.generator("views")
-        height, width = self.grid
         down, right = generator.integers(0, self.stride, 2) if self.jitter else (0, 0)
-        tops = self._starts(height, int(down))
-        if self.wrap:
-            lefts = [(left + int(right)) % width for left in range(0, width, self.stride)]
-        else:
-            lefts = self._starts(width, int(right))
-        ids = torch.tensor([top * width + left for top in tops for left in lefts])
-        if self.areas.free is not None:
-            ids = ids[self.crop(self.areas.free, ids).amax((1, 2, 3)) > 0]
+        ids = self._windows(int(down), int(right))
         if self.batch is None or self.batch >= len(ids):
             return ids
         return ids[torch.from_numpy(generator.permutation(len(ids))[: self.batch])]
+
+    def every(self) -> Tensor:
+        return self._windows(0, 0)
+
+    def _windows(self, down: int, right: int) -> Tensor:
+        """The ids of all windows on a grid with this offset, but those that may not change."""
+        height, width = self.grid
+        tops = self._starts(height, down)
+        if self.wrap:
+            lefts = [(left + right) % width for left in range(0, width, self.stride)]
+        else:
+            lefts = self._starts(width, right)
+        ids = torch.tensor([top * width + left for top in tops for left in lefts])
+        if self.areas.free is not None:
+            ids = ids[self.crop(self.areas.free, ids).amax((1, 2, 3)) > 0]
+        return ids
 
     def crop(self, canvas: Tensor, ids: Tensor) -> Tensor:
         # Wrapped windows read on into a copy of the left border.

@@ -1,0 +1,63 @@
+"""Pictures seen in one piece, at the size that a prior was trained on."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from csd_exp.particles.base import Particles, Pictures
+from csd_exp.schedules import Draw
+
+
+class Downscaled(Particles):
+    """The pictures of other particles, each resized to one square view; their aspect is given up.
+
+    full: the particles whose pictures, prompts, regions and mask these are; never started themselves.
+    side: of the view, in pixels. What it becomes is resized to its picture; a mask is kept in pixels alone.
+    """
+
+    def __init__(self, full: Particles, side: int):
+        super().__init__(full.prompt, str(full.dtype).removeprefix("torch."))
+        self.full, self.side = full, side
+        self.areas, self.fps, self.has_source = full.areas, full.fps, full.has_source
+        self.pixels = Resized(full.pixels, side)
+
+    def originals(self) -> Iterator[Tensor]:
+        return self.full.originals()
+
+    def choose(self, draw: Draw) -> Tensor:
+        return self.every()
+
+    def crop(self, canvas: Tensor, ids: Tensor) -> Tensor:
+        return canvas[ids.to(canvas.device)]
+
+    def backgrounds(self, ids: Tensor) -> list[str]:
+        return self.full.backgrounds(ids)
+
+    def editable(self, ids: Tensor) -> float:
+        return 1.0
+
+    def share(self, ids: Tensor, chosen: Tensor) -> Tensor:
+        return torch.ones(len(ids), 1, 1, 1)
+
+    def finish(self, images: Tensor) -> list[Tensor]:
+        height, width = next(iter(self.full.pixels)).shape[-2:]
+        return self.full.finish(resized(images, height, width))
+
+
+class Resized:
+    """Pictures, each resized to a square when it is asked for."""
+
+    def __init__(self, pictures: Pictures, side: int):
+        self.pictures, self.side = pictures, side
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for picture in self.pictures:
+            yield resized(picture[None], self.side, self.side)[0]
+
+
+def resized(images: Tensor, height: int, width: int) -> Tensor:
+    """Images [n, 3, height, width] of images [n, 3, H, W] in [0, 1], bicubic, without aliasing."""
+    size = (height, width)
+    return interpolate(images, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
