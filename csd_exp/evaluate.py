@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import getdoc, signature
-from itertools import repeat
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,9 @@ from csd_exp.build import constructed, silence_lightning
 from csd_exp.config import check_targets, composed
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
-from csd_exp.images import saved_pictures
+from csd_exp.images import saved_pictures, write_png
+from csd_exp.panning import sunrise
+from csd_exp.particles import Particles
 from csd_exp.report import write_report
 
 USAGE = """csd-eval RUN_DIR [metrics=NAME] [metrics.KEY=VALUE ...]
@@ -64,10 +66,41 @@ def measured(metrics: Mapping[str, Metric], edited: Iterable[Tensor], media: Pat
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
+def write_known(particles: Particles, media: Path) -> None:
+    """Write what metrics must know of a run's pictures beside their pixels: pictures.json and outside.png."""
+    windows = particles.windows()
+    known = {
+        "prompts": particles.captions(),
+        "windows": windows and windows._asdict(),
+        "panned": particles.panned(),
+    }
+    write_whole(media / "pictures.json", json.dumps(known, indent=2) + "\n")
+    outside = None if particles.areas is None else particles.areas.outside()
+    if outside is not None:
+        names = [f"outside_{i:05d}.png" for i in range(len(outside))] if len(outside) > 1 else ["outside.png"]
+        for one, name in zip(outside, names, strict=True):
+            write_png(one.float().expand(3, -1, -1), media / name)
+
+
 def _known(media: Path) -> Iterator[dict[str, Any]]:
     """What is known of each edited picture; see `csd_exp.metrics.MeanMetric`."""
-    sources = saved_pictures(media, "source")
-    return ({"source": source} for source in sources) if sources else repeat({})
+    file = media / "pictures.json"
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    windows, panned, prompts = (saved.get(name) for name in ("windows", "panned", "prompts"))
+    sources, outside = saved_pictures(media, "source"), saved_pictures(media, "outside")
+    pan = None if panned is None else sunrise()
+    for i in range(len(sources)) if sources else count():
+        facts: dict[str, Any] = {"source": sources[i]} if sources else {}
+        if prompts is not None:
+            facts["prompt"] = prompts[i]
+        if windows is not None:
+            facts |= {"window": windows["side"], "borders": (windows["rows"], windows["columns"])}
+        if outside:
+            facts["outside"] = outside[i if len(outside) > 1 else 0][0] > 0.5
+        if pan is not None and panned is not None and i > 0:
+            before, now = panned[i - 1 : i + 1]
+            facts["flow"] = torch.stack([pan.flow(before, now), pan.flow(now, before)])
+        yield facts
 
 
 def entries(metrics: Mapping[str, Metric], group: DictConfig | None, media: Path) -> dict[str, dict]:
@@ -108,8 +141,8 @@ def evaluate(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, dict]:
     if overrides:
         config.metrics = composed(overrides).metrics
     config.dir = str(run_dir)
-    check_targets(OmegaConf.masked_copy(config, "metrics"))
-    group = config.get("metrics")
+    group = DictConfig(OmegaConf.to_container(config.get("metrics") or DictConfig({}), resolve=True))
+    check_targets(OmegaConf.create({"metrics": group}))
     found = entries(build_metrics(group), group, _media(run_dir))
     file = run_dir / "metrics.json"
     earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -77,7 +77,7 @@ def test_a_run_leaves_everything_and_python_gives_the_same(folder: Path) -> None
     saved = torch.from_numpy(edited.copy()).permute(2, 0, 1)
     assert torch.equal((result.images[0] * 255).round().byte(), saved)
     recorded = json.loads((left / "metrics.json").read_text())
-    assert recorded["window_spread"]["value"] is None  # the picture is smaller than two of its windows
+    assert recorded["psnr_outside"]["value"] is None  # without a mask
     values = {name: entry["value"] for name, entry in recorded.items()}
     assert result.metrics == {name: value for name, value in values.items() if value is not None}
     assert result.run_dir != left

@@ -146,9 +146,9 @@ def probed(path: Path) -> tuple[Fraction, int, tuple[int, int]]:
 def test_media_of_a_video_are_frames_and_what_plays_them(mp4, build, fit, tmp_path):
     module = build(prior(), video(mp4))
     fit(module, 2, callbacks=[Media(tmp_path / "run", every_n_steps=1)])
-    media = tmp_path / "run/media"
+    media, saved = tmp_path / "run/media", {"pictures.json", "source", "edited", "edited_000001.png"}
     players = {f"{name}.{kind}" for name in ("source", "edited", "side_by_side") for kind in ("mp4", "gif")}
-    assert {f.name for f in media.iterdir()} == players | {"source", "edited", "edited_000001.png"}
+    assert {f.name for f in media.iterdir()} == players | saved
     for name, width in {"source": 18, "edited": 18, "side_by_side": 36}.items():
         assert probed(media / f"{name}.mp4") == (FPS, 12, (width, 14))
     edited = saved_pictures(media, "edited")

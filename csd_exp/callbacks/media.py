@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from csd_exp.errors import InputError
+from csd_exp.evaluate import write_known
 from csd_exp.images import ImageFiles, saved_pictures, to_uint8, write_png
 from csd_exp.module import ParticleModule
 from csd_exp.outlines import outlined
@@ -28,7 +29,8 @@ class Media(L.Callback):
     `source.png` at the start, `edited_000050.png` after every n steps (0 for none), `edited.png` and
     `difference_x2.png`, twice |edited - source| as saved, at the end. Of several images each has its index in
     the name: `edited_00.png`, `edited_000050_00.png`. `regions.png` is the first source with regions drawn
-    in, `mask.png` what may change, where the particles have them.
+    in, `mask.png` what may change, where the particles have them; `pictures.json` and `outside.png` are
+    for metrics.
 
     A video's frames are `source/000000.png` and so on and `edited/000000.png`, played by `source.mp4`,
     `edited.mp4` and `side_by_side.mp4`, and a `.gif` of each; on the way only its first frame is saved.
@@ -43,6 +45,7 @@ class Media(L.Callback):
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: ParticleModule) -> None:
         self._show_areas(trainer, module)
+        write_known(module.particles, self.folder)
         self._save(trainer, module, "source", module.particles.originals())
 
     @rank_zero_only

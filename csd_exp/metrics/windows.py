@@ -12,6 +12,7 @@ from csd_exp.metrics.perceptual import style_blocks
 from csd_exp.tiny.looks import luminance
 
 Embed = Callable[[Tensor], Tensor]
+SMALLEST_STYLED = 32  # pixels a side at which the deepest layer still has a deviation
 TEXTURE_GAIN = 4.0  # brings differences of neighbours to the size of colours
 
 
@@ -110,7 +111,7 @@ class StyleSpread(WindowMetric):
     V_b = sum_c var_w f_c,w over the channels c of block b of `style_embedding`: channel means, or standard
     deviations, at one of five depths of EfficientNet-Lite0 (the style statistics of Huang & Belongie 2017),
     of non-overlapping windows w of `side` pixels. From 0; 1 where windows differ as the source's do, below
-    where one style covers all, above where they disagree.
+    where one style covers all, above where they disagree. Windows of less than 32 pixels have no value.
     """
 
     def update(self, edited: Tensor, source: Tensor, window: int | None = None) -> None:
@@ -118,7 +119,7 @@ class StyleSpread(WindowMetric):
         spreads = [
             torch.stack([block.var(0, correction=0).sum() for block in style_blocks(cut)])
             for cut in cuts
-            if cut is not None
+            if cut is not None and cut.shape[-1] >= SMALLEST_STYLED
         ]
         if spreads:
             self.observe((spreads[0] / spreads[1].clamp(min=1e-12)).mean().sqrt())

@@ -62,6 +62,7 @@ class Areas:
         def latents(area: Tensor) -> Tensor:
             return avg_pool2d(pad(area)[None], factor)[0]
 
+        self.size, self.background = size, background
         self.regions = read_regions(regions or [], size)
         self.mask = None if mask is None else read_masks(mask, size)
         self.weights: Tensor | None = None
@@ -84,6 +85,16 @@ class Areas:
                 "modality.mask has no pixel in common with modality.regions and prompt is empty, so nothing "
                 "would be edited; give a prompt for the background, or a region inside the mask."
             )
+
+    def outside(self) -> Tensor | None:
+        """[m, H, W], m = 1 or one for each image, True where nothing may change; None where all may."""
+        outside = None if self.mask is None else ~self.mask
+        if self.regions and not self.background:
+            claimed = torch.zeros(self.size, dtype=torch.bool)
+            for region in self.regions:
+                region.of(claimed).logical_or_(region.inside)
+            outside = ~claimed[None] if outside is None else outside | ~claimed
+        return outside
 
     def composite(self, i: int, image: Tensor, original: Tensor) -> Tensor:
         """Image i [3, H, W] inside the mask, to the last bit the original outside."""

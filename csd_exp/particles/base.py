@@ -7,7 +7,7 @@ hands the latents to `start`, and decodes what `render` returns one by one.
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import islice
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ from csd_exp.errors import accept
 from csd_exp.images import read_images
 from csd_exp.particles.areas import Areas
 from csd_exp.schedules import Draw
+
+
+class Windows(NamedTuple):
+    """Side of the windows, and the rows and columns at which one begins, or has just ended."""
+
+    side: int
+    rows: list[int]
+    columns: list[int]
 
 
 class Pictures(Protocol):
@@ -110,6 +118,19 @@ class Particles(nn.Module):
     def backgrounds(self, ids: Tensor) -> list[str]:
         """Each view's prompt where it is in no region."""
         return [self.prompt] * len(ids)
+
+    def captions(self) -> list[str]:
+        """What is asked of each image: its prompt or, where that is empty, those of its regions."""
+        parts = ", ".join(region.prompt for region in self.areas.regions) if self.areas is not None else ""
+        return [prompt or parts for prompt in self.backgrounds(torch.arange(len(self.latent)))]
+
+    def windows(self) -> Windows | None:
+        """Where windows at rest lie, in pixels; None where every view is a whole picture."""
+        return None
+
+    def panned(self) -> list[int] | None:
+        """Each image's number among the frames of the shipped pan, whose flow is known; None of others."""
+        return None
 
     def editable(self, ids: Tensor) -> Tensor | float:
         """[n, 1, h, w] in 0..1, or 1: the part of its update that each latent of the views takes.

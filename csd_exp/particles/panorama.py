@@ -10,7 +10,7 @@ from torch import Tensor
 from csd_exp.errors import InputError
 from csd_exp.images import pad_to, read_image
 from csd_exp.particles.areas import Areas, Box
-from csd_exp.particles.base import Particles
+from csd_exp.particles.base import Particles, Windows
 from csd_exp.schedules import Draw
 
 
@@ -100,6 +100,21 @@ class Panorama(Particles):
         if self.areas.free is not None:
             ids = ids[self.crop(self.areas.free, ids).amax((1, 2, 3)) > 0]
         return ids
+
+    def windows(self) -> Windows:
+        starts = [self._starts(self.grid[0], 0), self._starts(self.grid[1], 0)]
+        if self.wrap:
+            starts[1] = list(range(0, self.grid[1], self.stride))
+        rows, columns = (
+            {edge % of * self.factor for start in along for edge in (start, start + self.window)}
+            for along, of in zip(starts, self.grid, strict=True)
+        )
+        height, width = self.size
+        return Windows(
+            self.window * self.factor,
+            sorted(row for row in rows if 0 < row < height),
+            sorted(column for column in columns if 0 < column < width),
+        )
 
     def crop(self, canvas: Tensor, ids: Tensor) -> Tensor:
         # Wrapped windows read on into a copy of the left border.

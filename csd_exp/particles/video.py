@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from csd_exp.panning import PAN
 from csd_exp.particles.areas import Box
 from csd_exp.particles.images import WholePictures
 from csd_exp.videos import Frames
@@ -39,7 +40,13 @@ class Video(WholePictures):
     ):
         frames = Frames(path, start, stop, step, fps)
         super().__init__(frames.size, factor, multiple, batch, regions, mask, feather, prompt, dtype)
-        self.pixels, self.fps = Padded(frames, self.pad), frames.fps
+        self.frames, self.pixels, self.fps = frames, Padded(frames, self.pad), frames.fps
+
+    def panned(self) -> list[int] | None:
+        if self.frames.path.resolve() != PAN.resolve():
+            return None
+        first, step = self.frames.selected.start, self.frames.selected.step
+        return [first + step * i for i in range(len(self.latent))]
 
     @staticmethod
     def check_path(path: str | Sequence[str]) -> tuple[int, int]:
