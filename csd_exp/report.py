@@ -89,7 +89,7 @@ def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` into a run directory and return its path.
 
     Reads only that directory: config.yaml, and as far as present provenance.json, command.txt, metrics.csv,
-    metrics.json and media/. metrics.json maps a name to a number, or to {value, definition,
+    metrics.json and media/. metrics.json maps a name to a number, or to {value, settings, definition,
     higher_is_better}. The page loads nothing from anywhere; pictures are the saved PNGs, above 2 MB JPEG; a
     video above 16 MB stays in its file, media/side_by_side.mp4.
     Raises InputError where config.yaml is missing.
@@ -145,7 +145,9 @@ def _json(path: Path) -> dict:
 
 
 def _number(value: object) -> str:
-    """Four significant digits, without an exponent where a reader would rather see none."""
+    """Four significant digits, without an exponent where a reader would rather see none; a dash for None."""
+    if value is None:
+        return "–"
     if not isinstance(value, (int, float)) or not isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
@@ -233,17 +235,26 @@ def _picture(file: Path, caption: str, most_bytes: int = 2_000_000, longest: int
 
 
 def _metric(name: str, entry: Any) -> Metric:
-    """A definition's first line sums it up, the rest is detail; its line breaks are its source's."""
+    """A definition's first line sums it up, the rest and the settings are detail, a paragraph on a line."""
     entry = entry if isinstance(entry, dict) else {"value": entry}
     summary, _, detail = entry.get("definition", "").strip().partition("\n")
+    paragraphs = [" ".join(paragraph.split()) for paragraph in detail.strip().split("\n\n")]
+    settings = ", ".join(f"{key}: {_setting(value)}" for key, value in entry.get("settings", {}).items())
     better: dict[Any, str] = {True: "higher", False: "lower", None: ""}
     return Metric(
         name,
         entry["value"],
         better[entry.get("higher_is_better")],
         summary,
-        "\n".join(" ".join(paragraph.split()) for paragraph in detail.strip().split("\n\n")),
+        "\n".join(line for line in (*paragraphs, settings) if line),
     )
+
+
+def _setting(value: Any) -> str:
+    """What a metric was made with; an object by the name of its class."""
+    if isinstance(value, dict) and "_target_" in value:
+        return value["_target_"].rpartition(".")[2]
+    return "none" if value is None else str(value)
 
 
 def _curves(path: Path) -> list[Curve]:

@@ -107,6 +107,7 @@ def test_other_metrics_are_measured_beside_the_runs_own(run_dir):
     assert found["window_spread"]["value"] != before["window_spread"]["value"]
     after = json.loads((run_dir / "metrics.json").read_text())
     assert after == before | found
+    assert "side: 8" in (run_dir / "report.html").read_text()
 
 
 def test_a_value_that_is_not_there_is_null_and_no_result(run_dir):

@@ -32,7 +32,9 @@ METRICS = {
         "value": 0.81234,
         "definition": "Structural likeness <of luma>.\n\nFirst\nline.\n\nSecond.",
         "higher_is_better": True,
+        "settings": {"side": 8, "flow": {"_target_": "a.b.DIS"}, "window": None},
     },
+    "nothing": {"value": None, "definition": "No value.", "higher_is_better": None, "settings": {}},
     "spread": {"value": 0.05, "definition": "Distance between windows.", "higher_is_better": False},
     "plain & simple": 12345.678,
 }
@@ -139,11 +141,14 @@ def test_metrics_come_with_direction_and_definition(finished):
     cells = page.within("td")
     table = cells[: cells.index("plain & simple") + 2]
     assert table == [
-        *("SSIM", "0.8123", "higher", "Structural likeness <of luma>."),
+        *("SSIM", "0.8123", "higher"),
+        *("nothing", "–", "No value."),
         *("spread", "0.05", "lower", "Distance between windows."),
         *("plain & simple", "12,346"),
     ]
-    assert "First line.\nSecond." in page.within("span")
+    # One click on the first line opens the rest.
+    assert "Structural likeness <of luma>." in page.within("summary")
+    assert "First line.\nSecond.\nside: 8, flow: DIS, window: none" in page.within("span")
 
 
 def test_curves_go_through_the_logged_values(finished):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from csd_exp.particles.base import Particles, Pictures
+from csd_exp.particles.base import Particles, Pictures, Windows
 from csd_exp.schedules import Draw
 
 
@@ -34,6 +34,13 @@ class Downscaled(Particles):
 
     def backgrounds(self, ids: Tensor) -> list[str]:
         return self.full.backgrounds(ids)
+
+    def windows(self) -> Windows | None:
+        """Those of the full particles, so that metrics judge every method at the same places."""
+        return self.full.windows()
+
+    def panned(self) -> list[int] | None:
+        return self.full.panned()
 
     def editable(self, ids: Tensor) -> float:
         return 1.0
