@@ -14,8 +14,9 @@ from csd_exp import methods
 from csd_exp.module import CSDModule
 from csd_exp.particles import Images, Panorama, Particles
 from csd_exp.priors.analytic import GaussianMixture
+from csd_exp.samplers import MultiDiffusion, PerView, SamplingModule, SyncTweedies
 from csd_exp.schedules import Timesteps
-from csd_exp.svgd import RBF, NoKernel
+from csd_exp.svgd import RBF, Kernel, NoKernel
 
 STEPS = 20
 
@@ -42,6 +43,8 @@ CASES = {
     "features_one_view": lambda f, d: (frames(f, 1, dtype=d), RBF(space="features")),
     "panorama": lambda f, d: (panorama(f, dtype=d), RBF(normalize="rms")),
     "panorama_batch": lambda f, d: (panorama(f, batch=5, wrap=True, jitter=True, dtype=d), RBF(space="x_0")),
+    "multidiffusion": lambda f, d: (panorama(f, dtype=d), MultiDiffusion(steps=STEPS)),
+    "synctweedies": lambda f, d: (panorama(f, dtype=d), SyncTweedies(steps=STEPS)),
     "panorama_one_window": lambda f, d: (panorama(f, batch=1, dtype=d), RBF()),
 }
 PRIOR = {"prompts": {"red": [0.2, 3.0]}, "std": 0.4, "image_std": 0.7}
@@ -58,10 +61,9 @@ class Breaking(GaussianMixture):
         return super().eps(x_t, t, conds) * (torch.nan if broken else 1)
 
 
-def fitted(case: str, dtype: str, folder: Path, prior=GaussianMixture, **trainer) -> Particles:
-    particles, kernel = CASES[case](folder, dtype)
-    module = CSDModule(
-        prior(**PRIOR, guidance_scale=7.5, image_guidance_scale=5.0),
+def csd(prior: GaussianMixture, particles: Particles, kernel: Kernel) -> CSDModule:
+    return CSDModule(
+        prior,
         particles,
         methods.dds,
         kernel,
@@ -70,6 +72,12 @@ def fitted(case: str, dtype: str, folder: Path, prior=GaussianMixture, **trainer
         lr=lambda o: torch.optim.lr_scheduler.StepLR(o, 5, 0.9),
         features=features,
     )
+
+
+def fitted(case: str, dtype: str, folder: Path, prior=GaussianMixture, **trainer) -> Particles:
+    particles, how = CASES[case](folder, dtype)
+    model = prior(**PRIOR, guidance_scale=7.5, image_guidance_scale=5.0)
+    module = SamplingModule(model, particles, how) if isinstance(how, PerView) else csd(model, particles, how)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
         accelerator="cpu",
