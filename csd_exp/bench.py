@@ -105,6 +105,8 @@ def bench(overrides: Sequence[str]) -> Cost:
         raise InputError(
             f"repeats must be at least 1 and warmup at least 0, not {config.repeats} and {config.warmup}."
         )
+    if "sampler" in config.method:
+        raise InputError("method must be one that optimises; csd-bench measures steps of csd, not of DDIM.")
     config.steps = config.warmup + config.repeats
     prior = constructed(config.prior)
     if not isinstance(prior, StableDiffusion):

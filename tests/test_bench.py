@@ -58,6 +58,7 @@ def test_csd_bench_writes_what_it_measured(tmp_path, write_image):
         ("repeats=0", "repeats must be at least 1"),
         ("prior=analytic", "prior must have a network"),
         ("prior.pth=x", r"prior\.pth"),
+        ("method=multidiffusion", "method must be one that optimises"),
     ):
         with pytest.raises(InputError, match=message):
             bench.bench([*overrides[1:], wrong])

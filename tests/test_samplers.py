@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from hydra.utils import instantiate
 
+import csd_exp
 from csd_exp import samplers
+from csd_exp.config import composed
 from csd_exp.errors import InputError
 from csd_exp.particles import Images, Panorama
 from csd_exp.particles.downscaled import resized
@@ -135,12 +138,12 @@ def test_one_view_follows_diffusers_scheduler(sample, write_image):
 def test_one_view_is_transported_to_a_gaussian_exactly(sample, write_image, sampler):
     # One component and no guidance: the flow maps x_T to mean + std * (x_T - alpha_T mean) / spread_T.
     prior = GaussianMixture(means=((0.4, -0.3, 0.2),), std=0.5, image_std=1e6)
-    module = sample(Images(write_image(4, 4), 1, 1, dtype="float64"), sampler(steps=1000), prior)
+    module = sample(Images(write_image(4, 4), 1, 1, dtype="float64"), sampler(steps=250), prior)
     x = Draw(0, 0).normal("noise", 0, (3, 4, 4)).double()
     alpha_bar = prior.alphas_cumprod[-1]
     mean = prior.means[0].expand(3, 4, 4)
     exact = mean + 0.5 * (x - alpha_bar.sqrt() * mean) / (alpha_bar * 0.25 + 1 - alpha_bar).sqrt()
-    torch.testing.assert_close(module.particles.latent[0].data, exact, rtol=0, atol=1e-2)
+    torch.testing.assert_close(module.particles.latent[0].data, exact, rtol=0, atol=3e-2)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +168,24 @@ def test_what_is_averaged_makes_a_difference(sample, panorama):
         sample(panorama(), s(steps=6)).particles.latent.data for s in (PerView, MultiDiffusion, SyncTweedies)
     ]
     assert min((a - b).abs().max() for a, b in zip(ends, [*ends[1:], ends[0]], strict=True)) > 1e-2
+
+
+def test_from_one_canvas_of_noise_multidiffusion_and_synctweedies_are_the_same(fit, panorama):
+    multidiffusion, synctweedies = (
+        SamplingModule(mixture(), panorama(), s(steps=6)) for s in (MultiDiffusion, SyncTweedies)
+    )
+    synctweedies.x_t = multidiffusion.x_t.clone()
+    for module in (multidiffusion, synctweedies):
+        fit(module, 6)
+    ends = [module.particles.latent.data for module in (multidiffusion, synctweedies)]
+    torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-10)
+
+
+def test_one_canvas_of_noise_is_white(panorama):
+    module = SamplingModule(mixture(), panorama(40, 60), MultiDiffusion())
+    noise = samplers.paste(module.particles, module.x_t, module.ids)
+    assert abs(noise.std() - 1) < 0.03
+    assert abs((noise[..., 1:] * noise[..., :-1]).mean()) < 0.03
 
 
 @pytest.mark.parametrize("sampler", [MultiDiffusion, SyncTweedies])
@@ -307,3 +328,28 @@ def test_pasting_crops_gives_back_the_canvas(panorama):
         torch.testing.assert_close(
             samplers.paste(particles, particles.source(module.ids), module.ids), particles.latent.data
         )
+
+
+METHODS = {
+    "per_view": PerView(),
+    "downscaled": Downscaled(),
+    "multidiffusion": MultiDiffusion(),
+    "synctweedies": SyncTweedies(),
+    "sdedit": SDEdit(strength=0.6),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sampler_is_a_method_of_the_same_command(write_image, tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    settings = ("experiment=panorama", "prior=analytic", "prior.window=8", "logger=csv", f"method={method}")
+    made = csd_exp.edit(
+        *settings, "method.sampler.steps=5", prompt="x", **{"modality.path": write_image(11, 18)}
+    )
+    assert {"metrics.json", "report.html", "last.ckpt", "provenance.json", "command.txt"} <= {
+        file.name for file in made.run_dir.iterdir()
+    }
+    assert made.images[0].shape == (3, 11, 18)
+    assert len((made.run_dir / "metrics.csv").read_text().splitlines()) == 1 + 5
+    assert "ssim" in made.metrics
+    assert instantiate(composed([*settings, "prompt=x"]).method.sampler) == METHODS[method]
