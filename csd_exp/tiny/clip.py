@@ -5,7 +5,7 @@ set: `picture_files("clip")` under every edit, and the emoji that `csd_exp.tiny.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,33 +84,53 @@ SAME = torch.tensor([[_same_answers(one, other) for other in EDITS.values()] for
 
 
 class Batches(Dataset):
-    """Batch k depends on (seed, k) only: crops of different subjects, their edits, emoji, and texts."""
+    """Batch k depends on (seed, k) only: crops of different subjects, emoji, edits of crops, and texts."""
 
     def __init__(self, views: dict[str, list[View]], emoji: list[Captioned], cfg: DictConfig, seed: int):
         self.pairs = [(name, Pairs(made, seed, cfg.edits, both=0.0)) for name, made in views.items()]
         self.emoji, self.cfg, self.seed = emoji, cfg, seed
 
     def __getitem__(self, k: int) -> dict[str, Any]:
+        pictures = self.pictures(k)
+        return pictures | self.texts(pictures, k)
+
+    def pictures(self, k: int) -> dict[str, Any]:
+        """Images [n, 3, 128, 128] in [0, 1], sources before emoji before edits, and what is on them.
+
+        subjects: a name for each source. shown: emoji by number and background. asked: numbers of the edits,
+        which come source by source. changed: whether an edit has changed its source at all.
+        """
         rng = generator(self.seed, 21, k)
         chosen = _sample(rng, self.pairs, self.cfg.crops)
         crops = [pairs[int(rng.integers(2**31))] for _, pairs in chosen]
         sources, edits, asked = zip(*crops, strict=True)
         # A name is shown once: its other picture would count as a wrong answer.
-        emoji = list({picture.name: picture for picture in _sample(rng, self.emoji, self.cfg.emoji)}.values())
-        grounds = [_pick(rng, list(BACKGROUNDS)) for _ in emoji]
-        named = [_pick(rng, p.captions(ground)) for p, ground in zip(emoji, grounds, strict=True)]
-        before, other = ([_pick(rng, SUBJECTS).format(name) for name, _ in chosen] for _ in range(2))
-        after = [_after(text, wordings[0], rng) for text, wordings in zip(other, asked, strict=True)]
-        start = _pick(rng, ["a photograph", *before])
+        emoji = {self.emoji[i].name: i for i in _sample(rng, range(len(self.emoji)), self.cfg.emoji)}
+        shown = [(i, _pick(rng, list(BACKGROUNDS))) for i in emoji.values()]
+        images = [*sources, *(self.emoji[i].on(ground) / 255 for i, ground in shown)]
+        images += [image for row in edits for image in row]
         differences = torch.stack(edits) - torch.stack(sources)[:, None]
         return {
-            "sources": torch.stack([_soften(image, rng) for image in sources]),
-            "edits": torch.stack([_soften(image, rng) for row in edits for image in row]),
-            "emoji": torch.stack([p.on(ground) / 255 for p, ground in zip(emoji, grounds, strict=True)]),
-            "captions": before + named + after,
-            "directions": [start, *(_after(start, _pick(rng, e.wordings), rng) for e in EDITS.values())],
+            "images": torch.stack([_soften(image, rng) for image in images]),
+            "subjects": [name for name, _ in chosen],
+            "shown": shown,
             "asked": torch.tensor([NAMES.index(ASKS[text]) for wordings in asked for text in wordings]),
             "changed": differences.square().mean((2, 3, 4)).flatten() > CHANGED**2,
+        }
+
+    def texts(self, pictures: dict[str, Any], k: int) -> dict[str, Any]:
+        """Captions of sources, emoji and the first edit of each source; a caption before and after each of
+        all edits; the classes of ImageNet to learn the names of.
+        """
+        rng = generator(self.seed, 23, k)
+        before, other = ([_pick(rng, SUBJECTS).format(s) for s in pictures["subjects"]] for _ in range(2))
+        first = pictures["asked"].view(len(before), -1)[:, 0]
+        named = [_pick(rng, self.emoji[i].captions(ground)) for i, ground in pictures["shown"]]
+        after = [_after(text, NAMES[edit], rng) for text, edit in zip(other, first, strict=True)]
+        start = _pick(rng, ["a photograph", *before])
+        return {
+            "captions": before + named + after,
+            "directions": [start, *(_after(start, name, rng) for name in NAMES)],
             "classes": torch.tensor(_sample(rng, range(len(CLASSES)), self.cfg.classes)),
         }
 
@@ -123,10 +143,11 @@ def _sample(rng: np.random.Generator, options: Sequence, count: int) -> list:
     return [options[int(i)] for i in rng.permutation(len(options))[:count]]
 
 
-def _after(subject: str, wording: str, rng: np.random.Generator) -> str:
-    """A caption of `subject` after the edit that `wording` asks for: by instruction or by result."""
+def _after(subject: str, name: str, rng: np.random.Generator) -> str:
+    """A caption of `subject` after the edit `name`, by an instruction or by the result."""
     if rng.random() < 0.3:
-        return f"{subject} {EDITS[ASKS[wording]].result}"
+        return f"{subject} {EDITS[name].result}"
+    wording = _pick(rng, EDITS[name].wordings)
     return edit_captions(rephrase(wording, rng) if rng.random() < 0.5 else wording, subject)[1]
 
 
@@ -170,37 +191,47 @@ class Loss:
         self.clip_loss = ClipLoss()
 
     def __call__(self, learner: Any, batch: dict[str, Any], k: int) -> Tensor:
-        clip, sources, edits = learner.clip, batch["sources"], batch["edits"]
-        everything = torch.cat([sources, batch["emoji"], edits]).to(self.device)
-        everything = F.interpolate(everything, clip.visual.image_size, mode="bicubic", antialias=True)
-        inputs = ((everything - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        pooled = clip.visual.trunk(inputs)
-        images = F.normalize(clip.visual.head(pooled), dim=1)
-        shown, made = images[: len(sources)], images[-len(edits) :]
-        each = len(edits) // len(sources)
+        """All four, of a batch with images."""
+        images = self.resized(batch["images"], learner.clip)
+        pooled = self.pooled(images, learner.clip)
+        plain = len(images) - len(batch["asked"])
+        kept = self.weights["kept"] * self.forgotten(images[:plain], pooled[:plain])
+        return self.compared(learner.clip, pooled, batch) + kept
+
+    def resized(self, images: Tensor, clip: Any) -> Tensor:
+        """[n, 3, 128, 128] in [0, 1] at the side that the image tower reads."""
+        return F.interpolate(images.to(self.device), clip.visual.image_size, mode="bicubic", antialias=True)
+
+    def pooled(self, images: Tensor, clip: Any) -> Tensor:
+        """The image tower's features [n, 1280] before its projection."""
+        inputs = (images - self.mean) / self.std
+        return clip.visual.trunk(inputs.contiguous(memory_format=torch.channels_last))
+
+    def compared(self, clip: Any, pooled: Tensor, batch: dict[str, Any]) -> Tensor:
+        """The three terms that need no images but their pooled features [n, 1280]."""
+        asked, changed = batch["asked"].to(self.device), batch["changed"].to(self.device)
         classes = [f"a photograph of {CLASSES[i]}" for i in batch["classes"]]
         tokens = tokenize(self.tokenizer, batch["captions"] + batch["directions"] + classes).to(self.device)
         sizes = [len(batch["captions"]), len(batch["directions"]), len(classes)]
         captions, directions, names = clip.encode_text(tokens, normalize=True).split(sizes)
-
-        apart = made - shown.repeat_interleave(each, 0)
+        images = F.normalize(clip.visual.head(pooled), dim=1)
+        plain, edited = images[: -len(asked)], images[-len(asked) :]
+        each = len(asked) // len(batch["subjects"])
+        apart = edited - plain[: len(batch["subjects"])].repeat_interleave(each, 0)
         cosines = F.normalize(apart, dim=1) @ F.normalize(directions[1:] - directions[:1], dim=1).T
-        asked, changed = batch["asked"].to(self.device), batch["changed"].to(self.device)
         rival = SAME.to(self.device)[asked].scatter(1, asked[:, None], False)
         logits = (SHARPNESS * cosines).masked_fill(rival, -torch.inf)[changed]
         drawn = F.normalize(names @ clip.visual.head.proj.weight, dim=1) @ self.prototypes.T
+        shown = torch.cat([plain, edited[::each]])
         terms = {
-            "captions": self.clip_loss(
-                torch.cat([images[: -len(edits)], made[::each]]), captions, clip.logit_scale.exp()
-            ),
+            "captions": self.clip_loss(shown, captions, clip.logit_scale.exp()),
             "directions": F.cross_entropy(logits, asked[changed], reduction="sum") / len(asked),
             "names": F.cross_entropy(SHARPNESS * drawn, batch["classes"].to(self.device)),
-            "kept": self._forgotten(everything[: -len(edits)], pooled[: -len(edits)]),
         }
-        return sum(self.weights[name] * term for name, term in terms.items())
+        return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
 
-    def _forgotten(self, images: Tensor, pooled: Tensor) -> Tensor:
-        """KL divergence of the classification of pooled features from the teacher's on the same images."""
+    def forgotten(self, images: Tensor, pooled: Tensor) -> Tensor:
+        """KL divergence of the classification of pooled features from ImageNet's on the same images."""
         with torch.no_grad():
             right = self.teacher((images * 255 - 127) / 128).log_softmax(1)
         found = self.teacher.classifier(pooled).log_softmax(1)
@@ -220,8 +251,27 @@ def prepare_views(cfg: DictConfig, run: Path) -> dict[str, list[View]]:
     return {subject: [View(*parts) for parts in made] for subject, made in loaded.items()}
 
 
+@torch.no_grad()
+def prepare_bank(cfg: DictConfig, run: Path, data: Batches, clip: open_clip.CLIP, loss: Loss) -> list[dict]:
+    """Batches whose images are replaced by their pooled features, kept in the run directory."""
+    file = run / "bank.pt"
+    if not file.exists():
+        clip.to(cfg.device).eval()
+        bank = []
+        for k in tqdm(range(cfg.clip.bank), "bank"):
+            batch = data.pictures(k)
+            images = loss.resized(batch.pop("images"), clip)
+            bank.append(batch | {"pooled": loss.pooled(images, clip).cpu()})
+        save(bank, file)
+    return torch.load(file, weights_only=True)
+
+
 def train(cfg: DictConfig, run: Path) -> tuple[open_clip.CLIP, dict[str, Any], CLIPTokenizer]:
-    """The trained CLIP, its configuration and its tokenizer; continues where a run stopped."""
+    """The trained CLIP, its configuration and its tokenizer; continues where a run stopped.
+
+    First the text tower and the projection, on features of the untouched ImageNet network, then all
+    together: fine-tuning at once would distort the features (Kumar et al. 2022).
+    """
     views = prepare_views(cfg, run)
     emoji = [p for p in captioned(Path(cfg.data.cache), "clip") if p.style != "photo"]
     texts = [*views, *SUBJECTS, *CLASSES, *(text for p in emoji for text in p.captions()), *ASKS]
@@ -230,15 +280,25 @@ def train(cfg: DictConfig, run: Path) -> tuple[open_clip.CLIP, dict[str, Any], C
     tokenizer = build_tokenizer(texts + [rephrase(text, rng) for text in ASKS], cfg.clip.vocabulary)
     config = architecture(cfg.clip, len(tokenizer))
     torch.manual_seed(cfg.seed)
+    learner = Learner(build(config))
     data = Batches(views, emoji, cfg.clip, cfg.seed)
+    loss = Loss(tokenizer, cfg.clip.weights, cfg.device)
+    bank = prepare_bank(cfg, run, data, learner.clip, loss)
 
-    def batches(first: int) -> DataLoader:
-        rows = range(first, cfg.clip.steps)
+    def known(first: int) -> Iterator[dict[str, Any]]:
+        for k in range(first, cfg.clip.text.steps):
+            batch = bank[k % len(bank)]
+            yield batch | data.texts(batch, k)
+
+    def text_loss(learner: Any, batch: dict[str, Any], k: int) -> Tensor:
+        return loss.compared(learner.clip, batch["pooled"].to(cfg.device), batch)
+
+    def fresh(first: int) -> DataLoader:
+        rows = range(len(bank) + first, len(bank) + cfg.clip.all.steps)
         return DataLoader(data, batch_size=None, sampler=rows, num_workers=cfg.workers)
 
-    loss = Loss(tokenizer, cfg.clip.weights, cfg.device)
-    learner = Learner(build(config))
-    learner = fit(run / "clip.pt", learner, batches, loss, cfg.clip, cfg.device, cfg.bf16)
+    learner = fit(run / "text.pt", learner, known, text_loss, cfg.clip.text, cfg.device, cfg.bf16)
+    learner = fit(run / "clip.pt", learner, fresh, loss, cfg.clip.all, cfg.device, cfg.bf16)
     return learner.clip, config, tokenizer
 
 
