@@ -145,6 +145,12 @@ def test_names_that_open_clip_does_not_have(name):
         named_clip(name)
 
 
+def test_weights_that_are_not_there_are_one_sentence(tmp_path, caplog):
+    with pytest.raises(InputError, match=r"^metrics\.clip=ViT-B-32//.*missing\.pt: clip\.pretrained="):
+        named_clip(f"ViT-B-32/{tmp_path}/missing.pt")
+    assert not caplog.records
+
+
 def test_the_name_of_the_paper_is_open_clips(monkeypatch):
     asked = []
     monkeypatch.setattr("csd_exp.metrics.clip.OpenClip", lambda *names: asked.append(names))

@@ -5,6 +5,7 @@ picture or frame and o_i its source. Pictures are resized to the model's square 
 code of InstructPix2Pix and Instruct-NeRF2NeRF does. A cosine of a difference that vanishes is 0.
 """
 
+import logging
 from functools import cache
 from typing import Protocol
 
@@ -60,7 +61,7 @@ def named_clip(name: str, device: str = "cpu") -> Clip:
     InputError for a name that open_clip does not have, and for weights that cannot be loaded.
     """
     if name == TINY:
-        return Clip(OpenClip(device=device), device)
+        return Clip(_loaded(name, device=device), device)
     asked, _, pretrained = name.partition("/")
     models = {model.lower().replace("-", "_"): model for model in open_clip.list_models()}
     model = asked if asked in models.values() else models.get(asked.lower().replace("-", "_"))
@@ -70,7 +71,17 @@ def named_clip(name: str, device: str = "cpu") -> Clip:
             f"metrics.clip={name} is no CLIP; give tiny, a model of open_clip such as vit_bigg_14, "
             "or MODEL/PRETRAINED."
         )
-    return Clip(OpenClip(model, pretrained or tags[0], device), device)
+    return Clip(_loaded(name, model, pretrained or tags[0], device), device)
+
+
+def _loaded(name: str, *arguments: str, **keywords: str) -> OpenClip:
+    logging.disable()  # open_clip and the hub tell the root logger of every file; what went wrong is raised
+    try:
+        return OpenClip(*arguments, **keywords)
+    except InputError as e:
+        raise InputError(f"metrics.clip={name}: {e}") from e
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 class CLIPMetric(MeanMetric):
