@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 from PIL import Image
 
 import csd_exp
 from csd_exp import evaluate as module
+from csd_exp.config import check_targets, composed, conf_dir
 from csd_exp.errors import InputError
 from csd_exp.evaluate import build_metrics, evaluate, measured
 from csd_exp.images import read_image
@@ -166,6 +169,20 @@ def test_the_command_line(run_dir, tmp_path, monkeypatch, capsys):
         assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("group", sorted(f.stem for f in (conf_dir() / "metrics").glob("*.yaml")))
+def test_every_group_names_metrics_with_definition_and_sense(group):
+    config = composed(
+        [f"metrics={group}", "metrics/perceptual=lpips"] if group != "clip" else ["metrics=clip"]
+    )
+    nodes = {name: node for name, node in config.metrics.items() if module._is_metric(node)}
+    check_targets(OmegaConf.create({"metrics": OmegaConf.to_container(config.metrics, resolve=True)}))
+    assert nodes
+    for name, node in nodes.items():
+        kind = get_class(node._target_)
+        assert kind.__doc__.splitlines()[0].endswith(".")
+        assert kind.higher_is_better in (True, False) or name.endswith("as_printed")
+
+
 class TestKnown:
     """What a run tells its metrics of the pictures beside their pixels."""
 
@@ -196,7 +213,7 @@ class TestKnown:
         assert (outside[:, 32:] == 1).all()
         assert found["psnr_outside"]["value"] == pytest.approx(10 * np.log10(12 * 255**2))
         assert found["ssim_outside"]["value"] == pytest.approx(1)
-        assert found["window_spread"]["value"] > 0
+        assert found["colour_spread"]["value"] > found["window_spread"]["value"] > 0
         assert found["seam_energy"]["value"] > 0
 
     def test_regions_without_a_prompt_between_them(self, tmp_path):
