@@ -1,5 +1,9 @@
 """What a kernel on `features` compares and CLIP scores stand on: embeddings, differentiable in images."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import open_clip
 import torch
 from torch import Tensor
@@ -42,8 +46,10 @@ class OpenClip:
             check_sums(TINY_FOLDER)
             pretrained = str(TINY_FOLDER / "open_clip_model.safetensors")
         try:
-            self.model = open_clip.create_model(model, pretrained=pretrained, device=device)
-            self.tokenizer = open_clip.get_tokenizer(f"local-dir:{TINY_FOLDER}" if model == TINY else model)
+            with _silent():
+                self.model = open_clip.create_model(model, pretrained=pretrained, device=device)
+                source = f"local-dir:{TINY_FOLDER}" if model == TINY else model
+                self.tokenizer = open_clip.get_tokenizer(source)
         except (RuntimeError, OSError) as e:
             reason = str(e).splitlines()[0]
             raise InputError(f"clip.pretrained={pretrained} cannot be loaded for {model} ({reason}).") from e
@@ -72,3 +78,14 @@ def edit_captions(instruction: str, subject: str = "a photograph") -> tuple[str,
     CLIP's directional similarity compares captions; an instruction is no caption, so this rule makes two.
     """
     return subject, f"{subject}, {instruction}"
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """open_clip tells the root logger of every step it takes; what goes wrong, it raises."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)

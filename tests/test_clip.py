@@ -205,6 +205,12 @@ def test_scores_count_right_answers():
     assert len(clip_scores.EXACT) <= right["pairs"] <= 2 * len(clip_scores.EXACT)
 
 
+def test_loading_says_nothing(caplog):
+    with caplog.at_level("INFO"):
+        OpenClip()
+    assert not caplog.records
+
+
 def test_a_model_that_is_not_there_is_named():
     with pytest.raises(InputError, match=r"clip\.pretrained=nothing cannot be loaded for ViT-B-32"):
         OpenClip("ViT-B-32", "nothing")
