@@ -195,6 +195,7 @@ def test_the_recipe_trains_exports_and_scores_and_does_nothing_twice(tmp_path, m
     torch.manual_seed(0)
     models.build_vae([16] * 4, 4, 4).save_pretrained(tmp_path / "vae")
     there = [f"run_dir={tmp_path / 'run'}", f"data.cache={tmp_path}", f"autoencoder={tmp_path}", "threads=1"]
+    there.append("text_to_image.things=[thing 0,thing 1,thing 2,thing 3,thing 4,thing 5]")
     cfg = config(*there)
     result = text_to_image.run(cfg)
     folder = Path(cfg.export_dir)

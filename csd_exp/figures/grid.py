@@ -18,7 +18,7 @@ def grid(cells: Sequence[tuple[str, Tensor]], columns: int) -> bytes:
     rows = math.ceil(len(cells) / columns)
     figure = Figure(figsize=(columns * CELL, rows * (CELL + LABEL)), dpi=120, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
     for axis, (caption, image) in zip(axes, cells, strict=False):

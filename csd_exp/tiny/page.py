@@ -13,22 +13,23 @@ from csd_exp.config import conf_dir
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
 from csd_exp.tiny.card import row
+from csd_exp.tiny.edits import EDITS
 from csd_exp.tiny.looks import PAINTING_STYLES
-from csd_exp.tiny.scores import EXACT
+from csd_exp.tiny.scores import COVERED, EXACT
 
 MODELS = ("instruct_pix2pix", "text_to_image", "clip")
 PAGE = """# The embedded models
 
-Three small models ship in `csd_exp/assets`, {size:.0f} MB together: what they are made of and what they cannot
-do is in the model card beside each. Everything on this page is on pictures that no training saw, and is
-written by `csd-score-models`; `csd-train-prior model=...` trains a model anew.
+Three small models ship in `csd_exp/assets`, {size:.0f} MB together. What they are made of and what they
+cannot do is in the model card beside each. Everything on this page is on pictures that no training saw, and
+is written by `csd-score-models`; `csd-train-prior model=...` trains a model anew.
 
 ## Editing: `prior=embedded`
 
 {exact} instructions with one right answer and {ambiguous} with many. An answer is *recognised* where it is
 nearer to the exact answer to its instruction than to that of any other, by squared error; for the five
-painters by the style statistics of an ImageNet network. Local edits count on patches that show at least 5 % of
-their region. *Held out* is a wording that training never used.
+painters by the style statistics of an ImageNet network. Local edits count on patches that show at least
+{covered} of their region. *Held out* is a wording that training never used.
 
 | | training wordings | held-out wordings |
 | --- | --- | --- |
@@ -43,8 +44,8 @@ hue, 1 all hues alike).
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
-PSNR in dB. *Autoencoder* is the exact answer encoded and decoded, which no edit exceeds by much; *unedited* the
-source in the answer's place; *outside* a local edit against the source where its region is not.
+PSNR in dB. *Autoencoder* is the exact answer encoded and decoded, which no edit exceeds by much; *unedited*
+the source in the answer's place; *outside* a local edit against the source where its region is not.
 
 {edits}
 
@@ -55,8 +56,8 @@ source in the answer's place; *outside* a local edit against the source where it
 
 ## Text to image: `prior=embedded_text_to_image`
 
-The share of pictures that are nearest, at 16 x 16 px, to the true picture of what was asked for: among {subjects}
-things, eight backgrounds, or a render and a drawing.
+The share of pictures that are nearest, at 16 x 16 px, to the true picture of what was asked for: among
+{subjects} things, eight backgrounds, or a render and a drawing.
 
 | asked for | object (chance {chance_object}) | background (chance {chance_background}) | style (chance 0.5) |
 | --- | --- | --- | --- |
@@ -65,17 +66,17 @@ things, eight backgrounds, or a render and a drawing.
 | an unseen background | {object_unseen} | {background_unseen} | |
 | the unseen flat drawing | {object_drawn} | | {style_drawn} |
 
-Pictures of texts, then for some of the things the true render, by name, on a seen and on an unseen background,
-as a flat drawing, and the true drawing:
+Pictures of texts, then for some of the things the true render, by name, on a seen and on an unseen
+background, as a flat drawing, and the true drawing:
 
 ![pictures of texts](models/text_to_image/samples.jpg)
 
-## CLIP: `metrics.clip=csd_tiny`
+## CLIP: `metrics=clip`
 
 Which of {exact} instructions made an edit, told by the angle between image difference and text difference:
-{edit_training:.1%} on training wordings, {edit_held_out:.1%} on held-out ones (chance {edit_luck:.1%}). Which of
-{captions} captions is that of a photograph: {caption:.1%}; which photograph that of a caption: {picture:.1%}
-(chance {luck:.1%}).
+{edit_training:.1%} on training wordings, {edit_held_out:.1%} on held-out ones (chance {edit_luck:.1%}). Which
+of {captions} captions is that of a photograph: {caption:.1%}; which photograph that of a caption:
+{picture:.1%} (chance {luck:.1%}).
 """
 USAGE = """csd-score-models [KEY=VALUE ...]
 
@@ -108,7 +109,8 @@ def _page(cfg: DictConfig, scores: dict[str, dict[str, Any]], assets: Path) -> s
     return PAGE.format(
         size=sum(file.stat().st_size for file in assets.rglob("*") if file.is_file()) / 1e6,
         exact=len(EXACT),
-        ambiguous=3,
+        ambiguous=len(EDITS) - len(EXACT),
+        covered=f"{COVERED:.0%}",
         recognised_wordings=edit["mean_recognised_wordings"],
         recognised_held_out=edit["mean_recognised_held_out"],
         psnr_wordings=edit["mean_edit_psnr_wordings"],

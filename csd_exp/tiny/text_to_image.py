@@ -66,6 +66,13 @@ def withheld(picture: Captioned, background: str) -> bool:
     return background in COLOURS and share("background", picture.style, picture.name, background) < 0.25
 
 
+def taught(cfg: DictConfig) -> list[Captioned]:
+    """The pictures that training shows: of the styles of `shares`, and of `things` unless that is null."""
+    things, styles = cfg.text_to_image.things, cfg.text_to_image.shares
+    pictures = captioned(Path(cfg.data.cache), "prior")
+    return [made for made in pictures if made.style in styles and (things is None or made.name in things)]
+
+
 def rows_of(pictures: list[Captioned], shares: DictConfig) -> list[tuple[int, str, float]]:
     """Every picture's number and background in training, and how often the two are drawn.
 
@@ -162,9 +169,9 @@ def train_unet(cfg: DictConfig, run: Path, latents: Latents) -> UNet2DConditionM
 
 def train(cfg: DictConfig, run: Path) -> StableDiffusionPipeline:
     """All stages, each continuing where it stopped; the trained parts as a diffusers pipeline."""
-    cache, vae = Path(cfg.data.cache), load_autoencoder(cfg)
-    tokenizer, text_encoder = train_text(cfg, run, names(cache))
-    pictures = captioned(cache, "prior")[: cfg.text_to_image.limit]
+    vae = load_autoencoder(cfg)
+    tokenizer, text_encoder = train_text(cfg, run, names(Path(cfg.data.cache)))
+    pictures = taught(cfg)
     rows = rows_of(pictures, cfg.text_to_image.shares)
     encoded = prepare_latents(run, vae, pictures, rows)
     mean = encoded.float().mean((0, 2, 3))[:, None, None]
@@ -207,10 +214,14 @@ class Subject:
         self.seen = next(colour for colour in reversed(COLOURS) if not withheld(render, colour))
 
 
-def subjects(cache: Path, count: int) -> list[Subject]:
-    """`count` subjects, spread evenly over all that there are."""
+def subjects(cfg: DictConfig) -> list[Subject]:
+    """`cfg.samples.subjects` subjects, spread evenly over all that there are.
+
+    Raises InputError where there are not so many.
+    """
+    cache, count = Path(cfg.data.cache), cfg.samples.subjects
     drawings = {made.name: made for made in captioned(cache, "clip") if made.style == "flat drawing"}
-    renders = [made for made in captioned(cache, "prior") if made.style == "3d render"]
+    renders = [made for made in taught(cfg) if made.style == "3d render"]
     known = [picture.name for picture in renders]
     able = [
         Subject(render, drawings[render.name])
@@ -280,7 +291,7 @@ def evaluate(cfg: DictConfig, run: Path, folder: Path) -> dict[str, Any]:
     """Scores the exported folder: scores.json, what it makes of texts as samples.jpg, and its model card."""
     pipe = models.load_pipeline(folder, cfg.device)
     sampler = Sampler(pipe, cfg.samples.steps, cfg.samples.guidance, cfg.seed)
-    result, pictures = score(sampler, subjects(Path(cfg.data.cache), cfg.samples.subjects))
+    result, pictures = score(sampler, subjects(cfg))
     prompts = list(cfg.samples.prompts)
     cells = [*zip(prompts, sampler(prompts), strict=True), *pictures.items()]
     write_whole(run / "samples.jpg", grid([(fill(text, 28), image) for text, image in cells], COLUMNS))
@@ -309,14 +320,13 @@ taxi, front view". It exists so that csd_exp generates by SDS and CSD on a CPU a
 
 ## Data
 
-{renders} 3d renders, {drawings} flat drawings and {photos} photographs, each with its name:
+{renders} 3d renders and {drawings} flat drawings, each with its name:
 
 | what | authors | licence |
 | --- | --- | --- |
 | 3d renders, npm `{render_package}` | Fluent Emoji by Microsoft, packed by LobeHub | MIT |
 | flat drawings, npm `{drawing_package}` | Noto Emoji by Google, packed by Cal Henderson | Apache-2.0 |
 | names, npm `{label_package}` | Miles Johnson | MIT |
-| photographs, `csd_exp/tiny/data/photos.tsv` | stated there for each | public domain, CC0-1.0 |
 
 No people, flags, letters or symbols. Emoji stand on white in half of the rows, and else on black, grey, red,
 yellow, green, blue or pink; a text without a style means a 3d render. One emoji in twenty is held out, and
@@ -349,20 +359,19 @@ These renders through the autoencoder alone: {autoencoder_psnr} dB.
 ## Limits
 
 One thing at a time, centred, on a plain background; small detail is blurred. Scenes, relations, counts and
-words outside the training names are not understood. Photographs are few and mostly of buildings and tools.
+words outside the training names are not understood.
 """
 
 
 def card(cfg: DictConfig, pipe: StableDiffusionPipeline, result: dict[str, Any]) -> str:
     """The model card of a run configured by `cfg`, with the `result` that `score` returns."""
-    pictures = captioned(Path(cfg.data.cache), "prior")[: cfg.text_to_image.limit]
+    pictures = taught(cfg)
     styles = [picture.style for picture in pictures]
     return CARD.format(
         channels=pipe.vae.config.latent_channels,
         parameters=sum(weight.numel() for weight in pipe.unet.parameters()) / 1e6,
         renders=styles.count("3d render"),
         drawings=styles.count("flat drawing"),
-        photos=styles.count("photo"),
         render_package=RENDERS,
         drawing_package=DRAWINGS,
         label_package=LABELS,
