@@ -28,7 +28,13 @@ def made_up(cfg, run, folder):
     per_edit |= {"outside_psnr_wordings": ("orange_sky",)}
     means = ("recognised_wordings", "recognised_held_out", "edit_psnr_wordings", "edit_psnr_held_out")
     whole = {f"mean_{name}": 0.625 for name in means}
-    whole |= {"autoencoder_psnr": 27.5, "painting_styles_drawn": 7, "tint_hue_variance": 0.5}
+    whole |= {
+        "painters_wordings": 0.875,
+        "painters_held_out": 0.5,
+        "autoencoder_psnr": 27.5,
+        "painting_styles_drawn": 7,
+        "tint_hue_variance": 0.5,
+    }
     return {key: dict.fromkeys(names, 21.25) for key, names in per_edit.items()} | whole
 
 
@@ -57,6 +63,7 @@ def test_the_page_states_every_score(written):
     _, text, _ = written
     assert "3 MB together" in text
     assert "| recognised, mean over instructions | 62.5% | 62.5% |" in text
+    assert "fixed filters | 87.5% | 50.0% |" in text
     assert "7 of 10 painting styles" in text
     assert "81.2% on training wordings, 75.0% on held-out ones" in text
     assert "| an unseen background | <object_unseen> | <background_unseen> | |" in text

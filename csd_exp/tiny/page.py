@@ -34,6 +34,7 @@ painters by the style statistics of an ImageNet network. Local edits count on pa
 | | training wordings | held-out wordings |
 | --- | --- | --- |
 | recognised, mean over instructions | {recognised_wordings:.1%} | {recognised_held_out:.1%} |
+| painters alone, by palette and texture of fixed filters | {painted:.1%} | {painted_held_out:.1%} |
 | PSNR to the exact answer, computed edits | {psnr_wordings:.2f} dB | {psnr_held_out:.2f} dB |
 
 The autoencoder alone: {autoencoder:.2f} dB on photographs. {drawn} of {styles} painting styles came out of
@@ -115,6 +116,8 @@ def _page(cfg: DictConfig, scores: dict[str, dict[str, Any]], assets: Path) -> s
         recognised_held_out=edit["mean_recognised_held_out"],
         psnr_wordings=edit["mean_edit_psnr_wordings"],
         psnr_held_out=edit["mean_edit_psnr_held_out"],
+        painted=edit["painters_wordings"],
+        painted_held_out=edit["painters_held_out"],
         autoencoder=edit["autoencoder_psnr"],
         drawn=edit["painting_styles_drawn"],
         styles=len(PAINTING_STYLES),

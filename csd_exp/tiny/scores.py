@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from csd_exp.metrics import style_statistics
 from csd_exp.metrics.perceptual import style_embedding
+from csd_exp.metrics.windows import Embed
 from csd_exp.tiny.edits import EDITS, PAINTERS, target
 from csd_exp.tiny.looks import PAINTING_STYLES, paint
 from csd_exp.tiny.photos import PATCH, load, picture_files
@@ -73,15 +75,15 @@ def nearest(images: Tensor, references: Tensor) -> Tensor:
     return (images[:, None] - references).square().flatten(2).mean(2).argmin(1)
 
 
-def nearest_style(images: Tensor, references: Tensor) -> Tensor:
+def nearest_style(images: Tensor, references: Tensor, embed: Embed = style_embedding) -> Tensor:
     """Which of its references [n, k, 3, H, W] is nearest to each of [n, 3, H, W] in style, as [n].
 
-    Style statistics are standardised over all references.
+    `embed` gives the style statistics [n, D] of images; they are standardised over all references.
     """
-    known = style_embedding(references.flatten(0, 1))
+    known = embed(references.flatten(0, 1))
     mean, std = known.mean(0), known.std(0) + 1e-6
     known = ((known - mean) / std).unflatten(0, references.shape[:2])
-    return nearest((style_embedding(images) - mean) / std, known)
+    return nearest((embed(images) - mean) / std, known)
 
 
 def recognised(name: str, made: Tensor, references: Tensor) -> Tensor:
@@ -118,8 +120,9 @@ def score(sampler: Sampler, count: int, draws: int) -> tuple[dict, dict[str, Ten
 
     PSNRs are in dB. `recognised` is the share of answers that are nearest, among the exact answers of all of
     `EXACT` to the same patch, to the one asked for; local edits count on patches that show their region.
-    Ambiguous edits are drawn `draws` times on one patch. Pictures are the `source`, one entry for each of
-    `EXACT`, and draws of `painting` and `tint`.
+    `painters` judges painted edits once more, by `style_statistics`: palette and texture of fixed filters,
+    which mind the blur of strokes less than the network does. Ambiguous edits are drawn `draws` times on one
+    patch. Pictures are the `source`, one entry for each of `EXACT`, and draws of `painting` and `tint`.
     """
     images, edits, paintings = held_out_patches(count)
     references = torch.stack([edits[name] for name in EXACT], 1)
@@ -139,6 +142,9 @@ def score(sampler: Sampler, count: int, draws: int) -> tuple[dict, dict[str, Ten
         hits = {name: recognised(name, made[name], references)[shows[name]] for name in EXACT}
         result[f"edit_psnr_{kind}"] = {name: _mean(psnr(made[name], edits[name])) for name in COMPUTED}
         result[f"recognised_{kind}"] = {name: _mean(hit) for name, hit in hits.items() if len(hit)}
+        by_palette = [nearest_style(made[name], references, style_statistics) for name in PAINTERS]
+        right = torch.tensor([[EXACT.index(name)] for name in PAINTERS])
+        result[f"painters_{kind}"] = _mean((torch.stack(by_palette) == right).float())
         pictures = pictures or {"source": images} | made
         local = [name for name in EXACT if EDITS[name].region]
         result[f"outside_psnr_{kind}"] = {name: outside_psnr(name, made[name], images) for name in local}
