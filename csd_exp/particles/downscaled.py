@@ -22,6 +22,7 @@ class Downscaled(Particles):
         self.full, self.side = full, side
         self.areas, self.fps, self.has_source = full.areas, full.fps, full.has_source
         self.pixels = Resized(full.pixels, side)
+        self.padded = next(iter(full.pixels)).shape[-2:]
 
     def originals(self) -> Iterator[Tensor]:
         return self.full.originals()
@@ -49,8 +50,7 @@ class Downscaled(Particles):
         return torch.ones(len(ids), 1, 1, 1)
 
     def finish(self, images: Tensor) -> list[Tensor]:
-        height, width = next(iter(self.full.pixels)).shape[-2:]
-        return self.full.finish(resized(images, height, width))
+        return self.full.finish(resized(images, *self.padded))
 
 
 class Resized:
