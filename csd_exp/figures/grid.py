@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 from torch import Tensor
 
@@ -16,8 +17,8 @@ CELL, LABEL = 1.28, 0.24  # inches
 def grid(cells: Sequence[tuple[str, Tensor]], columns: int) -> bytes:
     """A JPEG of images [3, H, W] in [0, 1] with their captions above them, row by row."""
     rows = math.ceil(len(cells) / columns)
-    figure = Figure(figsize=(columns * CELL, rows * (CELL + LABEL)), dpi=120, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    figure = Figure(figsize=(columns * CELL, rows * (CELL + LABEL)), dpi=120, layout=layout)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")

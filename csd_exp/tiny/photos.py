@@ -107,7 +107,7 @@ def picture_files(split: Split = "prior") -> list[Path]:
 @cache
 def captions_by_file() -> dict[Path, str]:
     """What is on each picture of both manifests, in their order, such as "taj mahal"."""
-    captions = {}
+    captions: dict[Path, str] = {}
     for folder in ("photos", "panoramas"):
         with open(DATA / f"{folder}.tsv", newline="", encoding="utf-8") as manifest:
             rows = csv.DictReader(manifest, delimiter="\t")
