@@ -84,7 +84,7 @@ def test_the_page_shows_only_pictures_that_the_evaluations_write(written):
 def test_every_recipe_has_its_evaluation_beside_it():
     from importlib import import_module
 
-    for recipe in ("recipe", "text_to_image", "clip_scores"):
+    for recipe in ("instruct_pix2pix", "text_to_image", "clip_scores"):
         module = import_module(f"csd_exp.tiny.{recipe}")
         assert callable(module.run)
         assert callable(module.evaluate)

@@ -1,4 +1,4 @@
-"""The embedded prior: its edits, its data, its recipe and the shipped weights."""
+"""The embedded editing model: its edits, its data, its recipe and the shipped weights."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,8 @@ from torch import nn
 import csd_exp
 from csd_exp.config import conf_dir
 from csd_exp.errors import InputError
-from csd_exp.tiny import models, recipe, training
+from csd_exp.tiny import instruct_pix2pix as recipe
+from csd_exp.tiny import models, training
 from csd_exp.tiny.edits import EDITS, GRADINGS, LOCAL, PAINTED, style_of, target
 from csd_exp.tiny.looks import REACH, paint, tint
 from csd_exp.tiny.photos import CLIP_ONLY, DATA, HELD_OUT, Pairs, View, load, picture_files

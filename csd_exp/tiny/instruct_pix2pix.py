@@ -1,4 +1,4 @@
-"""Trains, exports and scores the embedded InstructPix2Pix; a stopped run continues."""
+"""The embedded editing model, an InstructPix2Pix: its stages of training, its export and its evaluation."""
 
 import json
 from collections.abc import Iterable
