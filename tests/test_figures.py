@@ -1,0 +1,359 @@
+"""Figures: their arithmetic, their tables, what is run and what is reused."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra.utils import get_class
+from PIL import Image
+
+from csd_exp.config import check, composed, conf_dir
+from csd_exp.errors import InputError
+from csd_exp.figures import engine
+from csd_exp.figures.results import Equal, Record, Results, summary
+from csd_exp.figures.tables import END, QUOTED, escaped, latex, lines, table_csv
+
+FIGURES = sorted(
+    file.stem for file in (conf_dir() / "figure").glob("*.yaml") if file.stem not in ("all", "curves")
+)
+
+ONE_METHOD = 'figure.sizes.quick.choose.step-method=["official / full"]'
+
+
+def record(method, guidance, seed, picture="a", **values):
+    place = {"method": method, "guidance": guidance, "picture": picture}
+    return Record(place, seed, values, run=Path("x") if values else None)
+
+
+class TestArithmetic:
+    def test_mean_and_standard_error(self):
+        value = summary([1.0, 2.0, 6.0])
+        assert value.mean == pytest.approx(3)
+        assert value.error == pytest.approx(np.sqrt((4 + 1 + 9) / 2) / np.sqrt(3))
+        assert value.seeds == 3
+        assert summary([4.0]) == (4.0, None, 1)
+        assert summary([]) is None
+
+    def test_pictures_are_averaged_before_the_spread_over_seeds(self):
+        records = [
+            record("full", "3", seed, picture, ssim=seed + 10 * (picture == "b"))
+            for picture in "ab"
+            for seed in (0, 1)
+        ]
+        value = Results(records, ["method"]).at_end(records, "ssim")
+        assert value == pytest.approx((5.5, 0.5, 2))  # of the seeds' means 5 and 6
+
+    def test_a_seed_that_lacks_a_run_does_not_count(self):
+        records = [
+            record("full", "3", 0, "a", ssim=0.2),
+            record("full", "3", 0, "b", ssim=0.4),
+            record("full", "3", 1, "a", ssim=9.0),
+            record("full", "3", 1, "b"),
+        ]
+        assert Results(records, ["method"]).at_end(records, "ssim") == pytest.approx(
+            (0.3, None, 1), abs=1e-12
+        )
+
+    def test_at_equal_strength_along_an_axis(self):
+        # full: distance 1, 2, 4 and loss 0, 10, 30; other: distance 3, 5 and loss 7, 9.
+        full = [
+            record("full", g, 0, distance=d, loss=x) for g, d, x in (("3", 1, 0), ("5", 2, 10), ("9", 4, 30))
+        ]
+        other = [record("other", g, 0, distance=d, loss=x) for g, d, x in (("3", 3, 7), ("5", 5, 9))]
+        results = Results([*full, *other], ["method", "guidance"], Equal("distance", "guidance"))
+        strength = results.strength(["method"])
+        assert 3 < strength < 4
+        assert strength == pytest.approx(3.5, abs=0.03)
+        assert results.at_equal(full, "loss", 3.5).mean == pytest.approx(25)
+        assert results.at_equal(other, "loss", 3.5).mean == pytest.approx(7.5)
+        assert results.at_equal(other, "loss", 2.0) is None
+
+    def test_no_common_strength(self):
+        records = [
+            record(m, g, 0, distance=d)
+            for m, g, d in (("a", "3", 1), ("a", "5", 2), ("b", "3", 3), ("b", "5", 4))
+        ]
+        results = Results(records, ["method", "guidance"], Equal("distance", "guidance"))
+        assert results.strength(["method"]) is None
+
+    def test_along_the_steps(self):
+        path = [{"step": 10.0, "distance": 1.0, "loss": 2.0}, {"step": 20.0, "distance": 3.0, "loss": 6.0}]
+        records = [
+            Record({"method": m, "picture": p}, 0, {"loss": 1.0}, [q | {"loss": q["loss"] * f} for q in path])
+            for m, p, f in (("a", "1", 1), ("a", "2", 3), ("b", "1", 1), ("b", "2", 1))
+        ]
+        results = Results(records, ["method"], Equal("distance", "step"))
+        assert results.strength(["method"]) == pytest.approx(2, abs=0.02)
+        assert results.at_equal(records[:2], "loss", 2.0).mean == pytest.approx(8)  # of 4 and 12
+
+
+class TestTables:
+    records = [record("full", "3", s, ssim=0.5 + 0.1 * s) for s in (0, 1)] + [
+        record("none", "3", s) for s in (0, 1)
+    ]
+    paper = ({"method": "full", "ssim": 0.9}, {"method": "Other_1", "ssim": 0.8})
+
+    def test_the_papers_numbers_stand_beside(self):
+        found = lines(Results(self.records, ["method"]), ["ssim"], self.paper)
+        assert [(line.names["method"], line.at) for line in found] == [
+            ("full", END),
+            ("none", END),
+            ("Other_1", QUOTED),
+        ]
+        assert [line.paper for line in found] == [{"ssim": 0.9}, {}, {"ssim": 0.8}]
+        rows = list(csv.DictReader(table_csv(found, ["method"], ["ssim"]).splitlines()))
+        assert float(rows[0]["ssim"]) == pytest.approx(0.55)
+        assert float(rows[0]["ssim_error"]) == pytest.approx(0.05)
+        assert (rows[0]["ssim_seeds"], rows[0]["ssim_paper"]) == ("2", "0.9")
+        assert (rows[1]["ssim"], rows[1]["ssim_seeds"]) == ("", "0")
+        assert (rows[2]["at"], rows[2]["ssim"], rows[2]["ssim_paper"]) == (QUOTED, "", "0.8")
+
+    def test_latex(self):
+        found = lines(Results(self.records, ["method"]), ["ssim"], self.paper)
+        text = latex(found, ["method"], {"ssim": "SSIM ↑"}, "50 % & more", "fig:x")
+        assert r"method & SSIM $\uparrow$ \\" in text
+        assert r"full & 0.550 $\pm$ 0.050 [0.9] \\" in text
+        assert r"none & -- \\" in text
+        assert r"Other\_1 (the paper's, not run here) & [0.8] \\" in text
+        assert r"\caption{50 \% \& more}" in text
+        assert escaped("a\\b{c}") == r"a\textbackslash{}b\{c\}"
+
+
+def narrowed(figure, scale, size):
+    """Cells of a figure, so that each value of each axis is in one."""
+    config = composed([f"figure={figure}", f"figure.scale={scale}", f"figure.size={size}"], "figure")
+    seen, kept = set(), []
+    for cell in engine.cells(config.figure, [], Path("unused")):
+        if not set(cell.place.items()) <= seen:
+            seen |= set(cell.place.items())
+            kept.append(cell)
+    return config.figure, kept
+
+
+@pytest.fixture
+def no_strips(monkeypatch):
+    monkeypatch.setattr(engine, "_strip", lambda strip, file: file)
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_every_run_of_every_figure_is_accepted(figure, no_strips):
+    known = {}
+    for scale in ("embedded", "paper"):
+        config, cells = narrowed(figure, scale, "full")
+        assert config.name == figure
+        get_class(config.draw._target_)
+        assert set(config.rows) <= set(cells[0].place)
+        for cell in cells if scale == "embedded" else cells[:1]:
+            path = [] if any("modality.path" in o for o in cell.overrides) else ["modality.path=mine.png"]
+            key = tuple(
+                o
+                for o in cell.overrides
+                if not o.startswith(("modality.path", "prompt", "seed", "prior.guidance"))
+            )
+            if key not in known:
+                known[key] = composed([*cell.overrides, *path])
+                known[key].dir = "unused"
+                check(known[key])
+    assert narrowed(figure, "embedded", "quick")[1]
+
+
+def test_all_names_every_figure():
+    assert sorted(composed(["figure=all"], "figure").figure.parts) == FIGURES
+    made = engine.parts(["figure=all", "figure.size=full", "trainer=gpu"])
+    assert made[0] == ["figure=fig2", "figure.size=full", "trainer=gpu"]
+
+
+class TestRuns:
+    """Four runs of Fig. 8 under the closed-form prior."""
+
+    @pytest.fixture
+    def overrides(self, tmp_path, write_image):
+        return [
+            "figure=fig8",
+            f"dir={tmp_path / 'figures'}",
+            'figure.sizes.quick.choose.guidance=["3"]',
+            'figure.sizes.quick.choose.step-method=["official / full","matched / w/o SVGD"]',
+            "figure.draw.x=ssim",
+            "figure.draw.y=structure_similarity",
+            "figure.columns={ssim:SSIM,seam_energy:seams}",
+            "prior=analytic",
+            "prior.window=16",
+            "+prior.prompts={turn it into a van gogh: [0, 1]}",
+            "modality.jitter=false",
+            "modality.stride=16",
+            "metrics=default",
+            "~metrics.style_spread",
+            "~metrics/perceptual",
+            "steps=2",
+            f"modality.path={write_image(16, 32)}",
+        ]
+
+    @pytest.fixture
+    def counted(self, monkeypatch):
+        calls = []
+        edit = engine.edit
+
+        def counting(*overrides):
+            calls.append(overrides)
+            return edit(*overrides)
+
+        monkeypatch.setattr(engine, "edit", counting)
+        return calls
+
+    def test_made_reused_and_continued(self, overrides, counted, tmp_path, monkeypatch):
+        folder = tmp_path / "figures/fig8"
+        assert engine.make(overrides) == 0
+        assert len(counted) == 4
+        for suffix in (".png", ".pdf", ".csv", "_table.csv", ".tex"):
+            assert (folder / f"fig8{suffix}").stat().st_size > 0
+        rows = list(csv.DictReader((folder / "fig8.csv").open()))
+        assert [(row["step"], row["method"], row["seed"]) for row in rows] == [
+            *(("official", "full", "0"), ("official", "full", "1")),
+            *(("matched", "w/o SVGD", "0"), ("matched", "w/o SVGD", "1")),
+        ]
+        for row in rows:
+            entries = json.loads((folder / row["run"] / "metrics.json").read_text())
+            assert float(row["ssim"]) == entries["ssim"]["value"]
+        table = list(csv.DictReader((folder / "fig8_table.csv").open()))
+        values = [float(row["ssim"]) for row in rows]
+        assert float(table[1]["ssim"]) == pytest.approx(np.mean(values[2:]))
+        assert float(table[1]["ssim_error"]) == pytest.approx(abs(values[2] - values[3]) / 2)
+
+        before = (folder / "fig8.csv").read_bytes()
+        (folder / rows[1]["run"] / "metrics.json").unlink()  # as an interruption leaves it
+        counted.clear()
+        assert engine.make(overrides) == 0
+        assert ["seed=1" in call for call in counted] == [True]
+        assert (folder / "fig8.csv").read_bytes() == before
+
+        counted.clear()
+        reach = [float(row["seam_energy"]) for row in rows]
+        assert engine.make([*overrides, "+metrics.seam_energy.reach=1"]) == 0
+        assert counted == []
+        rows = list(csv.DictReader((folder / "fig8.csv").open()))
+        assert all(float(row["seam_energy"]) != before for row, before in zip(rows, reach, strict=True))
+
+        def never(*given):
+            counted.append(given)
+            raise OSError("no space left")
+
+        monkeypatch.setattr(engine, "edit", never)
+        with pytest.raises(InputError, match="no run that finished; the first: no space left"):
+            engine.make([*overrides, "steps=3"])
+        assert len(counted) == 4  # another number of steps is another run
+
+    def test_a_run_that_fails_says_so_and_the_others_go_on(self, overrides, monkeypatch, tmp_path, capsys):
+        edit = engine.edit
+
+        def failing(*given):
+            if "seed=1" in given:
+                raise FloatingPointError("The residual is not finite at step 1.")
+            return edit(*given)
+
+        monkeypatch.setattr(engine, "edit", failing)
+        assert engine.make([*overrides, ONE_METHOD]) == 1
+        assert "seed 1 failed: The residual is not finite at step 1." in capsys.readouterr().err
+        rows = list(csv.DictReader((tmp_path / "figures/fig8/fig8.csv").open()))
+        assert [row["ssim"] != "" for row in rows] == [True, False]
+        assert "1 runs failed" in (tmp_path / "figures/fig8/fig8.tex").read_text()
+
+    def test_pictures_of_ones_own(self, overrides, counted, write_image, tmp_path):
+        mine = tmp_path / "mine"
+        mine.mkdir()
+        for seed in range(2):
+            write_image(16, 16, seed).rename(mine / f"p{seed}.png")
+        one = [
+            *overrides[:-1],
+            ONE_METHOD,
+            f"figure.pictures={mine}",
+            "figure.sizes.quick.seeds=[0]",
+            "steps=1",
+        ]
+        assert engine.make(one) == 0
+        rows = list(csv.DictReader((tmp_path / "figures/fig8/fig8.csv").open()))
+        assert [row["picture"] for row in rows] == ["p0", "p1"]
+        mine.rename(tmp_path / "moved")
+        counted.clear()
+        assert engine.make([o.replace(str(mine), str(tmp_path / "moved")) for o in one]) == 0
+        assert counted == []  # a picture is known by its content
+
+    @pytest.mark.parametrize(
+        ("given", "match"),
+        [
+            ("figure.size=big", "figure.size must be one of quick, night, full, not 'big'"),
+            (
+                'figure.sizes.quick.choose.guidance=["4"]',
+                "has no '4' to choose as guidance; accepted are 3, 5, 7.5, 10",
+            ),
+            ("figure.pictures=nowhere.png", "nowhere.png is no file"),
+            ("kernel.normalise=n", "kernel.normalise is no key, did you mean normalize"),
+            ("figure.draw._target_=os.system", "is not accepted"),
+            ("figure=nope", "figure=nope does not exist"),
+            ("figure=curves", "figure=curves is no figure"),
+        ],
+    )
+    def test_what_cannot_be_used(self, given, match, overrides, tmp_path):
+        keep = [o for o in overrides if o.partition("=")[0] != given.partition("=")[0]]
+        keep = [o for o in keep if "modality.path" not in o] if "pictures" in given else keep
+        given = [given] if given.startswith("figure=") else [*keep, given]
+        with pytest.raises(InputError, match=match):
+            engine.make(given)
+        assert not (tmp_path / "figures/fig8").exists()
+
+
+def test_strips_are_cut_from_shipped_pictures(tmp_path):
+    figure = composed(["figure=fig8"], "figure").figure
+    axis = engine.picture_axis(figure, [], [], tmp_path)
+    assert len(axis) == 8
+    for name, strip in figure.pictures.items():
+        whole = np.array(Image.open(engine.DATA / strip.file).convert("RGB"))
+        assert np.array_equal(np.array(Image.open(tmp_path / f"{name}.png")), whole[slice(*strip.rows)])
+        assert strip.rows[1] - strip.rows[0] == 128
+
+
+def test_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["csd-figure", "--help"])
+    engine.main()
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in FIGURES)
+    monkeypatch.setattr(sys, "argv", ["csd-figure", "figure=fig1"])
+    with pytest.raises(SystemExit) as exit:
+        engine.main()
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2
+    assert out == ""
+    assert err.startswith("csd-figure: figure=fig1 does not exist")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("river", (7.5, 5.0, 4, 2.0, 200, "turn into van gogh style painting")),
+        ("sheep", (7.5, 5.0, 4, 2.0, 200, "turn the sheeps into wolves")),
+        ("michelangelo", (15.0, 5.0, 8, 4.0, 200, "Re-imagine people are in galaxy")),
+        ("vienna", (15.0, 5.0, 4, 2.0, 200, "")),
+        ("break", (7.5, 1.5, None, 0.5, 100, "Change the color of his T-shirt to yellow")),
+    ],
+)
+def test_the_commands_of_the_public_code(name, expected):
+    config = composed([f"experiment=paper/{name}", "modality.path=mine.jpg"])
+    config.dir = "unused"
+    check(config)
+    prior, modality = config.prior, config.modality
+    found = (prior.guidance_scale, prior.image_guidance_scale, modality.batch, config.optimizer.lr)
+    assert (*found, config.steps, config.prompt) == expected
+    assert prior._target_ == "csd_exp.priors.InstructPix2Pix"
+    assert (prior.conditioning, config.kernel.normalize, config.schedule.weight) == (
+        "official",
+        "n",
+        "sigma2",
+    )
+    assert modality.get("jitter", False) is False
+    assert len(modality.regions or []) == (4 if name == "vienna" else 0)
+    config.modality.path = "???"
+    with pytest.raises(InputError, match=r"modality\.path is missing"):
+        check(config)
