@@ -3,18 +3,22 @@
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra.utils import get_class
 from PIL import Image
 
 from csd_exp.config import check, composed, conf_dir
 from csd_exp.errors import InputError
 from csd_exp.figures import engine
+from csd_exp.figures.drawing import Bars, Curves, Pictures, captioned
 from csd_exp.figures.results import Equal, Record, Results, summary
 from csd_exp.figures.tables import END, QUOTED, escaped, latex, lines, table_csv
+from csd_exp.images import write_png
 
 FIGURES = sorted(
     file.stem for file in (conf_dir() / "figure").glob("*.yaml") if file.stem not in ("all", "curves")
@@ -120,6 +124,72 @@ class TestTables:
         assert r"Other\_1 (the paper's, not run here) & [0.8] \\" in text
         assert r"\caption{50 \% \& more}" in text
         assert escaped("a\\b{c}") == r"a\textbackslash{}b\{c\}"
+
+
+class TestDrawing:
+    """Figures of runs that are only folders of pictures."""
+
+    @pytest.fixture
+    def results(self, tmp_path):
+        records = []
+        for number, (method, guidance) in enumerate((m, g) for m in ("full", "none") for g in ("3", "15")):
+            media = tmp_path / str(number) / "media"
+            for frame in range(3):
+                for name, shade in (("source", 10 * frame), ("edited", 50 * (number + 1) + frame)):
+                    write_png(torch.full((3, 8, 24), shade / 255), media / name / f"{frame:06d}.png")
+            place = {"method": method, "guidance": guidance}
+            records += [
+                Record(place, seed, {"x": number + seed / 10, "y": number**2}, run=media.parent)
+                for seed in (0, 1)
+            ]
+        return Results(records, ["method", "guidance"])
+
+    @staticmethod
+    def shades(figure):
+        return [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes if axes.images]
+
+    def test_pictures_stand_where_their_names_say(self, results):
+        figure = Pictures(rows=["method"], columns=["guidance"])(results, [], {})
+        assert self.shades(figure) == [0, 50, 100, 150, 200]
+        assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["source", "full", "none"]
+        assert [axes.get_title() for axes in figure.axes[2:4]] == ["3", "15"]
+        figure = Pictures(rows=["method", "guidance"], frames=[0, 2])(results, [], {})
+        assert self.shades(figure)[:4] == [0, 20, 50, 52]
+        figure = Pictures(rows=["method"], columns=["guidance"], beside=True)(results, [], {})
+        assert self.shades(figure) == [0, 50, 100, 0, 150, 200]
+
+    def test_pictures_of_runs_that_failed_are_left_out(self, results):
+        records = [
+            replace(r, run=None, values={}) if r.place["guidance"] == "3" else r for r in results.records
+        ]
+        figure = Pictures(rows=["method"], columns=["guidance"])(replace(results, records=records), [], {})
+        assert self.shades(figure) == [0, 100, 200]
+
+    def test_curves_have_error_bars_over_seeds(self, results):
+        figure = Curves(x="x", y="y", lines=["method"], along="guidance")(results, [], {"x": "X", "y": "Y"})
+        (axes,) = figure.axes
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("X", "Y")
+        full, none = axes.containers
+        assert full.get_label() == "full"
+        np.testing.assert_allclose(full.lines[0].get_xydata(), [[0.05, 0], [1.05, 1]])
+        np.testing.assert_allclose(none.lines[0].get_xydata(), [[2.05, 4], [3.05, 9]])
+        bar = full.lines[2][0].get_segments()[0]  # the standard error of 0 and 0.1 is 0.05
+        np.testing.assert_allclose(bar, [[0.0, 0], [0.1, 0]], atol=1e-12)
+
+    def test_bars_carry_the_papers_numbers(self, results):
+        found = lines(results, ["x"], [{"method": "full", "x": 0.9}, {"method": "Other", "x": 0.7}])
+        figure = Bars()(results, found, {"x": "X"})
+        (axes,) = figure.axes
+        assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.05, 1.05, 2.05, 3.05])
+        diamonds = [
+            (line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_marker() == "D"
+        ]
+        assert diamonds == [(0.9, 0), (0.9, 1), (0.7, 4)]
+        assert [label.get_text() for label in axes.get_yticklabels()][-1] == "Other (quoted)"
+
+    def test_a_caption_stands_below(self, results):
+        figure = captioned(Bars()(results, lines(results, ["x"], []), {"x": "X"}), "word " * 100)
+        assert figure.get_supxlabel().split() == ["word"] * 100
 
 
 def narrowed(figure, scale, size):
