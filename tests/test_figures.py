@@ -244,7 +244,7 @@ class TestRuns:
         return [
             "figure=fig8",
             f"dir={tmp_path / 'figures'}",
-            'figure.sizes.quick.choose.guidance=["3"]',
+            '+figure.sizes.quick.choose.guidance=["3"]',
             'figure.sizes.quick.choose.step-method=["official / full","matched / w/o SVGD"]',
             "figure.draw.x=ssim",
             "figure.draw.y=structure_similarity",
@@ -355,8 +355,8 @@ class TestRuns:
         [
             ("figure.size=big", "figure.size must be one of quick, night, full, not 'big'"),
             (
-                'figure.sizes.quick.choose.guidance=["4"]',
-                "has no '4' to choose as guidance; accepted are 3, 5, 7.5, 10",
+                '+figure.sizes.quick.choose.guidance=["4"]',
+                "has no '4' to choose as guidance; accepted are 1.5, 3, 5",
             ),
             ("figure.pictures=nowhere.png", "nowhere.png is no file"),
             ("kernel.normalise=n", "kernel.normalise is no key, did you mean normalize"),

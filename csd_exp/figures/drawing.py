@@ -14,7 +14,7 @@ from csd_exp.figures.tables import END, Line
 from csd_exp.images import read_image, saved_pictures, to_uint8
 
 CAPTION = 7  # points
-WIDE = 1.25 * 72 / CAPTION * 1.6  # characters of a caption in an inch
+WIDE = 72 / CAPTION / 0.58  # characters of a caption in an inch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -329,7 +329,7 @@ def caption(figure: DictConfig, configs: Sequence[DictConfig], planned: Sequence
     each = len(planned) // len({tuple(cell.place[axis] for axis in figure.rows) for cell in planned})
     facts = [
         f"Size {figure.size}, scale {figure.scale}, prior {configs[0].prior._target_.rpartition('.')[2]}",
-        f"{each} edits for each line of the table, {len(planned)} in all",
+        f"edits behind each line of the table: {each}, in all {len(planned)}",
         *(f"{axis}: {', '.join(values)}" for axis, values in axes.items() if axis not in figure.rows),
         *([f"prompts: {', '.join(map(repr, prompts))}"] if prompts else []),
         f"steps: {', '.join(steps)}",
