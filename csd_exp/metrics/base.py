@@ -29,7 +29,8 @@ class MeanMetric(Metric):
     count: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
+        # Rank zero alone measures what it has saved: to wait for other ranks would be for ever.
+        super().__init__(sync_on_compute=False)
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
