@@ -199,7 +199,7 @@ def faststart(source, path):
         (lambda b: b[: len(b) // 2], r"its frame \d+ cannot be decoded|it ends after \d+ of its 24 frames"),
         (
             lambda b: b[: len(b) * 9 // 10],
-            r"its frame \d+ cannot be decoded|it ends after 2\d of its 24 frames",
+            r"its frame \d+ cannot be decoded|it ends after \d+ of its 24 frames",
         ),
         (overwritten, r"its frame \d+ (is damaged|cannot be decoded)"),
         (lambda b: b"", "it cannot be read as a video"),
