@@ -336,7 +336,7 @@ def caption(figure: DictConfig, configs: Sequence[DictConfig], planned: Sequence
         f"seeds: {', '.join(seeds)}; errors are standard errors over seeds",
         *([f"{failed} runs failed and are left out"] if failed else []),
     ]
-    return f"{' '.join(figure.caption.split())} {'. '.join(facts)}."
+    return f"{' '.join(figure.caption.split())} {'; '.join(facts)}."
 
 
 def write(figure: DictConfig, records: Sequence[Record], about: str, folder: Path) -> list[Path]:
