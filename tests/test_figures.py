@@ -389,6 +389,22 @@ def test_the_command_line(monkeypatch, capsys):
     engine.main()
     printed = capsys.readouterr().out
     assert all(name in printed for name in FIGURES)
+    made = []
+
+    def make(overrides):
+        made.append(overrides[0])
+        if overrides[0] == "figure=fig3":
+            raise InputError("figure=fig3 has no run that finished.")
+        return 0
+
+    monkeypatch.setattr(engine, "make", make)
+    monkeypatch.setattr(sys, "argv", ["csd-figure", "figure=all"])
+    with pytest.raises(SystemExit) as exit:
+        engine.main()
+    assert exit.value.code == 2
+    assert sorted(made) == sorted(f"figure={name}" for name in FIGURES)
+    assert capsys.readouterr().err == "csd-figure: figure=fig3 has no run that finished.\n"
+    monkeypatch.undo()
     monkeypatch.setattr(sys, "argv", ["csd-figure", "figure=fig1"])
     with pytest.raises(SystemExit) as exit:
         engine.main()

@@ -118,15 +118,30 @@ def main() -> None:
     Exit code 1 says that a run failed; the figure then shows the others.
     """
     silence_lightning()
+    if {"-h", "--help"} & set(sys.argv):
+        print(USAGE + ", ".join(["all", *composed(["figure=all"], "figure").figure.parts]))
+        return
+    code = 0
     try:
-        if {"-h", "--help"} & set(sys.argv):
-            print(USAGE + ", ".join(["all", *composed(["figure=all"], "figure").figure.parts]))
-            return
-        failed = sum(make(overrides) for overrides in parts(sys.argv[1:]))
+        for overrides in parts(sys.argv[1:]):
+            code = max(code, _made(overrides))
     except InputError as e:
-        print(f"csd-figure: {e}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(1 if failed else 0)
+        _refuse(e)
+        code = 2
+    sys.exit(code)
+
+
+def _made(overrides: Sequence[str]) -> int:
+    """Make one figure of a command line; returns its exit code, so that the others go on."""
+    try:
+        return min(make(overrides), 1)
+    except InputError as e:
+        _refuse(e)
+        return 2
+
+
+def _refuse(error: InputError) -> None:
+    print(f"csd-figure: {error}", file=sys.stderr, flush=True)
 
 
 def parts(overrides: Sequence[str]) -> list[list[str]]:
