@@ -14,7 +14,7 @@ from csd_exp.priors import StableDiffusion
 from csd_exp.tiny import models, text_to_image
 from csd_exp.tiny.captions import BACKGROUNDS, Captioned
 from csd_exp.tiny.text import build_text_encoder, build_tokenizer, tokenize
-from csd_exp.tiny.text_to_image import COLOURS, Latents, Subject, build_unet, rows_of, score, withheld
+from csd_exp.tiny.text_to_image import COLOURS, Latents, Subject, rows_of, score, withheld
 from csd_exp.tiny.training import velocity_loss
 
 SHARES = OmegaConf.create({"3d render": 0.6, "flat drawing": 0.3, "photo": 0.1})
@@ -112,7 +112,7 @@ def test_the_velocity_loss_is_zero_for_the_true_velocity_only():
 
 
 def test_the_unet_reads_the_text_at_every_level_and_as_a_whole(text):
-    unet = build_unet([16, 32], 4, 32, 4).eval()
+    unet = models.build_unet([16, 32], 4, 32, 4, conditioned=False).eval()
     x, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
     states = torch.randn(1, 32, 32)
     attentions = {name.split(".")[0] for name, _ in unet.named_modules() if name.endswith("attn2")}

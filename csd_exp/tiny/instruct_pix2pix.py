@@ -139,7 +139,9 @@ def denoiser_loss(unet: nn.Module, batch: tuple[Tensor, Tensor, Tensor], rng: to
 def train_unet(cfg: DictConfig, run: Path, latents: Latents) -> UNet2DConditionModel:
     """The denoiser on encoded pairs."""
     torch.manual_seed(cfg.seed)
-    unet = models.build_unet(cfg.unet.widths, cfg.vae.channels, cfg.text.width, cfg.unet.groups)
+    unet = models.build_unet(
+        cfg.unet.widths, cfg.vae.channels, cfg.text.width, cfg.unet.groups, conditioned=True
+    )
 
     def loss(unet: nn.Module, batch: tuple, k: int) -> Tensor:
         return denoiser_loss(unet, batch, torch_generator(cfg.seed, 4, k))

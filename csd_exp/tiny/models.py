@@ -32,20 +32,22 @@ def build_vae(widths: list[int], channels: int, groups: int) -> AutoencoderKL:
     )
 
 
-def build_unet(widths: list[int], channels: int, text_width: int, groups: int) -> UNet2DConditionModel:
-    """A denoiser of `channels` noisy and as many condition channels.
+def build_unet(
+    widths: list[int], channels: int, text_width: int, groups: int, conditioned: bool
+) -> UNet2DConditionModel:
+    """A denoiser of 16 x 16 latents; `conditioned` ones take as many channels of a condition besides.
 
-    All levels but the first attend to the text, and its pooled states scale and shift every block like the
-    timestep does: an edit of colours is learned several times faster so.
+    The pooled text scales and shifts every block, as the timestep does: what is asked for concerns all of the
+    picture. All levels attend to the text but the first of a conditioned one, which has a source to read.
     """
-    deeper = len(widths) - 1
+    first, deeper = "" if conditioned else "CrossAttn", len(widths) - 1
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=2 * channels,
+        in_channels=2 * channels if conditioned else channels,
         out_channels=channels,
         block_out_channels=tuple(widths),
-        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * deeper,
-        up_block_types=("CrossAttnUpBlock2D",) * deeper + ("UpBlock2D",),
+        down_block_types=(f"{first}DownBlock2D",) + ("CrossAttnDownBlock2D",) * deeper,
+        up_block_types=("CrossAttnUpBlock2D",) * deeper + (f"{first}UpBlock2D",),
         layers_per_block=1,
         cross_attention_dim=text_width,
         attention_head_dim=4,

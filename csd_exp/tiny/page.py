@@ -16,6 +16,7 @@ from csd_exp.tiny.card import row
 from csd_exp.tiny.edits import EDITS
 from csd_exp.tiny.looks import PAINTING_STYLES
 from csd_exp.tiny.scores import COVERED, EXACT
+from csd_exp.tiny.text_to_image import TABLE
 
 MODELS = ("instruct_pix2pix", "text_to_image", "clip")
 PAGE = """# The embedded models
@@ -60,12 +61,7 @@ the source in the answer's place; *outside* a local edit against the source wher
 The share of pictures that are nearest, at 16 x 16 px, to the true picture of what was asked for: among
 {subjects} things, eight backgrounds, or a render and a drawing.
 
-| asked for | object (chance {chance_object}) | background (chance {chance_background}) | style (chance 0.5) |
-| --- | --- | --- | --- |
-| its name | {object_plain} | {background_plain} | |
-| a seen background | {object_seen} | {background_seen} | |
-| an unseen background | {object_unseen} | {background_unseen} | |
-| the unseen flat drawing | {object_drawn} | | {style_drawn} |
+{table}
 
 Pictures of texts, then for some of the things the true render, by name, on a seen and on an unseen
 background, as a flat drawing, and the true drawing:
@@ -131,7 +127,7 @@ def _page(cfg: DictConfig, scores: dict[str, dict[str, Any]], assets: Path) -> s
         subjects=cfg.samples.subjects,
         edit_luck=1 / len(EXACT),
         luck=1 / clip["captions"],
-        **{key: value for key, value in scores["text_to_image"].items() if key != "autoencoder_psnr"},
+        table=TABLE.format(**scores["text_to_image"]),
         **{key: clip[key] for key in ("edit_training", "edit_held_out", "captions", "caption", "picture")},
     )
 

@@ -38,29 +38,6 @@ COLUMNS = 12
 COLOURS = tuple(name for name in BACKGROUNDS if name != "white")
 
 
-def build_unet(widths: list[int], channels: int, text_width: int, groups: int) -> UNet2DConditionModel:
-    """A denoiser of 16 x 16 latents that attends to the text at every level.
-
-    The pooled text also scales and shifts every block, as the timestep does: what the picture is of concerns
-    all of it.
-    """
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=tuple(widths),
-        down_block_types=("CrossAttnDownBlock2D",) * len(widths),
-        up_block_types=("CrossAttnUpBlock2D",) * len(widths),
-        layers_per_block=1,
-        cross_attention_dim=text_width,
-        attention_head_dim=4,
-        norm_num_groups=groups,
-        resnet_time_scale_shift="scale_shift",
-        addition_embed_type="text",
-        addition_embed_type_num_heads=4,
-    )
-
-
 def withheld(picture: Captioned, background: str) -> bool:
     """Whether training never shows this picture on this background: a quarter of all colours, never white."""
     return background in COLOURS and share("background", picture.style, picture.name, background) < 0.25
@@ -151,7 +128,8 @@ def train_unet(cfg: DictConfig, run: Path, latents: Latents) -> UNet2DConditionM
     """The denoiser on encoded pictures."""
     options = cfg.text_to_image.unet
     torch.manual_seed(cfg.seed)
-    unet = build_unet(options.widths, latents.latents.shape[1], cfg.text.width, options.groups)
+    channels = latents.latents.shape[1]
+    unet = models.build_unet(options.widths, channels, cfg.text.width, options.groups, conditioned=False)
 
     def loss(unet: nn.Module, batch: tuple[Tensor, Tensor], k: int) -> Tensor:
         clean, states = batch
@@ -300,6 +278,13 @@ def evaluate(cfg: DictConfig, run: Path, folder: Path) -> dict[str, Any]:
     return result
 
 
+TABLE = """\
+| asked for | object (chance {chance_object}) | background (chance {chance_background}) | style (chance 0.5) |
+| --- | --- | --- | --- |
+| its name | {object_plain} | {background_plain} | |
+| a seen background | {object_seen} | {background_seen} | |
+| an unseen background | {object_unseen} | {background_unseen} | |
+| the unseen flat drawing | {object_drawn} | | {style_drawn} |"""
 CARD = """---
 library_name: diffusers
 license: apache-2.0
@@ -347,12 +332,7 @@ where, at 16 x 16 px, it is nearest to the true picture by squared error; for th
 on the same background and in the same style, for the background among the same thing on all eight, for the
 style among its render and its drawing.
 
-| asked for | object (chance {chance_object}) | background (chance {chance_background}) | style (chance 0.5) |
-| --- | --- | --- | --- |
-| its name | {object_plain} | {background_plain} | |
-| a seen background | {object_seen} | {background_seen} | |
-| an unseen background | {object_unseen} | {background_unseen} | |
-| the unseen flat drawing | {object_drawn} | | {style_drawn} |
+{table}
 
 These renders through the autoencoder alone: {autoencoder_psnr} dB.
 
@@ -380,7 +360,8 @@ def card(cfg: DictConfig, pipe: StableDiffusionPipeline, result: dict[str, Any])
         subjects=cfg.samples.subjects,
         sampling=cfg.samples.steps,
         guidance=cfg.samples.guidance,
-        **result,
+        table=TABLE.format(**result),
+        autoencoder_psnr=result["autoencoder_psnr"],
     )
 
 
