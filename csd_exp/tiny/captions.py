@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from csd_exp.errors import InputError
-from csd_exp.tiny.photos import DATA, PATCH, Split, load, picture_files
+from csd_exp.tiny.photos import DATA, PATCH, Split, load, middle, picture_files
 
 Style = Literal["3d render", "flat drawing", "photo"]
 
@@ -263,8 +263,6 @@ def _photographs(split: Split) -> Iterator[Captioned]:
     named = _photograph_names()
     for file in picture_files(split):
         if file.name in named:
-            image = load(file, PATCH)
-            top, left = (image.shape[1] - PATCH) // 2, (image.shape[2] - PATCH) // 2
-            square = image[:, top : top + PATCH, left : left + PATCH]
+            square = middle(load(file, PATCH))
             opaque = torch.cat([square, torch.ones(1, PATCH, PATCH)])
             yield Captioned((opaque * 255).round().to(torch.uint8), named[file.name], "photo")

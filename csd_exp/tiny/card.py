@@ -3,7 +3,7 @@
 from omegaconf import DictConfig
 
 from csd_exp.tiny.edits import EDITS
-from csd_exp.tiny.looks import PAINTING_STYLES
+from csd_exp.tiny.paintings import PAINTING_STYLES
 from csd_exp.tiny.photos import HELD_OUT, picture_files
 from csd_exp.tiny.scores import COVERED, EXACT
 

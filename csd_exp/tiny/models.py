@@ -58,6 +58,19 @@ def build_unet(
     )
 
 
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Unscaled latents (modes) [n, C, h, w] of images [n, 3, H, W] in [0, 1], on the device of `vae`."""
+    images = images.to(vae.device, memory_format=torch.channels_last)
+    return vae.encode(images * 2 - 1).latent_dist.mode().float()
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """The autoencoder's copy [n, 3, H, W] of images in [0, 1], on the CPU."""
+    return (vae.decode(encode(vae, images)).sample.float().cpu() / 2 + 0.5).clamp(0, 1)
+
+
 def build_scheduler() -> DDIMScheduler:
     """Stable Diffusion's 1000 noise levels with v-prediction."""
     return DDIMScheduler(

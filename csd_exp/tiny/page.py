@@ -14,7 +14,7 @@ from csd_exp.errors import InputError
 from csd_exp.files import write_whole
 from csd_exp.tiny.card import row
 from csd_exp.tiny.edits import EDITS
-from csd_exp.tiny.looks import PAINTING_STYLES
+from csd_exp.tiny.paintings import PAINTING_STYLES
 from csd_exp.tiny.scores import COVERED, EXACT
 from csd_exp.tiny.text_to_image import TABLE
 

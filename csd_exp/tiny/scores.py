@@ -6,6 +6,7 @@ the style statistics of an ImageNet network (`csd_exp.metrics.perceptual.style_e
 
 import colorsys
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,12 +16,12 @@ from csd_exp.metrics import style_statistics
 from csd_exp.metrics.perceptual import style_embedding
 from csd_exp.metrics.windows import Embed
 from csd_exp.tiny.edits import EDITS, PAINTERS, target
-from csd_exp.tiny.looks import PAINTING_STYLES, paint
-from csd_exp.tiny.photos import PATCH, load, picture_files
+from csd_exp.tiny.models import reconstruct
+from csd_exp.tiny.paintings import PAINTING_STYLES, SHORT, paint
+from csd_exp.tiny.photos import load, middle, picture_files
 
 EXACT = tuple(name for name, edit in EDITS.items() if not edit.ambiguous)
 COMPUTED = tuple(name for name in EXACT if name not in PAINTERS)
-SHORT = 192
 COVERED = 0.05  # the share of a patch that a region must cover for its local edit to be looked for
 WORDINGS: tuple[Literal["wordings", "held_out"], ...] = ("wordings", "held_out")
 
@@ -38,15 +39,10 @@ def held_out_patches(count: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """
     files = picture_files("held_out")
     pictures = [load(files[number * len(files) // count], SHORT) for number in range(count)]
-    edits = {name: torch.stack([_middle(target(name, picture)) for picture in pictures]) for name in EXACT}
-    paintings = [_middle(paint(picture, style)) for picture in pictures for style in PAINTING_STYLES]
-    patches = torch.stack([_middle(picture) for picture in pictures])
+    edits = {name: torch.stack([middle(target(name, picture)) for picture in pictures]) for name in EXACT}
+    paintings = [middle(paint(picture, style)) for picture in pictures for style in PAINTING_STYLES]
+    patches = torch.stack([middle(picture) for picture in pictures])
     return patches, edits, torch.stack(paintings).unflatten(0, (count, -1))
-
-
-def _middle(image: Tensor) -> Tensor:
-    top, left = (image.shape[1] - PATCH) // 2, (image.shape[2] - PATCH) // 2
-    return image[:, top : top + PATCH, left : left + PATCH]
 
 
 class Sampler:
@@ -61,13 +57,6 @@ class Sampler:
         rng = torch.Generator().manual_seed(self.seed)
         made = self.pipe([text] * len(images), image=images, generator=rng, output_type="pt", **self.options)
         return made.images.float().cpu()
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """The autoencoder's copy of images."""
-        vae = self.pipe.vae
-        latents = vae.encode(images.to(vae.device) * 2 - 1).latent_dist.mode()
-        return (vae.decode(latents).sample.float().cpu() / 2 + 0.5).clamp(0, 1)
 
 
 def nearest(images: Tensor, references: Tensor) -> Tensor:
@@ -126,12 +115,12 @@ def score(sampler: Sampler, count: int, draws: int) -> tuple[dict, dict[str, Ten
     """
     images, edits, paintings = held_out_patches(count)
     references = torch.stack([edits[name] for name in EXACT], 1)
-    copies = sampler.reconstruct(images)
+    copy = partial(reconstruct, sampler.pipe.vae)
     shows = {name: applies(name, images) for name in EXACT}
     result: dict[str, Any] = {
-        "autoencoder_psnr": _mean(psnr(copies, images)),
+        "autoencoder_psnr": _mean(psnr(copy(images), images)),
         "autoencoder_psnr_of_edits": {
-            name: _mean(psnr(sampler.reconstruct(edited), edited)) for name, edited in edits.items()
+            name: _mean(psnr(copy(edited), edited)) for name, edited in edits.items()
         },
         "unedited_psnr": {name: _mean(psnr(images, edits[name])) for name in COMPUTED},
         "patches": {name: int(shown.sum()) for name, shown in shows.items()},

@@ -53,23 +53,16 @@ def taught(cfg: DictConfig) -> list[Captioned]:
 def rows_of(pictures: list[Captioned], shares: DictConfig) -> list[tuple[int, str, float]]:
     """Every picture's number and background in training, and how often the two are drawn.
 
-    `shares` says how often each style is. Half of an emoji's draws are on white, half on one of its colours.
+    `shares` says how often each style is. Half of the draws are on white, half on one of a picture's colours.
     """
     count = {style: sum(picture.style == style for picture in pictures) for style in shares}
     rows = []
     for number, picture in enumerate(pictures):
-        often = shares[picture.style] / count[picture.style]
-        shown = [colour for colour in COLOURS if picture.style != "photo" and not withheld(picture, colour)]
-        rows.append((number, "white", often / 2 if shown else often))
-        rows += [(number, colour, often / 2 / len(shown)) for colour in shown]
+        often = shares[picture.style] / count[picture.style] / 2
+        shown = [colour for colour in COLOURS if not withheld(picture, colour)]
+        rows.append((number, "white", often if shown else 2 * often))
+        rows += [(number, colour, often / len(shown)) for colour in shown]
     return rows
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Unscaled latents (modes) [n, C, h, w] of uint8 images [n, 3, H, W]."""
-    images = images.to(vae.device, memory_format=torch.channels_last)
-    return vae.encode(images / 127.5 - 1).latent_dist.mode().float()
 
 
 def load_autoencoder(cfg: DictConfig) -> AutoencoderKL:
@@ -92,7 +85,7 @@ def prepare_latents(run: Path, vae: AutoencoderKL, pictures: list[Captioned], ro
         encoded = []
         for first in tqdm(range(0, len(rows), 32), "latents"):
             images = [pictures[number].on(background) for number, background, _ in rows[first : first + 32]]
-            encoded.append(encode(vae, torch.stack(images)).half().cpu())
+            encoded.append(models.encode(vae, torch.stack(images) / 255).half().cpu())
         save(torch.cat(encoded), file)
     return torch.load(file, weights_only=True)
 
@@ -176,12 +169,6 @@ class Sampler:
         rng = torch.Generator().manual_seed(self.seed)
         return self.pipe(texts, generator=rng, **self.options).images.float().cpu()
 
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """The autoencoder's copy of uint8 images [n, 3, 128, 128], in [0, 1]."""
-        vae = self.pipe.vae
-        return (vae.decode(encode(vae, images)).sample.float().cpu() / 2 + 0.5).clamp(0, 1)
-
 
 class Subject:
     """A thing that training showed as a render on some backgrounds, but not on `unseen`, and never drawn."""
@@ -253,8 +240,6 @@ def score(sampler: Sampler, chosen: list[Subject]) -> tuple[dict[str, Any], dict
     both = [[subject.render.image, subject.drawing.image] for subject in chosen]
     result["object_drawn"] = _share_right(made, [drawings] * len(chosen), everything)
     result["style_drawn"] = _share_right(made, both, [1] * len(chosen))
-    renders = torch.stack([subject.render.image for subject in chosen])
-    result["autoencoder_psnr"] = round(psnr(sampler.reconstruct(renders), renders / 255).mean().item(), 2)
     return result, pictures | dict(zip(texts, made, strict=True))
 
 
@@ -269,7 +254,11 @@ def evaluate(cfg: DictConfig, run: Path, folder: Path) -> dict[str, Any]:
     """Scores the exported folder: scores.json, what it makes of texts as samples.jpg, and its model card."""
     pipe = models.load_pipeline(folder, cfg.device)
     sampler = Sampler(pipe, cfg.samples.steps, cfg.samples.guidance, cfg.seed)
-    result, pictures = score(sampler, subjects(cfg))
+    chosen = subjects(cfg)
+    result, pictures = score(sampler, chosen)
+    renders = torch.stack([subject.render.image for subject in chosen]) / 255
+    copies = models.reconstruct(pipe.vae, renders)
+    result["autoencoder_psnr"] = round(psnr(copies, renders).mean().item(), 2)
     prompts = list(cfg.samples.prompts)
     cells = [*zip(prompts, sampler(prompts), strict=True), *pictures.items()]
     write_whole(run / "samples.jpg", grid([(fill(text, 28), image) for text, image in cells], COLUMNS))

@@ -1,0 +1,98 @@
+"""Reproducible training pairs of the embedded editing model: crops of photographs, their edits and texts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csd_exp.tiny.edits import EDITS, GRADINGS, PAINTED, style_of
+from csd_exp.tiny.looks import GRID, REACH
+from csd_exp.tiny.paintings import PAINTING_STYLES, paint
+from csd_exp.tiny.photos import PATCH, load, picture_files
+from csd_exp.tiny.training import generator
+
+
+@dataclass
+class View:
+    """A training picture at one scale: `image` uint8 [3, H, W] and its painting in each style, the same."""
+
+    image: Tensor
+    painted: dict[int, Tensor]
+
+
+def _bytes(image: Tensor) -> Tensor:
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _jitter(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Mild exposure, contrast and white balance of another camera."""
+    gamma, balance = np.exp(rng.uniform(-0.25, 0.25)), torch.from_numpy(rng.uniform(0.9, 1.1, 3)).float()
+    return (image**gamma * balance[:, None, None]).clamp(0, 1)
+
+
+def build_views(scales: list[int], seed: int, limit: int | None = None, progress=iter) -> list[View]:
+    """Training pictures (the first `limit`) at each short side of `scales` px that enlarges by 10 % at most.
+
+    All but a picture's smallest view get other exposures, so that scale is not all that varies.
+    """
+    files = progress(picture_files()[:limit])
+    return [view for number, file in enumerate(files) for view in views_of(file, scales, seed, number)]
+
+
+def views_of(file: Path, scales: list[int], seed: int, number: int) -> list[View]:
+    """The views of one picture; its exposures depend on (seed, number) only."""
+    native = min(load(file).shape[-2:])
+    views = []
+    for scale in [scale for scale in scales if scale <= 1.1 * native]:
+        image = load(file, scale)
+        if scale > scales[0]:
+            image = _jitter(image, generator(seed, 0, number, scale))
+        painted = {style: _bytes(paint(image, style)) for style in PAINTING_STYLES}
+        views.append(View(_bytes(image), painted))
+    return views
+
+
+class Pairs:
+    """Training crops that depend on (seed, number) only, `number` counting crops without end.
+
+    `pairs[number]` is one source crop [3, 128, 128], `edits` edits of it [edits, 3, 128, 128], in [0, 1],
+    and their instructions. A share `both` of the edits is painted and then graded.
+    """
+
+    def __init__(self, views: list[View], seed: int, edits: int, both: float = 0.05):
+        self.views, self.seed, self.edits, self.both = views, seed, edits, both
+        weights = np.array([edit.weight for edit in EDITS.values()])
+        self.weights = weights / weights.sum()
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
+        rng = generator(self.seed, 1, number)
+        view = self.views[rng.integers(len(self.views))]
+        if rng.random() < 0.5:
+            view = View(view.image.flip(-1), {style: made.flip(-1) for style, made in view.painted.items()})
+        height, width = view.image.shape[-2:]
+        top, left = (GRID * int(rng.integers((side - PATCH) // GRID + 1)) for side in (height, width))
+        texts, edits = zip(*(self._edit(view, top, left, rng) for _ in range(self.edits)), strict=True)
+        return _window(view.image, top, left), torch.stack(edits), list(texts)
+
+    def _edit(self, view: View, top: int, left: int, rng: np.random.Generator) -> tuple[str, Tensor]:
+        both = rng.random() < self.both
+        name = rng.choice(PAINTED) if both else rng.choice(list(EDITS), p=self.weights)
+        text, answer = rng.choice(EDITS[name].wordings), EDITS[name].choose(rng.random())
+        image = view.image if (style := style_of(answer)) is None else view.painted[style]
+        if both:
+            name = rng.choice(GRADINGS)
+            text, answer = f"{text}, {rng.choice(EDITS[name].wordings)}", EDITS[name].choose()
+        elif style is not None:
+            return str(text), _window(image, top, left)
+        return str(text), _window(image, top, left, answer)
+
+
+def _window(image: Tensor, top: int, left: int, answer=None) -> Tensor:
+    """The window at (top, left) of a uint8 image in [0, 1], edited with all the context that an edit sees."""
+    if answer is None:
+        return image[:, top : top + PATCH, left : left + PATCH] / 255
+    y, x = max(0, top - REACH), max(0, left - REACH)
+    context = image[:, y : top + PATCH + REACH, x : left + PATCH + REACH] / 255
+    return answer(context)[:, top - y : top - y + PATCH, left - x : left - x + PATCH].clamp(0, 1)
