@@ -5,8 +5,6 @@ import csv
 import io
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -235,50 +233,6 @@ def test_a_run_that_only_began_has_a_report_too(tmp_path):
     page = Page(write_report(tmp_path))
     assert page.within("h1") == ["a painting"]
     assert page.within("h2") == ["Reproduce"]
-
-
-def browser() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
-        if path := shutil.which(name):
-            return path
-    pytest.skip("no Chromium or Chrome is installed to open the report in")
-
-
-def test_a_browser_runs_the_slider_and_no_prompt(finished, tmp_path):
-    program = browser()
-    report = write_report(finished).read_text(encoding="utf-8")
-    drag = """<script>
-      const range = document.querySelector("input");
-      range.value = 25;
-      range.dispatchEvent(new Event("input"));
-      const stage = document.querySelector(".stage");
-      document.body.dataset.width = stage.clientWidth;
-      document.body.dataset.height = stage.clientHeight;
-    </script></body>"""
-    probe = tmp_path / "probe.html"
-    probe.write_text(report.replace("</body>", drag), encoding="utf-8")
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--window-size=1200,900",
-    ]
-    done = subprocess.run(
-        [program, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", probe.as_uri()],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=120,
-        check=True,
-    )
-    dom = done.stdout
-    width = float(re.search(r'data-width="([\d.]+)"', dom)[1])
-    split = float(re.search(r"--split: ([\d.]+)px", dom)[1])
-    assert width > 300
-    assert split == pytest.approx(width / 4, abs=1)
-    assert width / float(re.search(r'data-height="([\d.]+)"', dom)[1]) == pytest.approx(160 / 64, rel=0.01)
-    assert "data-run" not in re.search(r"<body[^>]*>", dom)[0]
 
 
 def test_regions_and_the_mask_are_shown_with_their_prompts(write_image, build, fit, tmp_path):
