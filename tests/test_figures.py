@@ -315,6 +315,15 @@ class TestRuns:
             engine.make([*overrides, "steps=3"])
         assert len(counted) == 4  # another number of steps is another run
 
+        before = (folder / "fig8.csv").read_bytes()
+        full = [override.replace("sizes.quick", "sizes.full") for override in overrides]
+        full += ["figure.size=full", "figure.sizes.full.seeds=[0,1]", "+metrics.seam_energy.reach=1"]
+        full += ["+figure.sizes.full.choose.prompt=[van gogh]"]
+        full[3] = "+" + full[3]
+        assert engine.make(full) == 0  # another size with the same runs: none is made, no file replaced
+        assert (folder / "fig8.csv").read_bytes() == before
+        assert (folder / "fig8_full.csv").read_bytes() == before
+
     def test_a_run_that_fails_says_so_and_the_others_go_on(self, overrides, monkeypatch, tmp_path, capsys):
         edit = engine.edit
 

@@ -355,18 +355,20 @@ def caption(figure: DictConfig, configs: Sequence[DictConfig], planned: Sequence
 
 
 def write(figure: DictConfig, records: Sequence[Record], about: str, folder: Path) -> list[Path]:
-    """Write what a figure is made into; returns the files."""
+    """Write what a figure is made into; returns the files, whose names tell another size and scale."""
     equal = None if figure.equal is None else Equal(**figure.equal)
     results = Results(records, list(figure.rows), equal)
     columns = {str(name): title for name, title in figure.columns.items()}
     found = lines(results, list(columns), list(figure.paper))
     drawn = captioned(constructed(figure.draw)(results, found, columns), about)
+    other = [what for what in (figure.size, figure.scale) if what not in ("quick", "embedded")]
+    name = "_".join([figure.name, *other])
     contents: dict[str, str | bytes] = {
-        f"{figure.name}.png": _image(drawn, "png"),
-        f"{figure.name}.pdf": _image(drawn, "pdf"),
-        f"{figure.name}.csv": records_csv(results, list(columns)),
-        f"{figure.name}_table.csv": table_csv(found, list(figure.rows), list(columns)),
-        f"{figure.name}.tex": latex(found, list(figure.rows), columns, about, f"fig:{figure.name}"),
+        f"{name}.png": _image(drawn, "png"),
+        f"{name}.pdf": _image(drawn, "pdf"),
+        f"{name}.csv": records_csv(results, list(columns)),
+        f"{name}_table.csv": table_csv(found, list(figure.rows), list(columns)),
+        f"{name}.tex": latex(found, list(figure.rows), columns, about, f"fig:{name}"),
     }
     for name, content in contents.items():
         write_whole(folder / name, content)
