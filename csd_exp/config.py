@@ -104,6 +104,7 @@ NOT_SCIENTIFIC = (
 
 def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
     """The configuration of these overrides, `hydra` node included; raises InputError in one sentence."""
+    check_choices(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="csd"):
@@ -118,6 +119,18 @@ def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
             key = f"{unknown[1]}.{unknown[2]}"
             raise InputError(f"{key} takes a new entry as +{key}.NAME=VALUE.") from e
         raise InputError(_unknown_key(unknown[1], unknown[2], [str(k) for k in known or ()])) from e
+
+
+def check_choices(overrides: Sequence[str]) -> None:
+    """Raises InputError where a group is given nothing, or two choices: Hydra would mix the keys of both."""
+    chosen: dict[str, str] = {}
+    for override in overrides:
+        group, _, choice = override.partition("=")
+        known = sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+        if known and choice in ("null", ""):
+            raise InputError(f"{override} chooses nothing; accepted are {', '.join(known)}.")
+        if choice in known and chosen.setdefault(group, choice) != choice:
+            raise InputError(f"{group} is chosen twice, as {chosen[group]} and as {choice}; choose one.")
 
 
 def sentence(error: Exception) -> str:

@@ -73,11 +73,11 @@ class OpenClip:
 
 
 def edit_captions(instruction: str, subject: str = "a photograph") -> tuple[str, str]:
-    """The captions before and after an edit: `subject`, and "`subject`, `instruction`".
+    """The captions before and after an edit: `subject`, and "`subject`, `instruction`", or that alone.
 
     CLIP's directional similarity compares captions; an instruction is no caption, so this rule makes two.
     """
-    return subject, f"{subject}, {instruction}"
+    return subject, f"{subject}, {instruction}" if subject else instruction
 
 
 @contextmanager

@@ -29,7 +29,15 @@ from torch import Tensor
 
 from csd_exp.build import build_module, constructed, silence_lightning
 from csd_exp.callbacks import Media, Provenance
-from csd_exp.config import check, check_same_science, composed, conf_dir, sentence, without_hydra
+from csd_exp.config import (
+    check,
+    check_choices,
+    check_same_science,
+    composed,
+    conf_dir,
+    sentence,
+    without_hydra,
+)
 from csd_exp.errors import InputError
 from csd_exp.evaluate import build_metrics, entries, write_metrics
 from csd_exp.images import saved_pictures
@@ -172,6 +180,7 @@ def launch(args: Sequence[str]) -> None:
     flags = get_args_parser().parse_args(list(args))
     shows_only = flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion
     rank_of_another = "LOCAL_RANK" in os.environ
+    check_choices(flags.overrides)
     if not shows_only and not rank_of_another:
         _check_quoting(flags.overrides, flags.multirun)
         continued = _resuming(flags.overrides)

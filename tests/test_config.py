@@ -60,6 +60,7 @@ MISTAKES = {
     "schedule/lr=cos": ["schedule/lr=cos", "cosine"],
     "logger.csv.folder=x": ["logger.csv.folder", "save_dir"],
     "ckpt_path=x": ["ckpt_path=x"],
+    "metrics=null": ["metrics=null", "none"],
 }
 
 
@@ -68,6 +69,11 @@ def test_mistake_is_one_sentence_that_names_it(picture: str, override: str) -> N
     message = refusal(picture, override)
     for word in MISTAKES[override]:
         assert word in message
+
+
+def test_a_group_is_chosen_once(picture: str) -> None:
+    assert refusal(picture, "metrics=full", "metrics=answers").startswith("metrics is chosen twice")
+    assert len(run_config(picture, "metrics=none").metrics) == 0
 
 
 def test_mistake_inside_an_experiment_file(picture: str, tmp_path: Path) -> None:

@@ -169,11 +169,13 @@ def test_the_command_line(run_dir, tmp_path, monkeypatch, capsys):
         assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("group", sorted(f.stem for f in (conf_dir() / "metrics").glob("*.yaml")))
+GROUPS = sorted(file.stem for file in (conf_dir() / "metrics").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("group", [group for group in GROUPS if group != "none"])
 def test_every_group_names_metrics_with_definition_and_sense(group):
-    config = composed(
-        [f"metrics={group}", "metrics/perceptual=lpips"] if group != "clip" else ["metrics=clip"]
-    )
+    distance = [] if group in ("clip", "generated") else ["metrics/perceptual=lpips"]
+    config = composed([f"metrics={group}", *distance])
     nodes = {name: node for name, node in config.metrics.items() if module._is_metric(node)}
     check_targets(OmegaConf.create({"metrics": OmegaConf.to_container(config.metrics, resolve=True)}))
     assert nodes

@@ -96,7 +96,7 @@ class CaptionMetric(CLIPMetric):
     """A metric that compares pictures with captions.
 
     source_caption: what the sources show. target_caption: what the edited pictures should show; None makes it
-    of each picture's own prompt, as "SOURCE_CAPTION, PROMPT".
+    of each picture's own prompt, as "SOURCE_CAPTION, PROMPT", or PROMPT where the source has no caption.
     """
 
     def __init__(
