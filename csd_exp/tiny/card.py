@@ -50,9 +50,9 @@ On {images} patches of held-out pictures, {steps} DDIM steps, guidance {text} (t
 one seed. PSNR in dB against the exact answer. *Autoencoder* is the answer encoded and decoded: no edit
 can exceed it by much. *Unedited* is the source itself. *Recognised*: share of answers that are nearer to
 the exact answer to their instruction than to that of any other of the {exact}, by squared error, or for
-painters by the style statistics of an ImageNet network; a local edit counts on patches whose region covers
-{covered} or more. *Outside*: PSNR of a local edit to the source where its region is not. Held out: a wording
-that training never used.
+painters by the style statistics of an ImageNet network; a local edit on all held-out patches whose
+region covers {covered} or more. *Outside*: PSNR of a local edit to the source where its region is not. Held
+out: a wording that training never used.
 
 | edit | autoencoder | unedited | edit | recognised | outside | edit, held out | recognised, held out |
 | --- | --- | --- | --- | --- | --- | --- | --- |

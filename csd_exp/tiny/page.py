@@ -29,8 +29,8 @@ is written by `csd-score-models`; `csd-train-prior model=...` trains a model ane
 
 {exact} instructions with one right answer and {ambiguous} with many. An answer is *recognised* where it is
 nearer to the exact answer to its instruction than to that of any other, by squared error; for the five
-painters by the style statistics of an ImageNet network. Local edits count on patches that show at least
-{covered} of their region. *Held out* is a wording that training never used.
+painters by the style statistics of an ImageNet network. Local edits are recognised on all held-out patches
+of which their region covers at least {covered}. *Held out* is a wording that training never used.
 
 | | training wordings | held-out wordings |
 | --- | --- | --- |

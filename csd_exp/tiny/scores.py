@@ -6,6 +6,7 @@ the style statistics of an ImageNet network (`csd_exp.metrics.perceptual.style_e
 
 import colorsys
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from csd_exp.metrics import style_statistics
 from csd_exp.metrics.perceptual import style_embedding
 from csd_exp.metrics.windows import Embed
-from csd_exp.tiny.edits import EDITS, PAINTERS, target
+from csd_exp.tiny.edits import EDITS, LOCAL, PAINTERS, target
 from csd_exp.tiny.models import reconstruct
 from csd_exp.tiny.paintings import PAINTING_STYLES, SHORT, paint
 from csd_exp.tiny.photos import load, middle, picture_files
@@ -31,18 +32,14 @@ def psnr(image: Tensor, reference: Tensor) -> Tensor:
     return -10 * (image - reference).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
 
 
-def held_out_patches(count: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Middle patches [count, 3, 128, 128] of held-out pictures, their exact edits, all their paintings.
+def patches(pictures: Sequence[Tensor]) -> Tensor:
+    """The middles [n, 3, 128, 128] of pictures."""
+    return torch.stack([middle(picture) for picture in pictures])
 
-    Paintings are [count, styles, 3, 128, 128] in the order of `PAINTING_STYLES`. Whole pictures are edited,
-    then cut.
-    """
-    files = picture_files("held_out")
-    pictures = [load(files[number * len(files) // count], SHORT) for number in range(count)]
-    edits = {name: torch.stack([middle(target(name, picture)) for picture in pictures]) for name in EXACT}
-    paintings = [middle(paint(picture, style)) for picture in pictures for style in PAINTING_STYLES]
-    patches = torch.stack([middle(picture) for picture in pictures])
-    return patches, edits, torch.stack(paintings).unflatten(0, (count, -1))
+
+def answers(pictures: Sequence[Tensor]) -> Tensor:
+    """The middles [n, edits, 3, 128, 128] of the exact answers to all of `EXACT`: edited whole, then cut."""
+    return torch.stack([patches([target(name, picture) for name in EXACT]) for picture in pictures])
 
 
 class Sampler:
@@ -105,44 +102,51 @@ def hue_variance(images: Tensor) -> float:
 
 
 def score(sampler: Sampler, count: int, draws: int) -> tuple[dict, dict[str, Tensor]]:
-    """Scores on `count` held-out patches, and the pictures that they were read from.
+    """Scores on patches of `count` held-out pictures, and the pictures that they were read from.
 
     PSNRs are in dB. `recognised` is the share of answers that are nearest, among the exact answers of all of
-    `EXACT` to the same patch, to the one asked for; local edits count on patches that show their region.
-    `painters` judges painted edits once more, by `style_statistics`: palette and texture of fixed filters,
-    which mind the blur of strokes less than the network does. Ambiguous edits are drawn `draws` times on one
-    patch. Pictures are the `source`, one entry for each of `EXACT`, and draws of `painting` and `tint`.
+    `EXACT` to the same patch, to the one asked for; local edits are recognised on the patches of all held-out
+    pictures that show their region. `painters` judges painted edits once more, by `style_statistics`: palette
+    and texture of fixed filters, which mind the blur of strokes less than the network does. Ambiguous edits
+    are drawn `draws` times on one patch. Pictures are the `source`, one entry for each of `EXACT`, and draws
+    of `painting` and `tint`.
     """
-    images, edits, paintings = held_out_patches(count)
-    references = torch.stack([edits[name] for name in EXACT], 1)
+    everything = [load(file, SHORT) for file in picture_files("held_out")]
+    few = [everything[number * len(everything) // count] for number in range(count)]
+    images, references = patches(few), answers(few)
+    edits = dict(zip(EXACT, references.unbind(1), strict=True))
+    showing = {name: [one for one in everything if applies(name, patches([one]))] for name in LOCAL}
+    regions = {name: (patches(shown), answers(shown)) for name, shown in showing.items()}
     copy = partial(reconstruct, sampler.pipe.vae)
-    shows = {name: applies(name, images) for name in EXACT}
     result: dict[str, Any] = {
         "autoencoder_psnr": _mean(psnr(copy(images), images)),
         "autoencoder_psnr_of_edits": {
             name: _mean(psnr(copy(edited), edited)) for name, edited in edits.items()
         },
         "unedited_psnr": {name: _mean(psnr(images, edits[name])) for name in COMPUTED},
-        "patches": {name: int(shown.sum()) for name, shown in shows.items()},
+        "patches": {name: len(showing.get(name, few)) for name in EXACT},
     }
     pictures: dict[str, Tensor] = {}
     for kind in WORDINGS:
-        made = {name: sampler(images, getattr(EDITS[name], kind)[0]) for name in EXACT}
-        hits = {name: recognised(name, made[name], references)[shows[name]] for name in EXACT}
+        wording = {name: getattr(EDITS[name], kind)[0] for name in EXACT}
+        made = {name: sampler(images, wording[name]) for name in EXACT}
+        hits = {name: recognised(name, made[name], references) for name in EXACT if name not in LOCAL}
+        for name, (shown, exact) in regions.items():
+            hits[name] = recognised(name, sampler(shown, wording[name]), exact)
         result[f"edit_psnr_{kind}"] = {name: _mean(psnr(made[name], edits[name])) for name in COMPUTED}
-        result[f"recognised_{kind}"] = {name: _mean(hit) for name, hit in hits.items() if len(hit)}
+        result[f"recognised_{kind}"] = {name: _mean(hits[name]) for name in EXACT}
         by_palette = [nearest_style(made[name], references, style_statistics) for name in PAINTERS]
         right = torch.tensor([[EXACT.index(name)] for name in PAINTERS])
         result[f"painters_{kind}"] = _mean((torch.stack(by_palette) == right).float())
         pictures = pictures or {"source": images} | made
-        local = [name for name in EXACT if EDITS[name].region]
-        result[f"outside_psnr_{kind}"] = {name: outside_psnr(name, made[name], images) for name in local}
+        result[f"outside_psnr_{kind}"] = {name: outside_psnr(name, made[name], images) for name in LOCAL}
     for name in ("edit_psnr_wordings", "edit_psnr_held_out", "recognised_wordings", "recognised_held_out"):
         result[f"mean_{name}"] = round(sum(result[name].values()) / len(result[name]), 3)
 
     patch = images[:1].expand(draws, -1, -1, -1)
     painted, tinted = sampler(patch, "turn it into a painting"), sampler(patch, "tint it")
-    styles = nearest_style(painted, paintings[:1].expand(draws, -1, -1, -1, -1))
+    paintings = patches([paint(few[0], style) for style in PAINTING_STYLES])
+    styles = nearest_style(painted, paintings.expand(draws, -1, -1, -1, -1))
     result["painting_styles_drawn"] = len(styles.unique())
     result["tint_hue_variance"] = round(hue_variance(tinted), 3)
     return result, pictures | {"painting": painted, "tint": tinted}
