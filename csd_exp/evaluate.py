@@ -22,6 +22,7 @@ from csd_exp.config import check_targets, composed
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
 from csd_exp.images import saved_pictures, write_png
+from csd_exp.metrics.clip import TINY, tiny_weights
 from csd_exp.panning import sunrise
 from csd_exp.particles import Particles
 from csd_exp.report import write_report
@@ -111,15 +112,17 @@ def entries(metrics: Mapping[str, Metric], group: DictConfig | None, media: Path
             "value": values[name],
             "definition": getdoc(type(metric)),
             "higher_is_better": metric.higher_is_better,
-            "settings": _settings(cast(DictConfig, group)[name]),
+            "settings": settings_of(cast(DictConfig, group)[name]),
         }
         for name, metric in metrics.items()
     }
 
 
-def _settings(node: DictConfig) -> dict[str, Any]:
+def settings_of(node: DictConfig) -> dict[str, Any]:
+    """What a metric's number depends on beside the pictures: its arguments, and which weights `tiny` has."""
     settings = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
-    return {key: value for key, value in settings.items() if key != "_target_"}
+    weights = {"clip_weights": tiny_weights()} if settings.get("clip") == TINY else {}
+    return {key: value for key, value in settings.items() if key != "_target_"} | weights
 
 
 def write_metrics(metrics: Mapping[str, Mapping], run_dir: Path) -> None:

@@ -100,7 +100,7 @@ def write_report(run_dir: str | Path) -> Path:
     config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
     name = config.get("name", run_dir.name)
     page = _template().render(
-        title=_title(config) or name,
+        title=_title(config, run_dir / "media") or name,
         name=name,
         config=config,
         config_text=_text(run_dir / "config.yaml"),
@@ -115,7 +115,7 @@ def write_report(run_dir: str | Path) -> Path:
         regions=_first(run_dir / "media", "regions"),
         legend=_legend(config),
         masks=[_picture(f, "mask") for f in saved_pictures(run_dir / "media", "mask").files],
-        prompts=_prompts(config),
+        prompts=_prompts(config, run_dir / "media"),
         curves=_curves(run_dir / "metrics.csv"),
         metrics=[_metric(name, entry) for name, entry in _json(run_dir / "metrics.json").items()],
     )
@@ -198,17 +198,17 @@ def _legend(config: dict) -> list[tuple[str, str]]:
     return [*entries, ("transparent", config.get("prompt") or "no edit")]
 
 
-def _title(config: dict) -> str:
+def _title(config: dict, media: Path) -> str:
     """The prompt, or the first few of those that stand in its place."""
     modality = config.get("modality") or {}
-    several = [region["prompt"] for region in modality.get("regions") or []] or _prompts(config)
+    several = [region["prompt"] for region in modality.get("regions") or []] or _prompts(config, media)
     return config.get("prompt") or " · ".join(several[:4]) + (" …" if len(several) > 4 else "")
 
 
-def _prompts(config: dict) -> list[str]:
-    """The prompts of pictures that have one each."""
+def _prompts(config: dict, media: Path) -> list[str]:
+    """The prompts of pictures that have one each; those of a file as the run has read them."""
     prompts = (config.get("modality") or {}).get("prompts") or []
-    return [] if isinstance(prompts, str) else prompts
+    return _json(media / "pictures.json").get("prompts") or [] if isinstance(prompts, str) else prompts
 
 
 def _differences(media: Path) -> list[Picture]:

@@ -15,7 +15,7 @@ import csd_exp
 from csd_exp import evaluate as module
 from csd_exp.config import check_targets, composed, conf_dir
 from csd_exp.errors import InputError
-from csd_exp.evaluate import build_metrics, evaluate, measured
+from csd_exp.evaluate import build_metrics, evaluate, measured, settings_of
 from csd_exp.images import read_image
 
 SIZE = (53, 37)  # width and height, no multiple of anything
@@ -242,3 +242,10 @@ class TestKnown:
         assert estimated == pytest.approx(exact, rel=1)
         used = found["perceptual_consistency"]["settings"]["distance"]["_target_"]
         assert used == "csd_exp.metrics.EfficientNetDistance"
+
+
+def test_numbers_of_the_shipped_clip_tell_its_weights():
+    metrics = composed(["metrics=clip"]).metrics
+    assert len(settings_of(metrics.clip_image)["clip_weights"]) == 12
+    metrics.clip = "vit_bigg_14"
+    assert "clip_weights" not in settings_of(metrics.clip_image)

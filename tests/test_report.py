@@ -263,11 +263,12 @@ def test_regions_and_the_mask_are_shown_with_their_prompts(write_image, build, f
     assert (mask[:, 60:] == 0).all()
 
 
-def test_generated_pictures_stand_alone_with_their_prompts(build, fit, tmp_path):
+@pytest.mark.parametrize("given", [["a dog", "a cat"], "prompts.txt"])
+def test_generated_pictures_stand_alone_with_their_prompts(build, fit, tmp_path, given):
     run = tmp_path / "run"
     particles = Generated(1, 1, window=16, prompts=["a dog", "a cat"])
     fit(build(GaussianMixture(window=16), particles, residual=methods.sds), 1, callbacks=[Media(run)])
-    modality = {"_target_": "csd_exp.particles.Generated", "prompts": ["a dog", "a cat"]}
+    modality = {"_target_": "csd_exp.particles.Generated", "prompts": given}
     (run / "config.yaml").write_text(json.dumps({"name": "r", "modality": modality}))
     page = Page(write_report(run))
     assert not page.attributes("input")

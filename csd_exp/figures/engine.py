@@ -21,7 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from csd_exp.build import constructed, silence_lightning
 from csd_exp.config import check_targets, composed, scientific
 from csd_exp.errors import InputError
-from csd_exp.evaluate import evaluate
+from csd_exp.evaluate import evaluate, settings_of
 from csd_exp.figures.drawing import captioned
 from csd_exp.figures.equal_strength import Point
 from csd_exp.figures.results import Equal, Record, Results
@@ -284,12 +284,11 @@ def record(cell: Cell, config: DictConfig, folder: Path, names: Sequence[str]) -
 def _same_metrics(config: DictConfig, measured: Path, names: Sequence[str]) -> bool:
     """Whether the named metrics, of those that a configuration asks for, are there with its settings."""
     entries = json.loads(measured.read_text(encoding="utf-8"))
-    asked = OmegaConf.to_container(config.metrics or OmegaConf.create({}), resolve=True)
-    assert isinstance(asked, dict)
-    wanted = {name: asked[name] for name in names if name in asked}
+    group = config.metrics or {}
     return all(
-        name in entries and entries[name]["settings"] == {k: v for k, v in node.items() if k != "_target_"}
-        for name, node in wanted.items()
+        name in entries and entries[name]["settings"] == settings_of(group[name])
+        for name in names
+        if name in group
     )
 
 
