@@ -70,7 +70,7 @@ red things are not understood.
 """
 
 
-def card(cfg: DictConfig, scores: dict, history: str = "") -> str:
+def card(cfg: DictConfig, scores: dict) -> str:
     """The model card of a run configured by `cfg`, with the `scores` that `score` returns."""
     return CARD.format(
         channels=cfg.vae.channels,
@@ -86,7 +86,7 @@ def card(cfg: DictConfig, scores: dict, history: str = "") -> str:
         text_steps=cfg.text.steps,
         unet_steps=cfg.unet.steps,
         unet_batch=cfg.unet.batch,
-        history=f" {history}" if history else "",
+        history=f" {cfg.history}" if cfg.history else "",
         images=cfg.scores.images,
         draws=cfg.scores.draws,
         steps=cfg.scores.steps,
