@@ -45,7 +45,9 @@ class Curves:
             )
             axes.grid(alpha=0.3)
         handles, labels = drawn[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=2 * len(panels), frameon=False, fontsize=8
+        )
         return figure
 
     def _line(self, axes: Axes, results: Results, label: str, records: Sequence[Record]) -> None:
