@@ -180,8 +180,9 @@ def launch(args: Sequence[str]) -> None:
     flags = get_args_parser().parse_args(list(args))
     shows_only = flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion
     rank_of_another = "LOCAL_RANK" in os.environ
-    check_choices(flags.overrides)
-    if not shows_only and not rank_of_another:
+    if shows_only:
+        check_choices(flags.overrides)
+    elif not rank_of_another:
         _check_quoting(flags.overrides, flags.multirun)
         continued = _resuming(flags.overrides)
         args = [*args, *continued[len(flags.overrides) :]]

@@ -17,7 +17,7 @@ from csd_exp.errors import InputError
 from csd_exp.figures import engine
 from csd_exp.figures.drawing import Bars, Curves, Pictures, captioned
 from csd_exp.figures.results import Equal, Record, Results, summary
-from csd_exp.figures.tables import END, QUOTED, escaped, latex, lines, table_csv
+from csd_exp.figures.tables import END, QUOTED, escaped, latex, lines, methods, table_csv
 from csd_exp.images import write_png
 
 FIGURES = sorted(
@@ -452,3 +452,9 @@ def test_the_commands_of_the_public_code(name, expected):
     config.modality.path = "???"
     with pytest.raises(InputError, match=r"modality\.path is missing"):
         check(config)
+
+
+def test_an_axis_called_step_is_not_the_steps_of_a_run():
+    results = Results([], ["step", "method", "guidance"], Equal("strength", "step"))
+    assert methods(results) == ["step", "method", "guidance"]
+    assert methods(Results([], results.rows, Equal("strength", "guidance"))) == ["step", "method"]

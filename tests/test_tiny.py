@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -248,6 +249,26 @@ def test_centred_latents_decode_to_the_same_images():
     torch.testing.assert_close(moved.mean((0, 2, 3)), torch.zeros(5), atol=1e-5, rtol=0)
     assert (moved * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=1e-3)
     torch.testing.assert_close(vae.decode(moved).sample, before, atol=1e-4, rtol=1e-4)
+
+
+class Darkening:
+    """An autoencoder that loses a tenth of the brightness."""
+
+    device = "cpu"
+
+    def encode(self, images):
+        self.seen = images
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: images))
+
+    def decode(self, latents):
+        return SimpleNamespace(sample=latents - 0.2)
+
+
+def test_the_copy_of_an_autoencoder_is_an_image_in_the_unit_range():
+    vae, images = Darkening(), torch.rand(2, 3, 8, 8) * 0.8 + 0.2
+    assert psnr(models.reconstruct(vae, images), images).tolist() == pytest.approx([20, 20], abs=0.01)
+    torch.testing.assert_close(vae.seen, images * 2 - 1)
+    assert models.reconstruct(vae, images * 0).min() == 0
 
 
 def compose_test(*overrides):

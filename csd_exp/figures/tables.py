@@ -65,8 +65,9 @@ def lines(results: Results, columns: Sequence[str], paper: Sequence[Mapping[str,
 
 
 def methods(results: Results) -> list[str]:
-    """The row axes but the one along which edits get stronger."""
-    return [axis for axis in results.rows if results.equal is None or axis != results.equal.along]
+    """The row axes but the one along which edits get stronger; `step` are a run's steps and never an axis."""
+    along = None if results.equal is None or results.equal.along == "step" else results.equal.along
+    return [axis for axis in results.rows if axis != along]
 
 
 def _names(row: Mapping[str, Any], axes: Sequence[str]) -> dict[str, str]:

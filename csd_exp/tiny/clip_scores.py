@@ -14,11 +14,11 @@ from csd_exp.tiny.captions import DRAWINGS, LABELS, RENDERS, captioned
 from csd_exp.tiny.clip import CHANGED, export, train
 from csd_exp.tiny.edits import EDITS, target
 from csd_exp.tiny.photos import PATCH, captions_by_file, load, picture_files
+from csd_exp.tiny.scores import EXACT
 from csd_exp.tiny.training import run_folder
 
 TRAINED = ["seed", "bf16", "data.scales", "data.limit", "clip"]
 SHORT = 192  # px of the short side, so that a patch shows a good part of the picture
-EXACT = tuple(name for name, edit in EDITS.items() if not edit.ambiguous)
 
 
 def score(clip: OpenClip, count: int | None = None) -> dict[str, float]:
