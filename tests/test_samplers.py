@@ -1,12 +1,15 @@
 """Sampling against diffusers' scheduler, closed forms and loops written out, by the Prior protocol alone."""
 
 import inspect
+import json
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableDiffusionInstructPix2PixPipeline
+from diffusers_folder import save_pipeline
 from hydra.utils import instantiate
+from PIL import Image
 
 import csd_exp
 from csd_exp import samplers
@@ -14,7 +17,7 @@ from csd_exp.config import composed
 from csd_exp.errors import InputError
 from csd_exp.particles import Images, Panorama
 from csd_exp.particles.downscaled import resized
-from csd_exp.priors import GaussianMixture
+from csd_exp.priors import GaussianMixture, InstructPix2Pix
 from csd_exp.priors.base import Cond, Prior
 from csd_exp.samplers import Downscaled, MultiDiffusion, PerView, SamplingModule, SDEdit, SyncTweedies
 from csd_exp.schedules import Draw
@@ -132,6 +135,30 @@ def test_one_view_follows_diffusers_scheduler(sample, write_image):
         eps = guided(module.prior, x, int(t), module.particles.source_latent[0])
         x = scheduler.step(eps, t, x, eta=0.0).prev_sample
     torch.testing.assert_close(module.particles.latent[0].data, x, rtol=1e-5, atol=1e-5)
+
+
+def test_noise_levels_that_end_in_pure_noise_are_sampled_as_by_diffusers(sample, write_image, tmp_path):
+    folder = save_pipeline(tmp_path / "pipeline", prediction_type="v_prediction")
+    file = folder / "scheduler" / "scheduler_config.json"
+    levels = {"rescale_betas_zero_snr": True, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | levels))
+    pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.scheduler.alphas_cumprod[-1] == 0
+    picture = write_image(32, 32)
+    prior = InstructPix2Pix(folder, guidance_scale=2.0, image_guidance_scale=1.3)
+    particles = Images(picture, prior.factor, prior.multiple, prompt="second")
+    sample(particles, PerView(steps=5), prior)
+    expected = pipe(
+        "second",
+        image=Image.open(picture),
+        latents=Draw(0, 0).normal("noise", 0, particles.latent.shape[1:])[None],
+        num_inference_steps=5,
+        guidance_scale=2.0,
+        image_guidance_scale=1.3,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(particles.latent.data, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("sampler", [PerView, MultiDiffusion, SyncTweedies])

@@ -86,7 +86,8 @@ class StableDiffusion:
                 for part in (parts.vae, parts.text_encoder, parts.unet)
             )
         self.guidance_scale, self.posterior, self.row_chunk = guidance_scale, posterior, row_chunk
-        self.alphas_cumprod = self.scheduler.alphas_cumprod.double()
+        # of pure noise x_0 could not be told from eps; the floor is that of diffusers' Euler scheduler
+        self.alphas_cumprod = self.scheduler.alphas_cumprod.double().clamp_min(2**-24)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.channels = self.vae.config.latent_channels
         side = self.unet.config.sample_size or 64  # Stable Diffusion's, where a folder does not say
