@@ -32,7 +32,8 @@ def made_up(cfg, run, folder):
         "painters_wordings": 0.875,
         "painters_held_out": 0.5,
         "autoencoder_psnr": 27.5,
-        "painting_styles_drawn": 7,
+        "styles_drawn": [6, 9, 8],
+        "styles_drawn_by_palette": [5, 8, 5],
         "tint_hue_variance": 0.5,
     }
     return {key: dict.fromkeys(names, 21.25) for key, names in per_edit.items()} | whole
@@ -64,7 +65,8 @@ def test_the_page_states_every_score(written):
     assert "3 MB together" in text
     assert "| recognised, mean over instructions | 62.5% | 62.5% |" in text
     assert "fixed filters | 87.5% | 50.0% |" in text
-    assert "7 of 10 painting styles" in text
+    assert "show 6 to 9 (mean 7.7)" in text
+    assert "5 to 8 (mean 6.0) by palette" in text
     assert "81.2% on training wordings, 75.0% on held-out ones" in text
     assert "| an unseen background | <object_unseen> | <background_unseen> | |" in text
     rows = re.findall(r"^\| .* \|$", text, re.MULTILINE)

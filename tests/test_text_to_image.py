@@ -89,7 +89,7 @@ def test_a_batch_pairs_latents_with_their_own_wordings(text):
 
 def test_the_velocity_loss_is_zero_for_the_true_velocity_only():
     """From v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) clean and the noising in float64."""
-    scheduler = models.build_scheduler()
+    scheduler = models.build_scheduler(zero_terminal_snr=False)
     clean = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     seen = []
 

@@ -1,6 +1,7 @@
 """The embedded editing model: its edits, its data, its recipe and the shipped weights."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from csd_exp.config import conf_dir
 from csd_exp.errors import InputError
 from csd_exp.tiny import instruct_pix2pix as recipe
 from csd_exp.tiny import models, training
-from csd_exp.tiny.edits import EDITS, GRADINGS, LOCAL, PAINTED, style_of, target
+from csd_exp.tiny.edits import EDITS, GRADINGS, LOCAL, PAINTED, PAINTERS, style_of, target
 from csd_exp.tiny.looks import REACH, tint
 from csd_exp.tiny.paintings import board, paint
 from csd_exp.tiny.pairs import Pairs, View
@@ -124,7 +125,7 @@ def test_wordings_and_pictures_that_are_held_out_are_never_trained_on():
     assert len(set(training)) == len(training)
     assert len(set(held_out)) == len(held_out)
     assert not set(training) & set(held_out)
-    assert all(len(edit.wordings) >= 6 and len(edit.held_out) >= 2 for edit in EDITS.values())
+    assert all(len(edit.wordings) >= 8 and len(edit.held_out) >= 2 for edit in EDITS.values())
     assert set(PAINTED + GRADINGS) <= set(EDITS)
     splits = [[file.stem for file in picture_files(split)] for split in ("prior", "clip", "held_out")]
     assert set(splits[1]) == CLIP_ONLY
@@ -143,21 +144,23 @@ def test_a_crop_depends_on_seed_and_number_only(views):
     first, again, other = Pairs(views, 3, 4), Pairs(views, 3, 4), Pairs(views, 4, 4)
     again[0]
     torch.manual_seed(1)
-    source, edits, texts = first[7]
+    source, edits, texts, paintings = first[7]
     assert torch.equal(source, again[7][0])
     assert torch.equal(edits, again[7][1])
     assert texts == again[7][2]
+    torch.testing.assert_close(paintings, 1 - source.expand_as(paintings))
     assert not torch.equal(source, other[7][0])
     assert not torch.equal(source, first[8][0])
     assert source.shape == (3, 128, 128)
     assert edits.shape == (4, 3, 128, 128)
+    assert paintings.shape == (10, 3, 128, 128)
 
 
 def test_a_training_pair_is_what_its_instruction_says(views):
     by_text = {text: edit for edit in EDITS.values() for text in edit.wordings}
     pairs, inner, seen = Pairs(views, 0, 8, both=0.0), slice(REACH, -REACH), set()
     for number in range(12):
-        source, edits, texts = pairs[number]
+        source, edits, texts, _ = pairs[number]
         for edited, text in zip(edits, texts, strict=True):
             if by_text[text].name in COMPUTED:
                 seen.add(by_text[text].name)
@@ -166,18 +169,103 @@ def test_a_training_pair_is_what_its_instruction_says(views):
     assert len(seen) > 6
 
 
-def test_conditions_are_dropped_as_often_as_stated():
-    def embed(texts):
-        return torch.stack([torch.full((3, 5), float(len(text))) for text in texts])
+def constant(texts):
+    """Text states [n, 1, 1] that hold the length of their text."""
+    return torch.tensor([[[float(len(text))]] for text in texts])
 
+
+def made_latents(text, painted=0.0):
+    """Two crops with one edit each, 1 and asked for by `text`, and ten paintings each, 2 to 11."""
     sources, edits = torch.ones(2, 4, 2, 2), torch.ones(2, 1, 4, 2, 2)
-    latents = recipe.Latents(sources, edits, [["night"], ["night"]], 0.5, embed)
-    edits, sources, texts = latents.batch(20000, 0)
+    paintings = torch.arange(2.0, 12)[None, :, None, None, None].expand(2, 10, 4, 2, 2)
+    return recipe.Latents(sources, edits, [[text], [text]], paintings, painted, 0.5, constant)
+
+
+def test_conditions_are_dropped_as_often_as_stated():
+    edits, sources, texts, answers = made_latents("night").batch(20000, 0)
     assert set(texts.unique().tolist()) == {0.0, 5.0}
     no_text, no_image = (texts == 0).all(2).all(1), (sources == 0).all((1, 2, 3))
     for found, share in ((no_text, 0.10), (no_image, 0.10), (no_text & no_image, 0.05)):
         assert found.float().mean() == pytest.approx(share, abs=0.01)
     assert (edits == 0.5).all()
+    assert answers.shape == (20000, 10, 4, 2, 2)
+    assert (answers == 0.5).all()
+
+
+def test_a_painter_is_always_asked_for_by_name():
+    painter = EDITS[PAINTERS[0]].wordings[0]
+    _, sources, texts, _ = made_latents(painter).batch(2000, 0)
+    assert (texts == len(painter)).all()
+    assert (sources == 0).all((1, 2, 3)).float().mean() == pytest.approx(0.10, abs=0.03)
+
+
+def test_paintings_are_asked_for_as_often_as_stated_and_all_alike():
+    edits, _, texts, answers = made_latents("night", painted=0.4).batch(20000, 0)
+    shown = 2 * edits[:, 0, 0, 0]
+    lengths = {0.0} | {float(len(text)) for text in EDITS["painting"].wordings}
+    assert (shown > 1).float().mean() == pytest.approx(0.4, abs=0.01)
+    assert set(texts[shown > 1].flatten().tolist()) == lengths
+    assert set(texts[shown == 1].flatten().tolist()) == {0.0, 5.0}
+    for style in range(2, 12):
+        assert (shown == style).float().mean() == pytest.approx(0.04, abs=0.005)
+    ten = torch.arange(1.0, 6, 0.5)[None, :, None, None, None].expand_as(answers)
+    assert torch.equal(answers[shown > 1], ten[shown > 1])
+
+
+def test_the_mean_answer_is_that_of_bayes():
+    """Written out in float64 for each row, and its limits: pure noise, and none."""
+    rng = torch.Generator().manual_seed(0)
+    answers = torch.randn(3, 4, 2, 3, 3, generator=rng, dtype=torch.float64)
+    noise = torch.randn(3, 2, 3, 3, generator=rng, dtype=torch.float64)
+    alpha_bar = torch.tensor([0.0, 0.05, 0.9999], dtype=torch.float64)[:, None, None, None]
+    noisy = alpha_bar.sqrt() * answers[:, 1] + (1 - alpha_bar).sqrt() * noise
+    found = training.posterior_mean(noisy, alpha_bar, answers)
+    for row in range(3):
+        bar = alpha_bar[row].item()
+        density = [
+            math.exp(-((noisy[row] - bar**0.5 * a) ** 2).sum() / (2 * (1 - bar))) for a in answers[row]
+        ]
+        mean = sum(p * a for p, a in zip(density, answers[row], strict=True)) / sum(density)
+        torch.testing.assert_close(found[row], mean, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found[0], answers[0].mean(0))
+    torch.testing.assert_close(found[2], answers[2, 1])
+
+
+def test_targets_over_all_answers_are_those_of_the_draw_on_average():
+    """The gradient of a denoiser that knows nothing of the draw, over many draws at one timestep each."""
+    scheduler, rng = models.build_scheduler(True), training.torch_generator(0, 9)
+    answers = torch.tensor([-1.0, 2.0, 0.5])[None, :, None, None, None].expand(4096, 3, 1, 1, 1)
+    drawn = answers[:, 0].clone()
+    choice = torch.randint(3, (4096,), generator=rng)
+    drawn[:] = answers[torch.arange(4096), choice]
+    slopes = []
+    for given in (None, answers):
+        slope = torch.zeros(1, requires_grad=True)
+        training.velocity_loss(
+            lambda noisy, t, slope=slope: slope * noisy,
+            drawn,
+            scheduler,
+            training.torch_generator(0, 10),
+            given,
+        ).backward()
+        slopes.append(slope.grad.item())
+    assert slopes[0] == pytest.approx(slopes[1], abs=0.05)
+    one = drawn[:, None].expand(-1, 3, -1, -1, -1)
+    losses = [
+        training.velocity_loss(
+            lambda noisy, t: 0 * noisy, drawn, scheduler, training.torch_generator(0, 10), given
+        )
+        for given in (None, one)
+    ]
+    torch.testing.assert_close(*losses)
+
+
+def test_draws_are_shown_row_by_row_after_their_source():
+    sources, draws = torch.arange(3.0), torch.arange(20.0).unflatten(0, (2, 10)) + 10
+    cells = recipe.draw_cells(sources, draws)
+    assert [name for name, _ in cells].count("source") == 4
+    shown = [float(image) for _, image in cells]
+    assert shown == [0, *range(10, 18), 0, 18, 19, 1, *range(20, 28), 1, 28, 29]
 
 
 def test_a_run_stopped_half_way_ends_with_the_same_weights(tmp_path, monkeypatch):
@@ -220,10 +308,20 @@ def test_timesteps_cover_all_noise_levels_and_none_beyond():
 
     for k in (506, *range(40)):  # draw 506 of this key rounds to the end
         rng = training.torch_generator(0, 8, k)
-        training.velocity_loss(denoise, torch.ones(16, 1, 1, 1), models.build_scheduler(), rng)
+        training.velocity_loss(denoise, torch.ones(16, 1, 1, 1), models.build_scheduler(True), rng)
     assert max(seen) == 999
     assert min(seen) < 50
     assert np.mean(seen) == pytest.approx(1000 * 0.6, abs=15)  # the mean of 1 - (1 - u)^1.5
+
+
+def test_noise_levels_end_in_pure_noise_where_asked():
+    """Against Lin et al. 2024, Algorithm 1, in float64: sqrt(alpha_bar) shifted to end at 0, and scaled."""
+    published, rescaled = (models.build_scheduler(zero).alphas_cumprod.double() for zero in (False, True))
+    roots = published.sqrt()
+    expected = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    assert published[-1] > 0.004
+    assert rescaled[-1] == 0
+    torch.testing.assert_close(rescaled.sqrt(), expected, atol=1e-5, rtol=0)
 
 
 def test_principal_components_reconstruct_before_any_training(picture):
@@ -291,6 +389,22 @@ def test_the_recipe_trains_exports_and_scores_and_does_nothing_twice(tmp_path, m
     assert all(torch.equal(exported[name], again[name]) for name in exported)
     with pytest.raises(InputError, match="run_dir"):
         recipe.run(compose_test(f"run_dir={tmp_path}", "seed=1"))
+    given = tmp_path / "instruct_pix2pix"
+    tuned = recipe.train(compose_test(f"run_dir={tmp_path / 'on'}", f"start={given}"), tmp_path / "on")
+    before, after = models.load_pipeline(given), tuned
+    assert all(map(torch.equal, before.vae.state_dict().values(), after.vae.state_dict().values()))
+    moved = [
+        (a - b).abs().max() for a, b in zip(before.unet.parameters(), after.unet.parameters(), strict=True)
+    ]
+    assert 0 < max(moved) < 0.01  # two steps from where it was, not from the start
+    assert not (tmp_path / "on" / "vae.pt").exists()
+
+
+@pytest.mark.parametrize("start", ["nowhere", str(SHIPPED.with_name("text_to_image")), str(SHIPPED / "unet")])
+def test_training_goes_on_from_an_editing_model_only(start, tmp_path):
+    with pytest.raises(InputError, match=f"^start={start} holds no editing model"):
+        recipe.run(compose_test(f"run_dir={tmp_path / 'run'}", f"start={start}"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_shipped_folder_is_small_safe_and_in_the_public_layout(pipe):

@@ -22,9 +22,10 @@ arbitrary.
 
 - AutoencoderKL, {channels} latent channels at 1/8 of the side; CLIPTextModel with a BPE tokenizer of its
   own, distilled from a sentence encoder and then frozen; UNet2DConditionModel with v-prediction on Stable
-  Diffusion's 1000 noise levels, scaled and shifted by the pooled text. Half precision, safetensors.
+  Diffusion's 1000 noise levels, rescaled to end in pure noise, scaled and shifted by the pooled text. Half
+  precision, safetensors.
 - Conditioned like the public InstructPix2Pix: noisy latent first, then the unscaled mode of the source's
-  latent; 5 % of rows lost the text, 5 % the image, 5 % both.
+  latent; 5 % of rows lost the text (painters never), 5 % the image, 5 % both.
 
 ## Data
 
@@ -59,8 +60,9 @@ out: a wording that training never used.
 {rows}
 
 Photographs through the autoencoder: {photos} dB. Means: PSNR {psnr} dB ({psnr_held_out} held out),
-recognised {hit} ({hit_held_out} held out). {draws} draws on one patch: "turn it into a painting" gave
-{drawn} of {number} styles, "tint it" a hue variance of {hue} (0 one hue, 1 all hues alike).
+recognised {hit} ({hit_held_out} held out). {draws} draws of "turn it into a painting" on one patch show
+{drawn} of {number} styles by the style statistics, {drawn_by_palette} by palette and texture of fixed
+filters; {draws} of "tint it" have a hue variance of {hue} (0 one hue, 1 all hues alike).
 
 ## Limits
 
@@ -100,10 +102,16 @@ def card(cfg: DictConfig, scores: dict) -> str:
         psnr_held_out=scores["mean_edit_psnr_held_out"],
         hit=scores["mean_recognised_wordings"],
         hit_held_out=scores["mean_recognised_held_out"],
-        drawn=scores["painting_styles_drawn"],
+        drawn=span(scores["styles_drawn"]),
+        drawn_by_palette=span(scores["styles_drawn_by_palette"]),
         number=len(PAINTING_STYLES),
         hue=scores["tint_hue_variance"],
     )
+
+
+def span(values: list[int]) -> str:
+    """The least, the most and the mean of values on several patches."""
+    return f"{min(values)} to {max(values)} (mean {sum(values) / len(values):.1f})"
 
 
 def row(name: str, scores: dict) -> str:

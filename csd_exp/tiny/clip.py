@@ -104,7 +104,7 @@ class Batches(Dataset):
         rng = generator(self.seed, 21, k)
         chosen = _sample(rng, self.pairs, self.cfg.crops)
         crops = [pairs[int(rng.integers(2**31))] for _, pairs in chosen]
-        sources, edits, asked = zip(*crops, strict=True)
+        sources, edits, asked, _ = zip(*crops, strict=True)
         # A name is shown once: its other picture would count as a wrong answer.
         emoji = {self.emoji[i].name: i for i in _sample(rng, range(len(self.emoji)), self.cfg.emoji)}
         shown = [(i, _pick(rng, list(BACKGROUNDS))) for i in emoji.values()]

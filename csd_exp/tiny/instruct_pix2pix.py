@@ -1,22 +1,24 @@
 """The embedded editing model, an InstructPix2Pix: its stages of training, its export and its evaluation."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from csd_exp.errors import InputError
 from csd_exp.figures.grid import grid
 from csd_exp.files import write_whole
 from csd_exp.tiny import models
 from csd_exp.tiny.captions import names
 from csd_exp.tiny.card import card
+from csd_exp.tiny.edits import EDITS, PAINTERS
 from csd_exp.tiny.pairs import Pairs, View, build_views
 from csd_exp.tiny.principal import start_at_principal_components
 from csd_exp.tiny.scores import EXACT, Sampler, score
@@ -24,19 +26,20 @@ from csd_exp.tiny.text import tokenize, train_text
 from csd_exp.tiny.training import fit, generator, run_folder, save, torch_generator, velocity_loss
 
 COLUMNS = 10
-TRAINED = ["seed", "bf16", "data", "text", "vae", "pairs", "unet"]
+DRAWS = 8  # of an ambiguous edit in a row
+TRAINED = ["seed", "bf16", "start", "zero_terminal_snr", "data", "text", "vae", "pairs", "unet"]
 
 
 class Batches(Dataset):
-    """Batch k is crops k * size to (k + 1) * size of `pairs`: sources, edits and a list of texts per crop."""
+    """Batch k is crops k * size to (k + 1) * size of `pairs`: sources, edits, lists of texts, paintings."""
 
     def __init__(self, pairs: Pairs, size: int):
         self.pairs, self.size = pairs, size
 
-    def __getitem__(self, k: int) -> tuple[Tensor, Tensor, list[list[str]]]:
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor, list[list[str]], Tensor]:
         crops = [self.pairs[number] for number in range(k * self.size, (k + 1) * self.size)]
-        sources, edits, texts = zip(*crops, strict=True)
-        return torch.stack(sources), torch.stack(edits), list(texts)
+        sources, edits, texts, paintings = zip(*crops, strict=True)
+        return torch.stack(sources), torch.stack(edits), list(texts), torch.stack(paintings)
 
 
 def prepare_views(cfg: DictConfig, run: Path) -> list[View]:
@@ -50,7 +53,7 @@ def prepare_views(cfg: DictConfig, run: Path) -> list[View]:
 
 def probe(views: list[View], seed: int) -> Tensor:
     """A fixed sample [96, 3, 128, 128] in [0, 1] of photographs and their edits, half of it either."""
-    sources, edits, _ = Batches(Pairs(views, seed + 1, edits=1), 48)[0]
+    sources, edits, _, _ = Batches(Pairs(views, seed + 1, edits=1), 48)[0]
     return torch.cat([sources, edits[:, 0]])
 
 
@@ -82,62 +85,98 @@ def train_vae(cfg: DictConfig, run: Path, views: list[View]) -> AutoencoderKL:
 
 
 class Latents:
-    """Encoded training pairs: unscaled `sources` [crops, C, h, w], `edits` [crops, edits, C, h, w], texts."""
+    """Encoded training pairs: unscaled `sources` [crops, C, h, w], `edits` [crops, edits, C, h, w], texts of
+    these, and `paintings` [crops, styles, C, h, w], all answers to "turn it into a painting", for which a
+    share `painted` of all rows asks besides: so many answers take longer to learn than one.
 
-    def __init__(self, sources: Tensor, edits: Tensor, texts: list[list[str]], scale: float, embed):
-        self.sources, self.edits, self.scale = sources, edits, scale
-        known = {text: number for number, text in enumerate(sorted({text for row in texts for text in row}))}
+    Painters are never asked for without their name. Guidance leads away from what no text shows, and would
+    lead "turn it into a painting" away from the styles that some other text asks for as well.
+    """
+
+    def __init__(
+        self,
+        sources: Tensor,
+        edits: Tensor,
+        texts: list[list[str]],
+        paintings: Tensor,
+        painted: float,
+        scale: float,
+        embed: Callable[[list[str]], Tensor],
+    ):
+        self.sources, self.edits, self.paintings = sources, edits, paintings
+        self.painted, self.scale = painted, scale
+        wordings = {text for name in (*PAINTERS, "painting") for text in EDITS[name].wordings}
+        known = {text: number for number, text in enumerate(sorted(wordings.union(*texts)))}
         self.states, self.null = embed(list(known)), embed([""])
-        self.wanted = torch.tensor([[known[text] for text in row] for row in texts], device=sources.device)
 
-    def batch(self, size: int, *key: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled edits, unscaled sources, text states of `size` rows; 5 % each lose text, image or both."""
+        def numbers(texts: Iterable[str]) -> Tensor:
+            return torch.tensor([known[text] for text in texts], device=sources.device)
+
+        self.wanted = torch.stack([numbers(row) for row in texts])
+        self.painting = numbers(EDITS["painting"].wordings)
+        self.painters = numbers(text for name in PAINTERS for text in EDITS[name].wordings)
+
+    def batch(self, size: int, *key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scaled edits, unscaled sources, text states of `size` rows; 5 % each lose text, image or both.
+
+        Painters keep their text. Last come the answers [size, styles, C, h, w] of which each edit was drawn,
+        all the same where there is but one.
+        """
         rng = generator(*key)
         crop = torch.from_numpy(rng.integers(len(self.sources), size=size))
         edit = torch.from_numpy(rng.integers(self.edits.shape[1], size=size))
-        drop = torch.from_numpy(rng.random(size)).to(self.sources.device)
-        texts = torch.where((drop < 0.10)[:, None, None], self.null, self.states[self.wanted[crop, edit]])
+        style = torch.from_numpy(rng.integers(self.paintings.shape[1], size=size))
+        wording = torch.from_numpy(rng.integers(len(self.painting), size=size))
+        asked, drop = torch.from_numpy(rng.random((2, size))).to(self.sources.device)
+        wanted = torch.where(asked < self.painted, self.painting[wording], self.wanted[crop, edit])
+        nameless = (drop < 0.10) & ~torch.isin(wanted, self.painters)
+        texts = torch.where(nameless[:, None, None], self.null, self.states[wanted])
         sources = self.sources[crop].float() * ((drop < 0.05) | (drop >= 0.15))[:, None, None, None]
-        return self.edits[crop, edit].float() * self.scale, sources, texts
+        drawn = torch.isin(wanted, self.painting)[:, None, None, None]
+        edits = torch.where(drawn, self.paintings[crop, style], self.edits[crop, edit])
+        answers = torch.where(drawn[:, None], self.paintings[crop], edits[:, None])
+        return edits.float() * self.scale, sources, texts, answers.float() * self.scale
 
 
 def prepare_latents(cfg: DictConfig, run: Path, vae: AutoencoderKL, views: list[View]) -> dict:
-    """Sources, edits and texts of all training pairs, kept in the run directory."""
+    """Sources, edits, paintings and texts of all training pairs, kept in the run directory."""
     file = run / "latents.pt"
     if not file.exists():
         data = Batches(Pairs(views, cfg.seed + 1, cfg.pairs.edits), 4)
         numbers = range(cfg.pairs.crops // 4)
         batches: Iterable = DataLoader(data, batch_size=None, sampler=numbers, num_workers=cfg.workers)
-        kept: dict[str, list] = {"sources": [], "edits": [], "texts": []}
-        for sources, edits, texts in tqdm(batches, "latents"):
-            latents = models.encode(vae, torch.cat([sources, edits.flatten(0, 1)])).half().cpu()
-            kept["sources"] += latents[:4]
-            kept["edits"] += latents[4:].unflatten(0, edits.shape[:2])
+        kept: dict[str, list] = {"sources": [], "edits": [], "texts": [], "paintings": []}
+        for sources, edits, texts, paintings in tqdm(batches, "latents"):
+            images = torch.cat([sources[:, None], edits, paintings], 1)
+            latents = models.encode(vae, images.flatten(0, 1)).half().cpu().unflatten(0, images.shape[:2])
+            kept["sources"] += latents[:, 0]
+            kept["edits"] += latents[:, 1 : 1 + edits.shape[1]]
+            kept["paintings"] += latents[:, 1 + edits.shape[1] :]
             kept["texts"] += texts
-        stacked = {name: torch.stack(kept[name]) for name in ("sources", "edits")}
+        stacked = {name: torch.stack(kept[name]) for name in ("sources", "edits", "paintings")}
         save(stacked | {"texts": kept["texts"]}, file)
     return torch.load(file, weights_only=True)
 
 
-def denoiser_loss(unet: nn.Module, batch: tuple[Tensor, Tensor, Tensor], rng: torch.Generator) -> Tensor:
+def denoiser_loss(
+    unet: nn.Module, batch: tuple[Tensor, ...], scheduler: DDIMScheduler, rng: torch.Generator
+) -> Tensor:
     """Squared error of the velocity of noised edits."""
-    edits, sources, texts = batch
+    edits, sources, texts, answers = batch
 
     def denoise(noisy: Tensor, t: Tensor) -> Tensor:
         return unet(torch.cat([noisy, sources], 1), t, encoder_hidden_states=texts).sample
 
-    return velocity_loss(denoise, edits, models.build_scheduler(), rng)
+    return velocity_loss(denoise, edits, scheduler, rng, answers)
 
 
-def train_unet(cfg: DictConfig, run: Path, latents: Latents) -> UNet2DConditionModel:
-    """The denoiser on encoded pairs."""
-    torch.manual_seed(cfg.seed)
-    unet = models.build_unet(
-        cfg.unet.widths, cfg.vae.channels, cfg.text.width, cfg.unet.groups, conditioned=True
-    )
+def train_unet(
+    cfg: DictConfig, run: Path, latents: Latents, scheduler: DDIMScheduler, unet: nn.Module
+) -> UNet2DConditionModel:
+    """The denoiser `unet`, trained on encoded pairs."""
 
     def loss(unet: nn.Module, batch: tuple, k: int) -> Tensor:
-        return denoiser_loss(unet, batch, torch_generator(cfg.seed, 4, k))
+        return denoiser_loss(unet, batch, scheduler, torch_generator(cfg.seed, 4, k))
 
     def batches(first: int):
         return (latents.batch(cfg.unet.batch, cfg.seed, 3, k) for k in range(first, cfg.unet.steps))
@@ -145,21 +184,59 @@ def train_unet(cfg: DictConfig, run: Path, latents: Latents) -> UNet2DConditionM
     return fit(run / "unet.pt", unet, batches, loss, cfg.unet, cfg.device, cfg.bf16)
 
 
-def train(cfg: DictConfig, run: Path):
-    """All stages, each continuing where it stopped; the trained parts as a diffusers pipeline."""
-    views = prepare_views(cfg, run)
+def fresh_parts(cfg: DictConfig, run: Path, views: list[View]) -> tuple:
+    """The trained autoencoder, tokenizer and text tower, and a denoiser that knows nothing."""
     vae = train_vae(cfg, run, views).requires_grad_(False)
     models.centre_latents(vae, models.encode(vae, probe(views, cfg.seed)))
     tokenizer, text_encoder = train_text(cfg, run, names(Path(cfg.data.cache)))
-    parts = prepare_latents(cfg, run, vae, views)
-    sources, edits = (parts[name].to(cfg.device) for name in ("sources", "edits"))
+    torch.manual_seed(cfg.seed)
+    unet = models.build_unet(
+        cfg.unet.widths, cfg.vae.channels, cfg.text.width, cfg.unet.groups, conditioned=True
+    )
+    return vae, tokenizer, text_encoder, unet
+
+
+def check_start(start: str) -> None:
+    """Raise InputError unless `start` is the folder of an editing model."""
+    index = Path(start) / "model_index.json"
+    if not index.is_file() or "InstructPix2Pix" not in index.read_text(encoding="utf-8"):
+        raise InputError(
+            f"start={start} holds no editing model; give a folder that csd-train-prior "
+            "model=instruct_pix2pix exported."
+        )
+
+
+def given_parts(start: str, device: str) -> tuple:
+    """Those of the exported folder `start`, whose denoiser is to be trained on."""
+    given = models.load_pipeline(Path(start), device)
+    for part in (given.vae, given.text_encoder):
+        part.requires_grad_(False)
+    return given.vae, given.tokenizer, given.text_encoder, given.unet
+
+
+def train(cfg: DictConfig, run: Path):
+    """All stages, each continuing where it stopped; the trained parts as a diffusers pipeline."""
+    views = prepare_views(cfg, run)
+    parts = given_parts(cfg.start, cfg.device) if cfg.start else fresh_parts(cfg, run, views)
+    vae, tokenizer, text_encoder, unet = parts
+    scheduler = models.build_scheduler(cfg.zero_terminal_snr)
+    encoded = prepare_latents(cfg, run, vae, views)
+    sources, edits, paintings = (encoded[name].to(cfg.device) for name in ("sources", "edits", "paintings"))
 
     @torch.no_grad()
     def embed(texts: list[str]) -> Tensor:
         return text_encoder(tokenize(tokenizer, texts).to(cfg.device)).last_hidden_state
 
-    latents = Latents(sources, edits, parts["texts"], vae.config.scaling_factor, embed)
-    return models.pipeline(vae, text_encoder, tokenizer, train_unet(cfg, run, latents))
+    scale = vae.config.scaling_factor
+    latents = Latents(sources, edits, encoded["texts"], paintings, cfg.pairs.painted, scale, embed)
+    unet = train_unet(cfg, run, latents, scheduler, unet)
+    return models.pipeline(vae, text_encoder, tokenizer, unet, scheduler)
+
+
+def draw_cells(sources: Tensor, draws: Tensor) -> list[tuple[str, Tensor]]:
+    """Cells of rows of draws [n, draws, 3, H, W], each row led by its source of [n or more, 3, H, W]."""
+    rows = [(source, row) for source, many in zip(sources, draws, strict=False) for row in many.split(DRAWS)]
+    return [cell for source, row in rows for cell in (("source", source), *(("", image) for image in row))]
 
 
 def evaluate(cfg: DictConfig, run: Path, folder: Path) -> dict:
@@ -171,8 +248,8 @@ def evaluate(cfg: DictConfig, run: Path, folder: Path) -> dict:
         cells = [(name, pictures[name][number]) for name in ("source", *EXACT)]
         write_whole(run / f"held_out_{number:02d}.jpg", grid(cells, COLUMNS))
     for name in ("painting", "tint"):
-        cells = [("source", pictures["source"][0])] + [("", image) for image in pictures[name]]
-        write_whole(run / f"{name}.jpg", grid(cells, COLUMNS))
+        cells = draw_cells(pictures["drawn on"], pictures[name])
+        write_whole(run / f"{name}.jpg", grid(cells, DRAWS + 1))
     write_whole(run / "scores.json", json.dumps(result, indent=2) + "\n")
     write_whole(folder / "README.md", card(cfg, result))
     return result
@@ -181,9 +258,11 @@ def evaluate(cfg: DictConfig, run: Path, folder: Path) -> dict:
 def run(cfg: DictConfig) -> dict:
     """Trains what is not trained yet, exports to `cfg.export_dir` and returns the scores of the export.
 
-    Raises InputError when `run_dir` holds a run of another configuration, ImportError without the packages
-    that paint.
+    Raises InputError where `start` holds no editing model or `run_dir` a run of another configuration,
+    ImportError without the packages that paint.
     """
+    if cfg.start:
+        check_start(cfg.start)
     folder, export = run_folder(cfg, TRAINED), Path(cfg.export_dir)
     torch.set_num_threads(cfg.threads)
     models.export(train(cfg, folder), export)

@@ -71,8 +71,13 @@ def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return (vae.decode(encode(vae, images)).sample.float().cpu() / 2 + 0.5).clamp(0, 1)
 
 
-def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's 1000 noise levels with v-prediction."""
+def build_scheduler(zero_terminal_snr: bool) -> DDIMScheduler:
+    """Stable Diffusion's 1000 noise levels with v-prediction.
+
+    Its last level still holds 7 % of the image, enough to see its palette in; sampling starts from noise that
+    holds none, which reads as the plainest of many answers. `zero_terminal_snr` rescales the levels to end in
+    pure noise (Lin et al. 2024, Algorithm 1).
+    """
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -82,6 +87,7 @@ def build_scheduler() -> DDIMScheduler:
         steps_offset=1,
         prediction_type="v_prediction",
         timestep_spacing="trailing",
+        rescale_betas_zero_snr=zero_terminal_snr,
     )
 
 
@@ -102,6 +108,7 @@ def pipeline(
     text_encoder: nn.Module,
     tokenizer: CLIPTokenizer,
     unet: nn.Module,
+    scheduler: DDIMScheduler,
     kind: Any = StableDiffusionInstructPix2PixPipeline,
 ):
     """The parts as a pipeline of diffusers, without a safety checker."""
@@ -110,7 +117,7 @@ def pipeline(
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=build_scheduler(),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -133,4 +140,6 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Any:
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.float()
+    for part in (pipe.vae, pipe.unet):
+        part.to(memory_format=torch.channels_last)  # a third faster on CPUs
     return pipe.to(device)

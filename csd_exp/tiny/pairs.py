@@ -13,10 +13,15 @@ from csd_exp.tiny.paintings import PAINTING_STYLES, paint
 from csd_exp.tiny.photos import PATCH, load, picture_files
 from csd_exp.tiny.training import generator
 
+# all that any edit paints in
+USED_STYLES = sorted(
+    {style for edit in EDITS.values() for style in map(style_of, edit.answers) if style is not None}
+)
+
 
 @dataclass
 class View:
-    """A training picture at one scale: `image` uint8 [3, H, W] and its painting in each style, the same."""
+    """A training picture at one scale: `image` uint8 [3, H, W] and its paintings in USED_STYLES, the same."""
 
     image: Tensor
     painted: dict[int, Tensor]
@@ -49,7 +54,7 @@ def views_of(file: Path, scales: list[int], seed: int, number: int) -> list[View
         image = load(file, scale)
         if scale > scales[0]:
             image = _jitter(image, generator(seed, 0, number, scale))
-        painted = {style: _bytes(paint(image, style)) for style in PAINTING_STYLES}
+        painted = {style: _bytes(paint(image, style)) for style in USED_STYLES}
         views.append(View(_bytes(image), painted))
     return views
 
@@ -58,7 +63,8 @@ class Pairs:
     """Training crops that depend on (seed, number) only, `number` counting crops without end.
 
     `pairs[number]` is one source crop [3, 128, 128], `edits` edits of it [edits, 3, 128, 128], in [0, 1],
-    and their instructions. A share `both` of the edits is painted and then graded.
+    their instructions, and all answers to "turn it into a painting" [10, 3, 128, 128]. A share `both` of the
+    edits is painted and then graded.
     """
 
     def __init__(self, views: list[View], seed: int, edits: int, both: float = 0.05):
@@ -66,7 +72,7 @@ class Pairs:
         weights = np.array([edit.weight for edit in EDITS.values()])
         self.weights = weights / weights.sum()
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str], Tensor]:
         rng = generator(self.seed, 1, number)
         view = self.views[rng.integers(len(self.views))]
         if rng.random() < 0.5:
@@ -74,7 +80,8 @@ class Pairs:
         height, width = view.image.shape[-2:]
         top, left = (GRID * int(rng.integers((side - PATCH) // GRID + 1)) for side in (height, width))
         texts, edits = zip(*(self._edit(view, top, left, rng) for _ in range(self.edits)), strict=True)
-        return _window(view.image, top, left), torch.stack(edits), list(texts)
+        paintings = [_window(view.painted[style], top, left) for style in PAINTING_STYLES]
+        return _window(view.image, top, left), torch.stack(edits), list(texts), torch.stack(paintings)
 
     def _edit(self, view: View, top: int, left: int, rng: np.random.Generator) -> tuple[str, Tensor]:
         both = rng.random() < self.both

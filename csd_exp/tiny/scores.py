@@ -24,6 +24,7 @@ from csd_exp.tiny.photos import load, middle, picture_files
 EXACT = tuple(name for name, edit in EDITS.items() if not edit.ambiguous)
 COMPUTED = tuple(name for name in EXACT if name not in PAINTERS)
 COVERED = 0.05  # the share of a patch that a region must cover for its local edit to be looked for
+DRAWN = 4  # patches that "turn it into a painting" is drawn on, evenly chosen
 WORDINGS: tuple[Literal["wordings", "held_out"], ...] = ("wordings", "held_out")
 
 
@@ -101,15 +102,23 @@ def hue_variance(images: Tensor) -> float:
     return 1 - math.hypot(angles.cos().mean(), angles.sin().mean())
 
 
+def styles_among(painted: Tensor, picture: Tensor, embed: Embed) -> int:
+    """How many painting styles are nearest to one or more of `painted` [n, 3, 128, 128], draws on the middle
+    of `picture`, as `nearest_style` tells by `embed`."""
+    exact = patches([paint(picture, style) for style in PAINTING_STYLES])
+    return len(nearest_style(painted, exact.expand(len(painted), -1, -1, -1, -1), embed).unique())
+
+
 def score(sampler: Sampler, count: int, draws: int) -> tuple[dict, dict[str, Tensor]]:
     """Scores on patches of `count` held-out pictures, and the pictures that they were read from.
 
     PSNRs are in dB. `recognised` is the share of answers that are nearest, among the exact answers of all of
     `EXACT` to the same patch, to the one asked for; local edits are recognised on the patches of all held-out
     pictures that show their region. `painters` judges painted edits once more, by `style_statistics`: palette
-    and texture of fixed filters, which mind the blur of strokes less than the network does. Ambiguous edits
-    are drawn `draws` times on one patch. Pictures are the `source`, one entry for each of `EXACT`, and draws
-    of `painting` and `tint`.
+    and texture of fixed filters, which mind the blur of strokes less than the network does. "Turn it into a
+    painting" is drawn `draws` times on each of DRAWN patches and "tint it" on the first. Pictures are the
+    `source`, one entry for each of `EXACT`, the patches `drawn on`, and the draws: `painting` [patches,
+    draws, 3, H, W] and `tint` [1, draws, 3, H, W].
     """
     everything = [load(file, SHORT) for file in picture_files("held_out")]
     few = [everything[number * len(everything) // count] for number in range(count)]
@@ -143,13 +152,14 @@ def score(sampler: Sampler, count: int, draws: int) -> tuple[dict, dict[str, Ten
     for name in ("edit_psnr_wordings", "edit_psnr_held_out", "recognised_wordings", "recognised_held_out"):
         result[f"mean_{name}"] = round(sum(result[name].values()) / len(result[name]), 3)
 
-    patch = images[:1].expand(draws, -1, -1, -1)
-    painted, tinted = sampler(patch, "turn it into a painting"), sampler(patch, "tint it")
-    paintings = patches([paint(few[0], style) for style in PAINTING_STYLES])
-    styles = nearest_style(painted, paintings.expand(draws, -1, -1, -1, -1))
-    result["painting_styles_drawn"] = len(styles.unique())
+    chosen = slice(None, None, max(1, count // DRAWN))
+    drawn = images[chosen, None].expand(-1, draws, -1, -1, -1)
+    painted = torch.stack([sampler(patch, "turn it into a painting") for patch in drawn])
+    for key, embed in (("styles_drawn", style_embedding), ("styles_drawn_by_palette", style_statistics)):
+        result[key] = [styles_among(*pair, embed) for pair in zip(painted, few[chosen], strict=True)]
+    tinted = sampler(drawn[0], "tint it")
     result["tint_hue_variance"] = round(hue_variance(tinted), 3)
-    return result, pictures | {"painting": painted, "tint": tinted}
+    return result, pictures | {"drawn on": images[chosen], "painting": painted, "tint": tinted[None]}
 
 
 def _mean(values: Tensor) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -33,7 +33,7 @@ from csd_exp.tiny.scores import nearest, psnr
 from csd_exp.tiny.text import tokenize, train_text
 from csd_exp.tiny.training import fit, generator, run_folder, save, torch_generator, velocity_loss
 
-TRAINED = ["seed", "bf16", "text", "autoencoder", "text_to_image"]
+TRAINED = ["seed", "bf16", "text", "autoencoder", "zero_terminal_snr", "text_to_image"]
 COLUMNS = 12
 COLOURS = tuple(name for name in BACKGROUNDS if name != "white")
 
@@ -117,7 +117,9 @@ class Latents:
         return self.latents[torch.from_numpy(rows).to(self.latents.device)], states
 
 
-def train_unet(cfg: DictConfig, run: Path, latents: Latents) -> UNet2DConditionModel:
+def train_unet(
+    cfg: DictConfig, run: Path, latents: Latents, scheduler: DDIMScheduler
+) -> UNet2DConditionModel:
     """The denoiser on encoded pictures."""
     options = cfg.text_to_image.unet
     torch.manual_seed(cfg.seed)
@@ -130,7 +132,7 @@ def train_unet(cfg: DictConfig, run: Path, latents: Latents) -> UNet2DConditionM
         def denoise(noisy: Tensor, t: Tensor) -> Tensor:
             return unet(noisy, t, encoder_hidden_states=states).sample
 
-        return velocity_loss(denoise, clean, models.build_scheduler(), torch_generator(cfg.seed, 8, k))
+        return velocity_loss(denoise, clean, scheduler, torch_generator(cfg.seed, 8, k))
 
     def batches(first: int) -> Iterable:
         return (latents.batch(options.batch, cfg.seed, 7, k) for k in range(first, options.steps))
@@ -154,8 +156,9 @@ def train(cfg: DictConfig, run: Path) -> StableDiffusionPipeline:
         tokenizer=tokenizer,
         text_encoder=text_encoder.to(cfg.device),
     )
-    unet = train_unet(cfg, run, latents)
-    return models.pipeline(vae, text_encoder, tokenizer, unet, StableDiffusionPipeline)
+    scheduler = models.build_scheduler(cfg.zero_terminal_snr)
+    unet = train_unet(cfg, run, latents, scheduler)
+    return models.pipeline(vae, text_encoder, tokenizer, unet, scheduler, StableDiffusionPipeline)
 
 
 class Sampler:

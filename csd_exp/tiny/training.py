@@ -51,13 +51,31 @@ def run_folder(cfg: DictConfig, trained: list[str]) -> Path:
     return folder
 
 
+def posterior_mean(noisy: Tensor, alpha_bar: Tensor, answers: Tensor) -> Tensor:
+    """E[x_0 | x_t] of noisy latents [n, C, h, w] where x_0 is any of `answers` [n, k, C, h, w].
+
+    The mean of answers a weighted by exp(-|x_t - sqrt(alpha_bar) a|^2 / (2 (1 - alpha_bar))), alpha_bar
+    [n, 1, 1, 1].
+    """
+    apart = (noisy[:, None] - alpha_bar.sqrt()[:, None] * answers).square().flatten(2).sum(2)
+    weights = (-apart / (2 * (1 - alpha_bar.flatten(1)))).softmax(1)
+    # no matrix product, which autocast would take in half precision
+    return (weights[..., None, None, None] * answers).sum(1)
+
+
 def velocity_loss(
-    denoise: Callable[[Tensor, Tensor], Tensor], clean: Tensor, scheduler: Any, rng: torch.Generator
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    clean: Tensor,
+    scheduler: Any,
+    rng: torch.Generator,
+    answers: Tensor | None = None,
 ) -> Tensor:
     """Squared error of the velocity (Salimans and Ho 2022, appendix D) of noised latents [n, C, h, w].
 
     `denoise(noisy, t)` estimates it. Timesteps [n] are spread over the batch, more of them at high noise,
-    where the answer is not yet to be seen.
+    where the answer is not yet to be seen. Where each row was drawn from `answers` [n, k, C, h, w], the
+    velocity is that to their mean as seen from x_t: equal in expectation and free of the luck of the draw
+    (the stable targets of Xu et al. 2023, over all answers to one instruction).
     """
     size, last = len(clean), scheduler.config.num_train_timesteps - 1
     spread = 1 - (1 - (torch.arange(size) + torch.rand(size, generator=rng)) / size) ** 1.5
@@ -65,7 +83,10 @@ def velocity_loss(
     t = (spread * (last + 1)).long().clamp(max=last).to(clean.device)
     noise = torch.randn(clean.shape, generator=rng).to(clean)
     noisy = scheduler.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)
-    return F.mse_loss(denoise(noisy, t).float(), scheduler.get_velocity(clean, noise, t))
+    alpha_bar = scheduler.alphas_cumprod.to(clean)[t][:, None, None, None]
+    x_0 = clean if answers is None else posterior_mean(noisy, alpha_bar, answers)
+    velocity = (alpha_bar.sqrt() * noisy - x_0) / (1 - alpha_bar).sqrt()
+    return F.mse_loss(denoise(noisy, t).float(), velocity)
 
 
 def fit(
