@@ -26,7 +26,7 @@ from csd_exp.features import CLIP_MEAN, CLIP_STD, TINY, edit_captions
 from csd_exp.files import whole, write_sums, write_whole
 from csd_exp.metrics.perceptual import efficientnet_lite0
 from csd_exp.tiny.captions import BACKGROUNDS, Captioned, captioned
-from csd_exp.tiny.edits import EDITS, Edit, style_of
+from csd_exp.tiny.edits import EDITS, PAINTED, Edit, style_of
 from csd_exp.tiny.pairs import Pairs, View, views_of
 from csd_exp.tiny.photos import PATCH, captions_by_file, picture_files
 from csd_exp.tiny.text import TOKENS, build_tokenizer, rephrase, tokenize
@@ -74,6 +74,8 @@ def _take_clip_inputs(trunk: Any) -> None:
 
 def _same_answers(one: Edit, other: Edit) -> bool:
     """Whether a picture may be a right answer to both, as of "as a painting" and "as a painting by monet"."""
+    if "painting" in (one.name, other.name):
+        return one.name in PAINTED and other.name in PAINTED
     ours, theirs = (
         {answer if style_of(answer) is None else style_of(answer) for answer in edit.answers}
         for edit in (one, other)
@@ -104,7 +106,7 @@ class Batches(Dataset):
         rng = generator(self.seed, 21, k)
         chosen = _sample(rng, self.pairs, self.cfg.crops)
         crops = [pairs[int(rng.integers(2**31))] for _, pairs in chosen]
-        sources, edits, asked, _ = zip(*crops, strict=True)
+        sources, edits, asked = zip(*crops, strict=True)
         # A name is shown once: its other picture would count as a wrong answer.
         emoji = {self.emoji[i].name: i for i in _sample(rng, range(len(self.emoji)), self.cfg.emoji)}
         shown = [(i, _pick(rng, list(BACKGROUNDS))) for i in emoji.values()]
