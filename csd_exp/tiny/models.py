@@ -130,6 +130,8 @@ def export(pipe: DiffusionPipeline, folder: Path) -> None:
     """Writes `pipe` as a diffusers folder of half-precision safetensors; its parts stay half precision."""
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.half()
+    for part in (pipe.vae, pipe.unet):
+        part.register_to_config(_name_or_path=None)  # the folder that it was read from concerns nobody else
     pipe.save_pretrained(folder, safe_serialization=True)
     write_sums(folder)
 
