@@ -22,7 +22,7 @@ arbitrary.
 
 - AutoencoderKL, {channels} latent channels at 1/8 of the side; CLIPTextModel with a BPE tokenizer of its
   own, distilled from a sentence encoder and then frozen; UNet2DConditionModel with v-prediction on Stable
-  Diffusion's 1000 noise levels, rescaled to end in pure noise, scaled and shifted by the pooled text. Half
+  Diffusion's 1000 noise levels{levels}, scaled and shifted by the pooled text. Half
   precision, safetensors.
 - Conditioned like the public InstructPix2Pix: noisy latent first, then the unscaled mode of the source's
   latent; 5 % of rows lost the text (painters never), 5 % the image, 5 % both.
@@ -76,6 +76,7 @@ def card(cfg: DictConfig, scores: dict) -> str:
     """The model card of a run configured by `cfg`, with the `scores` that `score` returns."""
     return CARD.format(
         channels=cfg.vae.channels,
+        levels=", rescaled to end in pure noise" if cfg.zero_terminal_snr else "",
         trained=len(picture_files("prior")),
         clip=len(picture_files("clip")),
         held_out=len(HELD_OUT),
