@@ -144,7 +144,8 @@ def test_a_crop_depends_on_seed_and_number_only(views):
     first, again, other = Pairs(views, 3, 4), Pairs(views, 3, 4), Pairs(views, 4, 4)
     again[0]
     torch.manual_seed(1)
-    source, edits, texts, paintings = first[7]
+    source, edits, texts = first[7]
+    paintings = first.paintings(7)
     assert torch.equal(source, again[7][0])
     assert torch.equal(edits, again[7][1])
     assert texts == again[7][2]
@@ -160,7 +161,7 @@ def test_a_training_pair_is_what_its_instruction_says(views):
     by_text = {text: edit for edit in EDITS.values() for text in edit.wordings}
     pairs, inner, seen = Pairs(views, 0, 8, both=0.0), slice(REACH, -REACH), set()
     for number in range(12):
-        source, edits, texts, _ = pairs[number]
+        source, edits, texts = pairs[number]
         for edited, text in zip(edits, texts, strict=True):
             if by_text[text].name in COMPUTED:
                 seen.add(by_text[text].name)
@@ -235,9 +236,7 @@ def test_targets_over_all_answers_are_those_of_the_draw_on_average():
     """The gradient of a denoiser that knows nothing of the draw, over many draws at one timestep each."""
     scheduler, rng = models.build_scheduler(True), training.torch_generator(0, 9)
     answers = torch.tensor([-1.0, 2.0, 0.5])[None, :, None, None, None].expand(4096, 3, 1, 1, 1)
-    drawn = answers[:, 0].clone()
-    choice = torch.randint(3, (4096,), generator=rng)
-    drawn[:] = answers[torch.arange(4096), choice]
+    drawn = answers[torch.arange(4096), torch.randint(3, (4096,), generator=rng)]
     slopes = []
     for given in (None, answers):
         slope = torch.zeros(1, requires_grad=True)
@@ -398,6 +397,10 @@ def test_the_recipe_trains_exports_and_scores_and_does_nothing_twice(tmp_path, m
     ]
     assert 0 < max(moved) < 0.01  # two steps from where it was, not from the start
     assert not (tmp_path / "on" / "vae.pt").exists()
+    models.export(after, tmp_path / "on" / "exported")
+    assert not any(
+        str(tmp_path) in file.read_text() for file in (tmp_path / "on" / "exported").rglob("*.json")
+    )
 
 
 @pytest.mark.parametrize("start", ["nowhere", str(SHIPPED.with_name("text_to_image")), str(SHIPPED / "unet")])

@@ -31,15 +31,15 @@ TRAINED = ["seed", "bf16", "start", "zero_terminal_snr", "data", "text", "vae", 
 
 
 class Batches(Dataset):
-    """Batch k is crops k * size to (k + 1) * size of `pairs`: sources, edits, lists of texts, paintings."""
+    """Batch k is crops k * size to (k + 1) * size of `pairs`: sources, edits and a list of texts per crop."""
 
     def __init__(self, pairs: Pairs, size: int):
         self.pairs, self.size = pairs, size
 
-    def __getitem__(self, k: int) -> tuple[Tensor, Tensor, list[list[str]], Tensor]:
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor, list[list[str]]]:
         crops = [self.pairs[number] for number in range(k * self.size, (k + 1) * self.size)]
-        sources, edits, texts, paintings = zip(*crops, strict=True)
-        return torch.stack(sources), torch.stack(edits), list(texts), torch.stack(paintings)
+        sources, edits, texts = zip(*crops, strict=True)
+        return torch.stack(sources), torch.stack(edits), list(texts)
 
 
 def prepare_views(cfg: DictConfig, run: Path) -> list[View]:
@@ -53,7 +53,7 @@ def prepare_views(cfg: DictConfig, run: Path) -> list[View]:
 
 def probe(views: list[View], seed: int) -> Tensor:
     """A fixed sample [96, 3, 128, 128] in [0, 1] of photographs and their edits, half of it either."""
-    sources, edits, _, _ = Batches(Pairs(views, seed + 1, edits=1), 48)[0]
+    sources, edits, _ = Batches(Pairs(views, seed + 1, edits=1), 48)[0]
     return torch.cat([sources, edits[:, 0]])
 
 
@@ -142,16 +142,18 @@ def prepare_latents(cfg: DictConfig, run: Path, vae: AutoencoderKL, views: list[
     """Sources, edits, paintings and texts of all training pairs, kept in the run directory."""
     file = run / "latents.pt"
     if not file.exists():
-        data = Batches(Pairs(views, cfg.seed + 1, cfg.pairs.edits), 4)
+        pairs = Pairs(views, cfg.seed + 1, cfg.pairs.edits)
         numbers = range(cfg.pairs.crops // 4)
+        data = Batches(pairs, 4)
         batches: Iterable = DataLoader(data, batch_size=None, sampler=numbers, num_workers=cfg.workers)
         kept: dict[str, list] = {"sources": [], "edits": [], "texts": [], "paintings": []}
-        for sources, edits, texts, paintings in tqdm(batches, "latents"):
+        for k, (sources, edits, texts) in enumerate(tqdm(batches, "latents")):
+            paintings = torch.stack([pairs.paintings(number) for number in range(4 * k, 4 * k + 4)])
             images = torch.cat([sources[:, None], edits, paintings], 1)
             latents = models.encode(vae, images.flatten(0, 1)).half().cpu().unflatten(0, images.shape[:2])
-            kept["sources"] += latents[:, 0]
-            kept["edits"] += latents[:, 1 : 1 + edits.shape[1]]
-            kept["paintings"] += latents[:, 1 + edits.shape[1] :]
+            first, *others = latents.split([1, edits.shape[1], paintings.shape[1]], 1)
+            for name, part in zip(("sources", "edits", "paintings"), (first[:, 0], *others), strict=True):
+                kept[name] += part
             kept["texts"] += texts
         stacked = {name: torch.stack(kept[name]) for name in ("sources", "edits", "paintings")}
         save(stacked | {"texts": kept["texts"]}, file)
@@ -234,7 +236,7 @@ def train(cfg: DictConfig, run: Path):
 
 
 def draw_cells(sources: Tensor, draws: Tensor) -> list[tuple[str, Tensor]]:
-    """Cells of rows of draws [n, draws, 3, H, W], each row led by its source of [n or more, 3, H, W]."""
+    """Cells of rows of draws [n, draws, 3, H, W], each row led by its source of [n, 3, H, W] or more."""
     rows = [(source, row) for source, many in zip(sources, draws, strict=False) for row in many.split(DRAWS)]
     return [cell for source, row in rows for cell in (("source", source), *(("", image) for image in row))]
 

@@ -63,8 +63,8 @@ class Pairs:
     """Training crops that depend on (seed, number) only, `number` counting crops without end.
 
     `pairs[number]` is one source crop [3, 128, 128], `edits` edits of it [edits, 3, 128, 128], in [0, 1],
-    their instructions, and all answers to "turn it into a painting" [10, 3, 128, 128]. A share `both` of the
-    edits is painted and then graded.
+    and their instructions; `paintings(number)` are all answers to "turn it into a painting" on that crop. A
+    share `both` of the edits is painted and then graded.
     """
 
     def __init__(self, views: list[View], seed: int, edits: int, both: float = 0.05):
@@ -72,16 +72,25 @@ class Pairs:
         weights = np.array([edit.weight for edit in EDITS.values()])
         self.weights = weights / weights.sum()
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str], Tensor]:
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
+        view, top, left, rng = self._crop(number)
+        texts, edits = zip(*(self._edit(view, top, left, rng) for _ in range(self.edits)), strict=True)
+        return _window(view.image, top, left), torch.stack(edits), list(texts)
+
+    def paintings(self, number: int) -> Tensor:
+        """Crop `number` in each of PAINTING_STYLES, [styles, 3, 128, 128] in [0, 1]."""
+        view, top, left, _ = self._crop(number)
+        return torch.stack([_window(view.painted[style], top, left) for style in PAINTING_STYLES])
+
+    def _crop(self, number: int) -> tuple[View, int, int, np.random.Generator]:
+        """The view of crop `number`, mirrored or not, its corner, and the generator of what is done to it."""
         rng = generator(self.seed, 1, number)
         view = self.views[rng.integers(len(self.views))]
         if rng.random() < 0.5:
             view = View(view.image.flip(-1), {style: made.flip(-1) for style, made in view.painted.items()})
         height, width = view.image.shape[-2:]
         top, left = (GRID * int(rng.integers((side - PATCH) // GRID + 1)) for side in (height, width))
-        texts, edits = zip(*(self._edit(view, top, left, rng) for _ in range(self.edits)), strict=True)
-        paintings = [_window(view.painted[style], top, left) for style in PAINTING_STYLES]
-        return _window(view.image, top, left), torch.stack(edits), list(texts), torch.stack(paintings)
+        return view, top, left, rng
 
     def _edit(self, view: View, top: int, left: int, rng: np.random.Generator) -> tuple[str, Tensor]:
         both = rng.random() < self.both

@@ -102,10 +102,9 @@ def hue_variance(images: Tensor) -> float:
     return 1 - math.hypot(angles.cos().mean(), angles.sin().mean())
 
 
-def styles_among(painted: Tensor, picture: Tensor, embed: Embed) -> int:
-    """How many painting styles are nearest to one or more of `painted` [n, 3, 128, 128], draws on the middle
-    of `picture`, as `nearest_style` tells by `embed`."""
-    exact = patches([paint(picture, style) for style in PAINTING_STYLES])
+def styles_among(painted: Tensor, exact: Tensor, embed: Embed) -> int:
+    """How many of `exact` [styles, 3, H, W] are nearest, as `nearest_style` tells by `embed`, to one or more
+    of the draws `painted` [n, 3, H, W]."""
     return len(nearest_style(painted, exact.expand(len(painted), -1, -1, -1, -1), embed).unique())
 
 
@@ -155,8 +154,9 @@ def score(sampler: Sampler, count: int, draws: int) -> tuple[dict, dict[str, Ten
     chosen = slice(None, None, max(1, count // DRAWN))
     drawn = images[chosen, None].expand(-1, draws, -1, -1, -1)
     painted = torch.stack([sampler(patch, "turn it into a painting") for patch in drawn])
+    known = [patches([paint(one, style) for style in PAINTING_STYLES]) for one in few[chosen]]
     for key, embed in (("styles_drawn", style_embedding), ("styles_drawn_by_palette", style_statistics)):
-        result[key] = [styles_among(*pair, embed) for pair in zip(painted, few[chosen], strict=True)]
+        result[key] = [styles_among(*pair, embed) for pair in zip(painted, known, strict=True)]
     tinted = sampler(drawn[0], "tint it")
     result["tint_hue_variance"] = round(hue_variance(tinted), 3)
     return result, pictures | {"drawn on": images[chosen], "painting": painted, "tint": tinted[None]}
