@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import CLIPTextModel
 
 from csd_exp.errors import InputError
 from csd_exp.figures.grid import grid
@@ -27,7 +28,7 @@ from csd_exp.tiny.training import fit, generator, run_folder, save, torch_genera
 
 COLUMNS = 10
 DRAWS = 8  # of an ambiguous edit in a row
-TRAINED = ["seed", "bf16", "start", "zero_terminal_snr", "data", "text", "vae", "pairs", "unet"]
+TRAINED = ["seed", "bf16", "start", "fresh_unet", "zero_terminal_snr", "data", "text", "vae", "pairs", "unet"]
 
 
 class Batches(Dataset):
@@ -36,17 +37,28 @@ class Batches(Dataset):
     def __init__(self, pairs: Pairs, size: int):
         self.pairs, self.size = pairs, size
 
-    def __getitem__(self, k: int) -> tuple[Tensor, Tensor, list[list[str]]]:
-        crops = [self.pairs[number] for number in range(k * self.size, (k + 1) * self.size)]
-        sources, edits, texts = zip(*crops, strict=True)
+    def __getitem__(self, k: int) -> tuple:
+        sources, edits, texts = zip(*(self.pairs[number] for number in self.numbers(k)), strict=True)
         return torch.stack(sources), torch.stack(edits), list(texts)
+
+    def numbers(self, k: int) -> range:
+        return range(k * self.size, (k + 1) * self.size)
+
+
+class PaintedBatches(Batches):
+    """Batches with all answers [size, styles, 3, 128, 128] to "turn it into a painting" besides."""
+
+    def __getitem__(self, k: int) -> tuple:
+        paintings = torch.stack([self.pairs.paintings(number) for number in self.numbers(k)])
+        return *super().__getitem__(k), paintings
 
 
 def prepare_views(cfg: DictConfig, run: Path) -> list[View]:
     """The training pictures at all scales with their paintings, kept in the run directory."""
     file = run / "views.pt"
     if not file.exists():
-        views = build_views(cfg.data.scales, cfg.seed, cfg.data.limit, partial(tqdm, desc="views"))
+        progress = partial(tqdm, desc="views")
+        views = build_views(cfg.data.scales, cfg.seed, cfg.data.limit, cfg.workers, progress)
         save([(view.image, view.painted) for view in views], file)
     return [View(*parts) for parts in torch.load(file, weights_only=True)]
 
@@ -114,7 +126,9 @@ class Latents:
 
         self.wanted = torch.stack([numbers(row) for row in texts])
         self.painting = numbers(EDITS["painting"].wordings)
-        self.painters = numbers(text for name in PAINTERS for text in EDITS[name].wordings)
+        self.ambiguous, self.painters = torch.zeros((2, len(known)), dtype=torch.bool, device=sources.device)
+        self.ambiguous[self.painting] = True
+        self.painters[numbers(text for name in PAINTERS for text in EDITS[name].wordings)] = True
 
     def batch(self, size: int, *key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scaled edits, unscaled sources, text states of `size` rows; 5 % each lose text, image or both.
@@ -129,10 +143,10 @@ class Latents:
         wording = torch.from_numpy(rng.integers(len(self.painting), size=size))
         asked, drop = torch.from_numpy(rng.random((2, size))).to(self.sources.device)
         wanted = torch.where(asked < self.painted, self.painting[wording], self.wanted[crop, edit])
-        nameless = (drop < 0.10) & ~torch.isin(wanted, self.painters)
+        nameless = (drop < 0.10) & ~self.painters[wanted]
         texts = torch.where(nameless[:, None, None], self.null, self.states[wanted])
         sources = self.sources[crop].float() * ((drop < 0.05) | (drop >= 0.15))[:, None, None, None]
-        drawn = torch.isin(wanted, self.painting)[:, None, None, None]
+        drawn = self.ambiguous[wanted][:, None, None, None]
         edits = torch.where(drawn, self.paintings[crop, style], self.edits[crop, edit])
         answers = torch.where(drawn[:, None], self.paintings[crop], edits[:, None])
         return edits.float() * self.scale, sources, texts, answers.float() * self.scale
@@ -142,13 +156,11 @@ def prepare_latents(cfg: DictConfig, run: Path, vae: AutoencoderKL, views: list[
     """Sources, edits, paintings and texts of all training pairs, kept in the run directory."""
     file = run / "latents.pt"
     if not file.exists():
-        pairs = Pairs(views, cfg.seed + 1, cfg.pairs.edits)
+        data = PaintedBatches(Pairs(views, cfg.seed + 1, cfg.pairs.edits), 4)
         numbers = range(cfg.pairs.crops // 4)
-        data = Batches(pairs, 4)
         batches: Iterable = DataLoader(data, batch_size=None, sampler=numbers, num_workers=cfg.workers)
         kept: dict[str, list] = {"sources": [], "edits": [], "texts": [], "paintings": []}
-        for k, (sources, edits, texts) in enumerate(tqdm(batches, "latents")):
-            paintings = torch.stack([pairs.paintings(number) for number in range(4 * k, 4 * k + 4)])
+        for sources, edits, texts, paintings in tqdm(batches, "latents"):
             images = torch.cat([sources[:, None], edits, paintings], 1)
             latents = models.encode(vae, images.flatten(0, 1)).half().cpu().unflatten(0, images.shape[:2])
             first, *others = latents.split([1, edits.shape[1], paintings.shape[1]], 1)
@@ -178,7 +190,7 @@ def train_unet(
     """The denoiser `unet`, trained on encoded pairs."""
 
     def loss(unet: nn.Module, batch: tuple, k: int) -> Tensor:
-        return denoiser_loss(unet, batch, scheduler, torch_generator(cfg.seed, 4, k))
+        return denoiser_loss(unet, batch, scheduler, torch_generator(cfg.seed, 4, k, device=cfg.device))
 
     def batches(first: int):
         return (latents.batch(cfg.unet.batch, cfg.seed, 3, k) for k in range(first, cfg.unet.steps))
@@ -186,16 +198,19 @@ def train_unet(
     return fit(run / "unet.pt", unet, batches, loss, cfg.unet, cfg.device, cfg.bf16)
 
 
+def fresh_unet(cfg: DictConfig, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> UNet2DConditionModel:
+    """A denoiser that knows nothing."""
+    torch.manual_seed(cfg.seed)
+    channels, text_width = vae.config.latent_channels, text_encoder.config.hidden_size
+    return models.build_unet(cfg.unet.widths, channels, text_width, cfg.unet.groups, conditioned=True)
+
+
 def fresh_parts(cfg: DictConfig, run: Path, views: list[View]) -> tuple:
     """The trained autoencoder, tokenizer and text tower, and a denoiser that knows nothing."""
     vae = train_vae(cfg, run, views).requires_grad_(False)
     models.centre_latents(vae, models.encode(vae, probe(views, cfg.seed)))
     tokenizer, text_encoder = train_text(cfg, run, names(Path(cfg.data.cache)))
-    torch.manual_seed(cfg.seed)
-    unet = models.build_unet(
-        cfg.unet.widths, cfg.vae.channels, cfg.text.width, cfg.unet.groups, conditioned=True
-    )
-    return vae, tokenizer, text_encoder, unet
+    return vae, tokenizer, text_encoder, fresh_unet(cfg, vae, text_encoder)
 
 
 def check_start(start: str) -> None:
@@ -208,18 +223,19 @@ def check_start(start: str) -> None:
         )
 
 
-def given_parts(start: str, device: str) -> tuple:
-    """Those of the exported folder `start`, whose denoiser is to be trained on."""
-    given = models.load_pipeline(Path(start), device)
+def given_parts(cfg: DictConfig) -> tuple:
+    """Those of the exported folder `cfg.start`, and its denoiser or a fresh one."""
+    given = models.load_pipeline(Path(cfg.start), cfg.device)
     for part in (given.vae, given.text_encoder):
         part.requires_grad_(False)
-    return given.vae, given.tokenizer, given.text_encoder, given.unet
+    unet = fresh_unet(cfg, given.vae, given.text_encoder) if cfg.fresh_unet else given.unet
+    return given.vae, given.tokenizer, given.text_encoder, unet
 
 
 def train(cfg: DictConfig, run: Path):
     """All stages, each continuing where it stopped; the trained parts as a diffusers pipeline."""
     views = prepare_views(cfg, run)
-    parts = given_parts(cfg.start, cfg.device) if cfg.start else fresh_parts(cfg, run, views)
+    parts = given_parts(cfg) if cfg.start else fresh_parts(cfg, run, views)
     vae, tokenizer, text_encoder, unet = parts
     scheduler = models.build_scheduler(cfg.zero_terminal_snr)
     encoded = prepare_latents(cfg, run, vae, views)

@@ -78,6 +78,12 @@ def _statistics(style: int) -> dict[str, np.ndarray]:
     return dict(zip(names, measured.run(names, _inputs(board(), style)), strict=True))
 
 
+def measure_styles(styles: list[int]) -> None:
+    """Measures the board in `styles`, before threads would all do so at once."""
+    for style in styles:
+        _statistics(style)
+
+
 def paint(image: Tensor, style: int) -> Tensor:
     """`image` [3, H, W] in [0, 1] in painting style `style` of 0..25, by the statistics of `board`.
 

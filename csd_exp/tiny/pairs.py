@@ -1,5 +1,6 @@
 """Reproducible training pairs of the embedded editing model: crops of photographs, their edits and texts."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from csd_exp.tiny.edits import EDITS, GRADINGS, PAINTED, style_of
 from csd_exp.tiny.looks import GRID, REACH
-from csd_exp.tiny.paintings import PAINTING_STYLES, paint
+from csd_exp.tiny.paintings import PAINTING_STYLES, measure_styles, paint
 from csd_exp.tiny.photos import PATCH, load, picture_files
 from csd_exp.tiny.training import generator
 
@@ -37,13 +38,18 @@ def _jitter(image: Tensor, rng: np.random.Generator) -> Tensor:
     return (image**gamma * balance[:, None, None]).clamp(0, 1)
 
 
-def build_views(scales: list[int], seed: int, limit: int | None = None, progress=iter) -> list[View]:
+def build_views(
+    scales: list[int], seed: int, limit: int | None = None, workers: int = 0, progress=iter
+) -> list[View]:
     """Training pictures (the first `limit`) at each short side of `scales` px that enlarges by 10 % at most.
 
     All but a picture's smallest view get other exposures, so that scale is not all that varies.
     """
-    files = progress(picture_files()[:limit])
-    return [view for number, file in enumerate(files) for view in views_of(file, scales, seed, number)]
+    files = picture_files()[:limit]
+    measure_styles(USED_STYLES)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        made = pool.map(lambda number: views_of(files[number], scales, seed, number), range(len(files)))
+        return [view for views in progress(made) for view in views]
 
 
 def views_of(file: Path, scales: list[int], seed: int, number: int) -> list[View]:

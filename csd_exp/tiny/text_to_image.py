@@ -132,7 +132,7 @@ def train_unet(
         def denoise(noisy: Tensor, t: Tensor) -> Tensor:
             return unet(noisy, t, encoder_hidden_states=states).sample
 
-        return velocity_loss(denoise, clean, scheduler, torch_generator(cfg.seed, 8, k))
+        return velocity_loss(denoise, clean, scheduler, torch_generator(cfg.seed, 8, k, device=cfg.device))
 
     def batches(first: int) -> Iterable:
         return (latents.batch(options.batch, cfg.seed, 7, k) for k in range(first, options.steps))

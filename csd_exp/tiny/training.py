@@ -19,6 +19,7 @@ from csd_exp.errors import InputError
 from csd_exp.files import whole, write_whole
 
 CHECKPOINT_SECONDS = 60
+LOG_STEPS = 20  # losses are read together, since reading one waits for the GPU
 
 
 def generator(*key: int) -> np.random.Generator:
@@ -32,9 +33,9 @@ def save(value: object, file: Path) -> None:
         torch.save(value, partial)
 
 
-def torch_generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on the integers of `key` and nothing else."""
-    return torch.Generator().manual_seed(int(generator(*key).integers(2**62)))
+def torch_generator(*key: int, device: str = "cpu") -> torch.Generator:
+    """A generator on `device` that depends on the integers of `key` and nothing else."""
+    return torch.Generator(device).manual_seed(int(generator(*key).integers(2**62)))
 
 
 def run_folder(cfg: DictConfig, trained: list[str]) -> Path:
@@ -75,13 +76,14 @@ def velocity_loss(
     `denoise(noisy, t)` estimates it. Timesteps [n] are spread over the batch, more of them at high noise,
     where the answer is not yet to be seen. Where each row was drawn from `answers` [n, k, C, h, w], the
     velocity is that to their mean as seen from x_t: equal in expectation and free of the luck of the draw
-    (the stable targets of Xu et al. 2023, over all answers to one instruction).
+    (the stable targets of Xu et al. 2023, over all answers to one instruction). `rng` is on the device of
+    `clean`.
     """
     size, last = len(clean), scheduler.config.num_train_timesteps - 1
-    spread = 1 - (1 - (torch.arange(size) + torch.rand(size, generator=rng)) / size) ** 1.5
-    # in single precision the spread may round to 1
-    t = (spread * (last + 1)).long().clamp(max=last).to(clean.device)
-    noise = torch.randn(clean.shape, generator=rng).to(clean)
+    jitter = torch.rand(size, generator=rng, device=clean.device)
+    spread = 1 - (1 - (torch.arange(size, device=clean.device) + jitter) / size) ** 1.5
+    t = (spread * (last + 1)).long().clamp(max=last)  # in single precision the spread may round to 1
+    noise = torch.randn(clean.shape, generator=rng, device=clean.device)
     noisy = scheduler.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)
     alpha_bar = scheduler.alphas_cumprod.to(clean)[t][:, None, None, None]
     x_0 = clean if answers is None else posterior_mean(noisy, alpha_bar, answers)
@@ -107,6 +109,7 @@ def fit(
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, betas=(0.9, 0.99))
     first, log = 0, []
+    unread: list[Tensor] = []
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
@@ -114,7 +117,13 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         first, log = state["step"], state["log"]
 
+    def read() -> None:
+        losses = torch.stack(unread).tolist() if unread else []
+        log.extend((step, round(loss, 6)) for step, loss in enumerate(losses, len(log)))
+        unread.clear()
+
     def checkpoint(step: int) -> None:
+        read()
         parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
         state = {name: part.state_dict() for name, part in parts.items()}
         save(state | {"step": step, "log": log}, file)
@@ -134,8 +143,10 @@ def fit(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         average.update_parameters(model)
-        log.append((k, round(value.item(), 6)))
-        bar.set_postfix(loss=f"{np.mean([entry[1] for entry in log[-50:]]):.4f}")
+        unread.append(value.detach())
+        if len(unread) == LOG_STEPS:
+            read()
+            bar.set_postfix(loss=f"{np.mean([entry[1] for entry in log[-LOG_STEPS:]]):.4f}")
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             checkpoint(k + 1)
             saved = time.monotonic()
