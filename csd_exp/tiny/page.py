@@ -21,11 +21,9 @@ from csd_exp.tiny.text_to_image import TABLE
 MODELS = ("instruct_pix2pix", "text_to_image", "clip")
 HISTORY = {
     "instruct_pix2pix": (
-        "The shipped UNet had 17453 steps: in its first 6800 paintings were normalised by the picture at "
-        "hand; the next 8000, with a schedule of their own from 5e-4, saw them as they are now; 1076, 727 "
-        "and 850 more, each with start= and from 6e-4, had noise levels that end in pure noise, and 53, 53 "
-        "and 71 % of their rows asked for a painting: the first 1076 for one in styles 1, 5, 12, 13, 14, 16, "
-        "19, 20, 21 and 24, and in 560 of these by the single draw."
+        "The shipped UNet was trained anew on this autoencoder and text encoder (fresh_unet=true size=gpu): "
+        "4362 steps of 256 rows on 12000 crops, 30 % of the rows asking for a painting besides those drawn, "
+        "in 6.3 minutes on one H100 that two other trainings shared."
     )
 }
 PAGE = """# The embedded models
