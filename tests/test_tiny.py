@@ -397,6 +397,11 @@ def test_the_recipe_trains_exports_and_scores_and_does_nothing_twice(tmp_path, m
     ]
     assert 0 < max(moved) < 0.01  # two steps from where it was, not from the start
     assert not (tmp_path / "on" / "vae.pt").exists()
+    *parts, fresh = recipe.given_parts(
+        compose_test(f"start={given}", "fresh_unet=true", "unet.widths=[16, 32]")
+    )
+    assert all(map(torch.equal, before.vae.state_dict().values(), parts[0].state_dict().values()))
+    assert tuple(fresh.config.block_out_channels) == (16, 32)
     models.export(after, tmp_path / "on" / "exported")
     assert not any(
         str(tmp_path) in file.read_text() for file in (tmp_path / "on" / "exported").rglob("*.json")
