@@ -1,5 +1,6 @@
 """Reproducible training pairs of the embedded editing model: crops of photographs, their edits and texts."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,28 @@ def views_of(file: Path, scales: list[int], seed: int, number: int) -> list[View
     return views
 
 
+@dataclass
+class Crop:
+    """The window of PATCH px at (`top`, `left`) of a view, or of its mirror image."""
+
+    view: View
+    mirrored: bool
+    top: int
+    left: int
+
+    def window(self, style: int | None = None, answer: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """What it shows [3, PATCH, PATCH] in [0, 1], in a style and edited by `answer` with all the context
+        that an edit sees."""
+        image = self.view.image if style is None else self.view.painted[style]
+        image = image.flip(-1) if self.mirrored else image
+        if answer is None:
+            return image[:, self.top : self.top + PATCH, self.left : self.left + PATCH] / 255
+        y, x = max(0, self.top - REACH), max(0, self.left - REACH)
+        edited = answer(image[:, y : self.top + PATCH + REACH, x : self.left + PATCH + REACH] / 255)
+        top, left = self.top - y, self.left - x
+        return edited[:, top : top + PATCH, left : left + PATCH].clamp(0, 1)
+
+
 class Pairs:
     """Training crops that depend on (seed, number) only, `number` counting crops without end.
 
@@ -79,42 +102,32 @@ class Pairs:
         self.weights = weights / weights.sum()
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
-        view, top, left, rng = self._crop(number)
-        texts, edits = zip(*(self._edit(view, top, left, rng) for _ in range(self.edits)), strict=True)
-        return _window(view.image, top, left), torch.stack(edits), list(texts)
+        crop, rng = self._crop(number)
+        texts, edits = zip(*(self._edit(crop, rng) for _ in range(self.edits)), strict=True)
+        return crop.window(), torch.stack(edits), list(texts)
 
     def paintings(self, number: int) -> Tensor:
         """Crop `number` in each of PAINTING_STYLES, [styles, 3, 128, 128] in [0, 1]."""
-        view, top, left, _ = self._crop(number)
-        return torch.stack([_window(view.painted[style], top, left) for style in PAINTING_STYLES])
+        crop, _ = self._crop(number)
+        return torch.stack([crop.window(style) for style in PAINTING_STYLES])
 
-    def _crop(self, number: int) -> tuple[View, int, int, np.random.Generator]:
-        """The view of crop `number`, mirrored or not, its corner, and the generator of what is done to it."""
+    def _crop(self, number: int) -> tuple[Crop, np.random.Generator]:
+        """Crop `number` and the generator of what is done to it."""
         rng = generator(self.seed, 1, number)
         view = self.views[rng.integers(len(self.views))]
-        if rng.random() < 0.5:
-            view = View(view.image.flip(-1), {style: made.flip(-1) for style, made in view.painted.items()})
+        mirrored = bool(rng.random() < 0.5)
         height, width = view.image.shape[-2:]
         top, left = (GRID * int(rng.integers((side - PATCH) // GRID + 1)) for side in (height, width))
-        return view, top, left, rng
+        return Crop(view, mirrored, top, left), rng
 
-    def _edit(self, view: View, top: int, left: int, rng: np.random.Generator) -> tuple[str, Tensor]:
+    def _edit(self, crop: Crop, rng: np.random.Generator) -> tuple[str, Tensor]:
         both = rng.random() < self.both
         name = rng.choice(PAINTED) if both else rng.choice(list(EDITS), p=self.weights)
         text, answer = rng.choice(EDITS[name].wordings), EDITS[name].choose(rng.random())
-        image = view.image if (style := style_of(answer)) is None else view.painted[style]
+        style = style_of(answer)
         if both:
             name = rng.choice(GRADINGS)
             text, answer = f"{text}, {rng.choice(EDITS[name].wordings)}", EDITS[name].choose()
         elif style is not None:
-            return str(text), _window(image, top, left)
-        return str(text), _window(image, top, left, answer)
-
-
-def _window(image: Tensor, top: int, left: int, answer=None) -> Tensor:
-    """The window at (top, left) of a uint8 image in [0, 1], edited with all the context that an edit sees."""
-    if answer is None:
-        return image[:, top : top + PATCH, left : left + PATCH] / 255
-    y, x = max(0, top - REACH), max(0, left - REACH)
-    context = image[:, y : top + PATCH + REACH, x : left + PATCH + REACH] / 255
-    return answer(context)[:, top - y : top - y + PATCH, left - x : left - x + PATCH].clamp(0, 1)
+            return str(text), crop.window(style)
+        return str(text), crop.window(style, answer)
