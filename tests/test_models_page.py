@@ -34,6 +34,7 @@ def made_up(cfg, run, folder):
         "autoencoder_psnr": 27.5,
         "styles_drawn": [6, 9, 8],
         "styles_drawn_by_palette": [5, 8, 5],
+        "styles_drawn_by_error": [4, 7, 7],
         "tint_hue_variance": 0.5,
     }
     return {key: dict.fromkeys(names, 21.25) for key, names in per_edit.items()} | whole
@@ -67,6 +68,7 @@ def test_the_page_states_every_score(written):
     assert "fixed filters | 87.5% | 50.0% |" in text
     assert "show 6 to 9 (mean 7.7)" in text
     assert "5 to 8 (mean 6.0) by palette" in text
+    assert re.search(r"4 to 7 \(mean 6.0\) by\s+squared error", text)
     assert "81.2% on training wordings, 75.0% on held-out ones" in text
     assert "| an unseen background | <object_unseen> | <background_unseen> | |" in text
     rows = re.findall(r"^\| .* \|$", text, re.MULTILINE)

@@ -23,7 +23,16 @@ from csd_exp.tiny.paintings import board, paint
 from csd_exp.tiny.pairs import Pairs, View
 from csd_exp.tiny.photos import CLIP_ONLY, DATA, HELD_OUT, load, picture_files
 from csd_exp.tiny.principal import start_at_principal_components
-from csd_exp.tiny.scores import COMPUTED, Sampler, applies, hue_variance, nearest, psnr
+from csd_exp.tiny.scores import (
+    COMPUTED,
+    STYLE_JUDGES,
+    Sampler,
+    applies,
+    hue_variance,
+    nearest,
+    psnr,
+    styles_among,
+)
 from csd_exp.tiny.text import TOKENS
 
 SHIPPED = Path(csd_exp.__file__).parent / "assets" / "instruct_pix2pix"
@@ -257,6 +266,14 @@ def test_targets_over_all_answers_are_those_of_the_draw_on_average():
         for given in (None, one)
     ]
     torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("judge", STYLE_JUDGES.values(), ids=STYLE_JUDGES)
+def test_styles_are_counted_once_however_often_they_are_drawn(picture, judge):
+    exact = torch.stack([paint(picture, style)[:, :64, :64] for style in (5, 12, 16, 18)])
+    noise = 0.01 * torch.randn((5, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    assert styles_among((exact[[2, 2, 0, 2, 0]] + noise).clamp(0, 1), exact, judge) == 2
+    assert styles_among(exact, exact, judge) == 4
 
 
 def test_draws_are_shown_row_by_row_after_their_source():

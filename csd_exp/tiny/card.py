@@ -62,7 +62,8 @@ out: a wording that training never used.
 Photographs through the autoencoder: {photos} dB. Means: PSNR {psnr} dB ({psnr_held_out} held out),
 recognised {hit} ({hit_held_out} held out). {draws} draws of "turn it into a painting" on one patch show
 {drawn} of {number} styles by the style statistics, {drawn_by_palette} by palette and texture of fixed
-filters; {draws} of "tint it" have a hue variance of {hue} (0 one hue, 1 all hues alike).
+filters, {drawn_by_error} by squared error; {draws} of "tint it" have a hue variance of {hue} (0 one hue, 1
+all hues alike).
 
 ## Limits
 
@@ -105,6 +106,7 @@ def card(cfg: DictConfig, scores: dict) -> str:
         hit_held_out=scores["mean_recognised_held_out"],
         drawn=span(scores["styles_drawn"]),
         drawn_by_palette=span(scores["styles_drawn_by_palette"]),
+        drawn_by_error=span(scores["styles_drawn_by_error"]),
         number=len(PAINTING_STYLES),
         hue=scores["tint_hue_variance"],
     )

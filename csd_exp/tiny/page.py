@@ -54,8 +54,8 @@ The autoencoder alone: {autoencoder:.2f} dB on photographs.
 
 Ambiguous edits have many right answers. Of {styles} painting styles, {draws} draws of "turn it into a
 painting" on one patch show {drawn}, over {patches} patches, by the network's style
-statistics, and {drawn_by_palette} by palette and texture of fixed filters. {draws} draws of
-"tint it" have a hue variance of {hue:.2f} (0 one hue, 1 all hues alike).
+statistics, {drawn_by_palette} by palette and texture of fixed filters, and {drawn_by_error} by
+squared error. {draws} draws of "tint it" have a hue variance of {hue:.2f} (0 one hue, 1 all hues alike).
 
 | edit | autoencoder | unedited | edit | recognised | outside | edit, held out | recognised, held out |
 | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -133,6 +133,7 @@ def _page(cfg: DictConfig, scores: dict[str, dict[str, Any]], assets: Path) -> s
         autoencoder=edit["autoencoder_psnr"],
         drawn=span(edit["styles_drawn"]),
         drawn_by_palette=span(edit["styles_drawn_by_palette"]),
+        drawn_by_error=span(edit["styles_drawn_by_error"]),
         patches=len(edit["styles_drawn"]),
         styles=len(PAINTING_STYLES),
         draws=cfg.scores.draws,

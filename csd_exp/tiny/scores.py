@@ -6,7 +6,7 @@ the style statistics of an ImageNet network (`csd_exp.metrics.perceptual.style_e
 
 import colorsys
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -73,6 +73,13 @@ def nearest_style(images: Tensor, references: Tensor, embed: Embed = style_embed
     return nearest((embed(images) - mean) / std, known)
 
 
+STYLE_JUDGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "styles_drawn": nearest_style,
+    "styles_drawn_by_palette": partial(nearest_style, embed=style_statistics),
+    "styles_drawn_by_error": nearest,
+}
+
+
 def recognised(name: str, made: Tensor, references: Tensor) -> Tensor:
     """Whether each answer [n, 3, H, W] to edit `name` is nearest to it among `EXACT` [n, edits, 3, H, W]."""
     judge = nearest_style if name in PAINTERS else nearest
@@ -102,10 +109,10 @@ def hue_variance(images: Tensor) -> float:
     return 1 - math.hypot(angles.cos().mean(), angles.sin().mean())
 
 
-def styles_among(painted: Tensor, exact: Tensor, embed: Embed) -> int:
-    """How many of `exact` [styles, 3, H, W] are nearest, as `nearest_style` tells by `embed`, to one or more
-    of the draws `painted` [n, 3, H, W]."""
-    return len(nearest_style(painted, exact.expand(len(painted), -1, -1, -1, -1), embed).unique())
+def styles_among(painted: Tensor, exact: Tensor, judge: Callable[[Tensor, Tensor], Tensor]) -> int:
+    """How many of `exact` [styles, 3, H, W] are nearest, as `judge` tells, to one or more of the draws
+    `painted` [n, 3, H, W]."""
+    return len(judge(painted, exact.expand(len(painted), -1, -1, -1, -1)).unique())
 
 
 def score(sampler: Sampler, count: int, draws: int) -> tuple[dict, dict[str, Tensor]]:
@@ -114,10 +121,10 @@ def score(sampler: Sampler, count: int, draws: int) -> tuple[dict, dict[str, Ten
     PSNRs are in dB. `recognised` is the share of answers that are nearest, among the exact answers of all of
     `EXACT` to the same patch, to the one asked for; local edits are recognised on the patches of all held-out
     pictures that show their region. `painters` judges painted edits once more, by `style_statistics`: palette
-    and texture of fixed filters, which mind the blur of strokes less than the network does. "Turn it into a
-    painting" is drawn `draws` times on each of DRAWN patches and "tint it" on the first. Pictures are the
-    `source`, one entry for each of `EXACT`, the patches `drawn on`, and the draws: `painting` [patches,
-    draws, 3, H, W] and `tint` [1, draws, 3, H, W].
+    and texture of fixed filters. "Turn it into a painting" is drawn `draws` times on each of DRAWN patches,
+    judged by all of STYLE_JUDGES, and "tint it" on the first. Pictures are the `source`, one entry for each
+    of `EXACT`, the patches `drawn on`, and the draws: `painting` [patches, draws, 3, H, W] and `tint` [1,
+    draws, 3, H, W].
     """
     everything = [load(file, SHORT) for file in picture_files("held_out")]
     few = [everything[number * len(everything) // count] for number in range(count)]
@@ -155,8 +162,8 @@ def score(sampler: Sampler, count: int, draws: int) -> tuple[dict, dict[str, Ten
     drawn = images[chosen, None].expand(-1, draws, -1, -1, -1)
     painted = torch.stack([sampler(patch, "turn it into a painting") for patch in drawn])
     known = [patches([paint(one, style) for style in PAINTING_STYLES]) for one in few[chosen]]
-    for key, embed in (("styles_drawn", style_embedding), ("styles_drawn_by_palette", style_statistics)):
-        result[key] = [styles_among(*pair, embed) for pair in zip(painted, known, strict=True)]
+    for key, judge in STYLE_JUDGES.items():
+        result[key] = [styles_among(*pair, judge) for pair in zip(painted, known, strict=True)]
     tinted = sampler(drawn[0], "tint it")
     result["tint_hue_variance"] = round(hue_variance(tinted), 3)
     return result, pictures | {"drawn on": images[chosen], "painting": painted, "tint": tinted[None]}
