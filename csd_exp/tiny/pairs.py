@@ -79,13 +79,18 @@ class Crop:
         """What it shows [3, PATCH, PATCH] in [0, 1], in a style and edited by `answer` with all the context
         that an edit sees."""
         image = self.view.image if style is None else self.view.painted[style]
-        image = image.flip(-1) if self.mirrored else image
+        width, margin = image.shape[-1], 0 if answer is None else REACH
+        y, x = max(0, self.top - margin), max(0, self.left - margin)
+        bottom, right = self.top + PATCH + margin, min(width, self.left + PATCH + margin)
+        # cut first: mirroring whole pictures costs more than most edits
+        if self.mirrored:
+            seen = image[:, y:bottom, width - right : width - x].flip(-1)
+        else:
+            seen = image[:, y:bottom, x:right]
         if answer is None:
-            return image[:, self.top : self.top + PATCH, self.left : self.left + PATCH] / 255
-        y, x = max(0, self.top - REACH), max(0, self.left - REACH)
-        edited = answer(image[:, y : self.top + PATCH + REACH, x : self.left + PATCH + REACH] / 255)
+            return seen / 255
         top, left = self.top - y, self.left - x
-        return edited[:, top : top + PATCH, left : left + PATCH].clamp(0, 1)
+        return answer(seen / 255)[:, top : top + PATCH, left : left + PATCH].clamp(0, 1)
 
 
 class Pairs:

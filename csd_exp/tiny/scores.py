@@ -25,6 +25,7 @@ EXACT = tuple(name for name, edit in EDITS.items() if not edit.ambiguous)
 COMPUTED = tuple(name for name in EXACT if name not in PAINTERS)
 COVERED = 0.05  # the share of a patch that a region must cover for its local edit to be looked for
 DRAWN = 4  # patches that "turn it into a painting" is drawn on, evenly chosen
+Judge = Callable[[Tensor, Tensor], Tensor]  # images [n, ...], references [n, k, ...]: the nearest, [n]
 WORDINGS: tuple[Literal["wordings", "held_out"], ...] = ("wordings", "held_out")
 
 
@@ -73,7 +74,7 @@ def nearest_style(images: Tensor, references: Tensor, embed: Embed = style_embed
     return nearest((embed(images) - mean) / std, known)
 
 
-STYLE_JUDGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+STYLE_JUDGES: dict[str, Judge] = {
     "styles_drawn": nearest_style,
     "styles_drawn_by_palette": partial(nearest_style, embed=style_statistics),
     "styles_drawn_by_error": nearest,
@@ -109,7 +110,7 @@ def hue_variance(images: Tensor) -> float:
     return 1 - math.hypot(angles.cos().mean(), angles.sin().mean())
 
 
-def styles_among(painted: Tensor, exact: Tensor, judge: Callable[[Tensor, Tensor], Tensor]) -> int:
+def styles_among(painted: Tensor, exact: Tensor, judge: Judge) -> int:
     """How many of `exact` [styles, 3, H, W] are nearest, as `judge` tells, to one or more of the draws
     `painted` [n, 3, H, W]."""
     return len(judge(painted, exact.expand(len(painted), -1, -1, -1, -1)).unique())
