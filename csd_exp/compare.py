@@ -23,6 +23,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from torch import Tensor
 
 from csd_exp import metrics
+from csd_exp.answers.edits import EDITS, style_of
 from csd_exp.build import build_module, constructed, silence_lightning
 from csd_exp.config import RunConfig, check, composed, scientific
 from csd_exp.errors import InputError
@@ -32,7 +33,6 @@ from csd_exp.images import as_saved, read_image, write_png
 from csd_exp.module import ParticleModule
 from csd_exp.priors import Prior
 from csd_exp.schedules import Draw
-from csd_exp.tiny.edits import EDITS, style_of
 
 USAGE = """csd-compare [KEY=VALUE ...]
 
@@ -67,7 +67,7 @@ class MethodConfig:
 class CompareConfig(RunConfig):
     """The keys of a run, and those of the comparison.
 
-    edit: which of `csd_exp.tiny.edits.EDITS` the prompt asks for. measured_at: steps whose pictures are
+    edit: which of `csd_exp.answers.edits.EDITS` the prompt asks for. measured_at: steps whose pictures are
     measured, besides the first and the last. strengths: where methods are compared.
     """
 

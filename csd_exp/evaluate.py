@@ -17,13 +17,13 @@ from torch import Tensor
 from torchmetrics import Metric
 from yaml import YAMLError
 
+from csd_exp.answers.pan import sunrise
 from csd_exp.build import constructed, silence_lightning
 from csd_exp.config import check_targets, composed
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
 from csd_exp.images import saved_pictures, write_png
 from csd_exp.metrics.clip import TINY, tiny_weights
-from csd_exp.panning import sunrise
 from csd_exp.particles import Particles
 from csd_exp.report import write_report
 

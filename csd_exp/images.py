@@ -115,6 +115,12 @@ def as_saved(image: Tensor) -> Tensor:
     return torch.from_numpy(to_uint8(image)).permute(2, 0, 1).float() / 255
 
 
+def luminance(image: Tensor) -> Tensor:
+    """Rec. 601 luma of [..., 3, H, W] as [..., 1, H, W]."""
+    weights = image.new_tensor([0.299, 0.587, 0.114])[:, None, None]
+    return (image * weights).sum(-3, keepdim=True)
+
+
 def write_png(image: Tensor, path: Path) -> None:
     """Write [3, H, W] in [0, 1] as an 8-bit PNG, whole or not at all."""
     with whole(path) as partial:

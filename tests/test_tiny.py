@@ -13,15 +13,15 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 import csd_exp
+from csd_exp.answers.edits import EDITS, GRADINGS, LOCAL, PAINTED, PAINTERS, style_of, target
+from csd_exp.answers.looks import REACH, tint
+from csd_exp.answers.paintings import board, paint
+from csd_exp.answers.photos import CLIP_ONLY, DATA, HELD_OUT, load, picture_files
 from csd_exp.config import conf_dir
 from csd_exp.errors import InputError
 from csd_exp.tiny import instruct_pix2pix as recipe
 from csd_exp.tiny import models, training
-from csd_exp.tiny.edits import EDITS, GRADINGS, LOCAL, PAINTED, PAINTERS, style_of, target
-from csd_exp.tiny.looks import REACH, tint
-from csd_exp.tiny.paintings import board, paint
 from csd_exp.tiny.pairs import Pairs, View
-from csd_exp.tiny.photos import CLIP_ONLY, DATA, HELD_OUT, load, picture_files
 from csd_exp.tiny.principal import start_at_principal_components
 from csd_exp.tiny.scores import (
     COMPUTED,

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
+from csd_exp.answers.edits import EDITS
 from csd_exp.config import conf_dir
 from csd_exp.tiny import text
-from csd_exp.tiny.edits import EDITS
 from csd_exp.tiny.training import generator
 
 CAPTIONS = ["red apple", "castle", "owl with big eyes"]

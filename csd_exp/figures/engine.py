@@ -18,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from matplotlib.figure import Figure
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from csd_exp.answers.photos import DATA, load
 from csd_exp.build import constructed, silence_lightning
 from csd_exp.config import check_targets, composed, scientific
 from csd_exp.errors import InputError
@@ -29,7 +30,6 @@ from csd_exp.figures.tables import latex, lines, records_csv, table_csv
 from csd_exp.files import sha256, write_whole
 from csd_exp.images import image_files, write_png
 from csd_exp.run import check_run, edit, quoted
-from csd_exp.tiny.photos import DATA, load
 
 USAGE = """csd-figure figure=NAME [figure.size=full] [figure.scale=paper] [KEY=VALUE ...]
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from csd_exp.answers.edits import EDITS
 from csd_exp.errors import InputError
 from csd_exp.metrics.base import PictureMetric
 from csd_exp.metrics.windows import Embed, pixels, windows
-from csd_exp.tiny.edits import EDITS
 
 Answer = Callable[[Tensor], Tensor]
 
@@ -36,7 +36,7 @@ class Fit(NamedTuple):
 class Answers:
     """The right answers to an instruction on a source picture, window by window.
 
-    edit: the name of one of `csd_exp.tiny.edits.EDITS`, or functions from a picture [3, H, W] in [0, 1] to
+    edit: the name of one of `csd_exp.answers.edits.EDITS`, or functions from a picture [3, H, W] in [0, 1] to
     its edit. side: of the non-overlapping windows, in pixels. embed: what distances are taken between,
     windows [n, 3, side, side] to [n, D]: the `pixels` of a computed edit, the `style_statistics` of a
     painted one. most: answers taken of an edit that has more, evenly spaced.

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from csd_exp.images import luminance
 from csd_exp.metrics.base import ROUNDING, MeanMetric
-from csd_exp.tiny.looks import luminance
 
 
 class OutsideMetric(MeanMetric):

@@ -64,7 +64,7 @@ def style_embedding(images: Tensor) -> Tensor:
     The style statistics of Huang & Belongie 2017 (AdaIN, Eq. 13) on EfficientNet-Lite0's first five
     stages. Channels differ in scale, so standardise each over the pictures that are compared. Standardised,
     and by the nearest mean of 19 other photographs, 86 % of the 26 painting styles of
-    `csd_exp.tiny.paintings.paint` are recognised on a held-out photograph, 97 % among five of them.
+    `csd_exp.answers.paintings.paint` are recognised on a held-out photograph, 97 % among five of them.
     """
     return torch.cat(style_blocks(images), 1)
 

@@ -5,8 +5,8 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.transforms.functional import gaussian_blur
 
+from csd_exp.images import luminance
 from csd_exp.metrics.base import PictureMetric
-from csd_exp.tiny.looks import luminance
 
 
 class SSIM(PictureMetric):

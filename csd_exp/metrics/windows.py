@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csd_exp.errors import InputError
+from csd_exp.images import luminance
 from csd_exp.metrics.base import ROUNDING, MeanMetric
 from csd_exp.metrics.perceptual import style_blocks
-from csd_exp.tiny.looks import luminance
 
 Embed = Callable[[Tensor], Tensor]
 SMALLEST_STYLED = 32  # pixels a side at which the deepest layer still has a deviation

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from csd_exp.panning import PAN
+from csd_exp.answers.pan import PAN
 from csd_exp.particles.areas import Box
 from csd_exp.particles.images import WholePictures
 from csd_exp.videos import Frames

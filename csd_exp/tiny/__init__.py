@@ -1,1 +1,1 @@
-"""The embedded small InstructPix2Pix: its photographs, its edits and the recipe that trains it."""
+"""Recipes, scores and pages of the embedded models; nothing imports it."""

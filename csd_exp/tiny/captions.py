@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from csd_exp.answers.photos import DATA, PATCH, Split, load, middle, picture_files
 from csd_exp.errors import InputError
-from csd_exp.tiny.photos import DATA, PATCH, Split, load, middle, picture_files
 
 Style = Literal["3d render", "flat drawing", "photo"]
 

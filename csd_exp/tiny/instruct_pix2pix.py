@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
+from csd_exp.answers.edits import EDITS, PAINTERS
 from csd_exp.errors import InputError
 from csd_exp.figures.grid import grid
 from csd_exp.files import write_whole
 from csd_exp.tiny import models
 from csd_exp.tiny.captions import names
 from csd_exp.tiny.card import card
-from csd_exp.tiny.edits import EDITS, PAINTERS
 from csd_exp.tiny.pairs import Pairs, View, build_views
 from csd_exp.tiny.principal import start_at_principal_components
 from csd_exp.tiny.scores import EXACT, Sampler, score

@@ -9,12 +9,12 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from csd_exp.answers.edits import EDITS
+from csd_exp.answers.paintings import PAINTING_STYLES
 from csd_exp.config import conf_dir
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
 from csd_exp.tiny.card import row, span
-from csd_exp.tiny.edits import EDITS
-from csd_exp.tiny.paintings import PAINTING_STYLES
 from csd_exp.tiny.scores import COVERED, EXACT
 from csd_exp.tiny.text_to_image import TABLE
 

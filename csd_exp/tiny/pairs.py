@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csd_exp.tiny.edits import EDITS, GRADINGS, PAINTED, style_of
-from csd_exp.tiny.looks import GRID, REACH
-from csd_exp.tiny.paintings import PAINTING_STYLES, measure_styles, paint
-from csd_exp.tiny.photos import PATCH, load, picture_files
+from csd_exp.answers.edits import EDITS, GRADINGS, PAINTED, style_of
+from csd_exp.answers.looks import GRID, REACH
+from csd_exp.answers.paintings import PAINTING_STYLES, measure_styles, paint
+from csd_exp.answers.photos import PATCH, load, picture_files
 from csd_exp.tiny.training import generator
 
 # all that any edit paints in

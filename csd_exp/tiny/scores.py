@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from csd_exp.answers.edits import EDITS, LOCAL, PAINTERS, target
+from csd_exp.answers.paintings import PAINTING_STYLES, SHORT, paint
+from csd_exp.answers.photos import load, middle, picture_files
 from csd_exp.metrics import style_statistics
 from csd_exp.metrics.perceptual import style_embedding
 from csd_exp.metrics.windows import Embed
-from csd_exp.tiny.edits import EDITS, LOCAL, PAINTERS, target
 from csd_exp.tiny.models import reconstruct
-from csd_exp.tiny.paintings import PAINTING_STYLES, SHORT, paint
-from csd_exp.tiny.photos import load, middle, picture_files
 
 EXACT = tuple(name for name, edit in EDITS.items() if not edit.ambiguous)
 COMPUTED = tuple(name for name in EXACT if name not in PAINTERS)

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from csd_exp.answers.edits import EDITS
 from csd_exp.tiny.captions import BACKGROUNDS, with_article
-from csd_exp.tiny.edits import EDITS
 from csd_exp.tiny.training import fit, generator, save
 
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from csd_exp.tiny.looks import (
+from csd_exp.answers.looks import (
     autumn,
     black_and_white,
     cartoon,
@@ -35,7 +35,7 @@ from csd_exp.tiny.looks import (
     vegetation,
     vintage,
 )
-from csd_exp.tiny.paintings import PAINTING_STYLES, paint
+from csd_exp.answers.paintings import PAINTING_STYLES, paint
 
 
 @dataclass(frozen=True)

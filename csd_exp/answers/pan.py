@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from csd_exp.answers.photos import DATA, load
 from csd_exp.files import ASSETS
-from csd_exp.tiny.photos import DATA, load
 
 PAN = ASSETS / "pan.mp4"  # the frames of `sunrise`
 SAMPLES = 3  # rays along each side of a pixel, whose mean it shows

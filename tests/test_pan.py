@@ -5,9 +5,9 @@ from math import atan, degrees, radians, tan
 import pytest
 import torch
 
+from csd_exp.answers.pan import Pan, sunrise
 from csd_exp.config import PACKAGE
 from csd_exp.metrics.flow import warping_error
-from csd_exp.panning import Pan, sunrise
 from csd_exp.videos import Frames
 
 

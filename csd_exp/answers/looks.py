@@ -11,14 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from csd_exp.images import luminance
+
 REACH = 16
 GRID = 8
-
-
-def luminance(image: Tensor) -> Tensor:
-    """Rec. 601 luma of [..., 3, H, W] as [..., 1, H, W]."""
-    weights = image.new_tensor([0.299, 0.587, 0.114])[:, None, None]
-    return (image * weights).sum(-3, keepdim=True)
 
 
 def _ramp(y: Tensor, *colours: tuple[float, float, float]) -> Tensor:
