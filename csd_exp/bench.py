@@ -15,21 +15,18 @@ from statistics import median
 
 import lightning as L
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from tokenizers import pre_tokenizers
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torch import nn
 
 from csd_exp.build import build_module, constructed, silence_lightning
 from csd_exp.callbacks.throughput import peak_memory
 from csd_exp.config import RunConfig, check, composed
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
-from csd_exp.priors.stable_diffusion import Dtype, InstructPix2Pix, Parts, StableDiffusion
+from csd_exp.priors.stable_diffusion import StableDiffusion
 
 USAGE = """csd-bench [KEY=VALUE ...]
 
@@ -187,91 +184,6 @@ class Clock(L.Callback):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-def random_sd15(
-    guidance_scale: float = 7.5,
-    image_guidance_scale: float = 1.5,
-    dtype: Dtype = "float32",
-    device: str = "auto",
-    row_chunk: int = 16,
-    channels_last: bool = False,
-    compile: bool = False,
-) -> InstructPix2Pix:
-    """InstructPix2Pix in its public size, with random weights: the speed of the real one without a download.
-
-    The keys are those of InstructPix2Pix.
-    """
-    return InstructPix2Pix(
-        sd15_parts(channels=8),
-        guidance_scale=guidance_scale,
-        image_guidance_scale=image_guidance_scale,
-        dtype=dtype,
-        device=device,
-        row_chunk=row_chunk,
-        channels_last=channels_last,
-        compile=compile,
-    )
-
-
-def sd15_parts(channels: int) -> Parts:
-    """Random components in the configuration of Stable Diffusion 1.5; its UNet takes `channels`.
-
-    Follows the config.json files of stable-diffusion-v1-5 and timbrooks/instruct-pix2pix, but for the
-    tokenizer, which spells every word.
-    """
-    tokenizer = _spelling_tokenizer()
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=64,
-            in_channels=channels,
-            block_out_channels=(320, 640, 1280, 1280),
-            layers_per_block=2,
-            cross_attention_dim=768,
-            attention_head_dim=8,
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            sample_size=512,
-        )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            max_position_embeddings=77,
-        )
-    )
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    return Parts(_randomized(vae), text_encoder, tokenizer, _randomized(unet), scheduler)
-
-
-@torch.no_grad()
-def _randomized(network: nn.Module) -> nn.Module:
-    """Random weights that keep variances, cut from one strip, since a billion draws would take a minute."""
-    network.to_empty(device="cpu")
-    largest = max(p.numel() for p in network.parameters())
-    strip = torch.empty(largest).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
-    for name, p in network.named_parameters():
-        if p.ndim > 1:
-            p.copy_(_cut(strip, p) * (3 / p[0].numel()) ** 0.5)
-        else:
-            p.fill_(0.0 if name.endswith("bias") else 1.0)
-    return network
-
-
-def _cut(strip: Tensor, like: Tensor) -> Tensor:
-    return strip[: like.numel()].view(like.shape)
-
-
-def _spelling_tokenizer() -> CLIPTokenizer:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
 
 
 def _name(device: torch.device) -> str:

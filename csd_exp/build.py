@@ -28,12 +28,13 @@ def constructed(node: DictConfig, **arguments) -> Any:
 def build_particles(config: DictConfig, prior: Prior) -> Particles:
     """The modality of a configuration, in the latents and windows of its prior."""
     asked = config.modality.get("window")
-    window = prior.window if asked is None else asked
-    return constructed(config.modality, factor=prior.factor, multiple=prior.multiple, window=window)
+    views = prior.views
+    window = views.window if asked is None else asked
+    return constructed(config.modality, factor=views.factor, multiple=views.multiple, window=window)
 
 
 def build_module(config: DictConfig, prior: Prior) -> ParticleModule:
-    """What a configuration does to its particles, optimise or sample, at their source."""
+    """What a configuration does to its particles, optimise or sample."""
     particles = build_particles(config, prior)
     if "sampler" in config.method:
         sampler = constructed(config.method.sampler)

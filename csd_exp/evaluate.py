@@ -3,9 +3,8 @@
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import getdoc, signature
-from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,14 +16,13 @@ from torch import Tensor
 from torchmetrics import Metric
 from yaml import YAMLError
 
-from csd_exp.answers.pan import sunrise
 from csd_exp.build import constructed, silence_lightning
 from csd_exp.config import check_targets, composed
 from csd_exp.errors import InputError
+from csd_exp.facts import check_known, read_facts
 from csd_exp.files import write_whole
-from csd_exp.images import saved_pictures, write_png
+from csd_exp.images import saved_pictures
 from csd_exp.metrics.clip import TINY, tiny_weights
-from csd_exp.particles import Particles
 from csd_exp.report import write_report
 
 USAGE = """csd-eval RUN_DIR [metrics=NAME] [metrics.KEY=VALUE ...]
@@ -39,69 +37,37 @@ Measures the saved pictures of a finished run again, writes metrics.json and rep
 
 def build_metrics(group: DictConfig | None) -> dict[str, Metric]:
     """The metrics of a configuration's group by name; what else is in it is there for them to refer to."""
-    return {str(name): constructed(node) for name, node in (group or {}).items() if _is_metric(node)}
+    return {name: constructed(cast(DictConfig, group)[name]) for name in metric_classes(group)}
 
 
-def _is_metric(node: Any) -> bool:
-    return (
-        isinstance(node, DictConfig) and "_target_" in node and issubclass(get_class(node._target_), Metric)
-    )
+def metric_classes(group: DictConfig | None) -> dict[str, type[Metric]]:
+    """The classes of a group's metrics by name."""
+    nodes = {str(name): node for name, node in (group or {}).items()}
+    named = {
+        name: get_class(node._target_)
+        for name, node in nodes.items()
+        if isinstance(node, DictConfig) and "_target_" in node
+    }
+    return {name: cls for name, cls in named.items() if issubclass(cls, Metric)}
 
 
 @torch.no_grad()
 def measured(metrics: Mapping[str, Metric], edited: Iterable[Tensor], media: Path) -> dict[str, float | None]:
-    """The value of each metric on a run's pictures, None where it has none.
+    """The value of each metric on a run's pictures, None where nothing of them can be judged.
 
     edited: [3, H, W] as saved, in order; gone through once, one by one. media: the run's folder of pictures.
-    Each metric gets what its `update` names; one that needs what is not known of a picture leaves it out.
+    Each metric gets what its `update` names; InputError names one that asks for what is not known.
     """
-    takes = {name: signature(metric.update).parameters.values() for name, metric in metrics.items()}
-    for metric in metrics.values():
+    takes = {name: signature(metric.update).parameters for name, metric in metrics.items()}
+    for name, metric in metrics.items():
+        check_known(name, type(metric), has_source=bool(saved_pictures(media, "source")))
         metric.reset()
-    for image, known in zip(edited, _known(media), strict=False):  # pictures from noise have no sources
+    for image, known in zip(edited, read_facts(media), strict=False):  # without a record they have no end
         facts = {"edited": image} | known
         for name, metric in metrics.items():
-            if all(p.name in facts or p.default is not p.empty for p in takes[name]):
-                metric.update(**{p.name: facts[p.name] for p in takes[name] if p.name in facts})
+            metric.update(**{key: facts[key] for key in takes[name] if key in facts})
     values = {name: float(m.compute()) if m.update_called else math.nan for name, m in metrics.items()}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def write_known(particles: Particles, media: Path) -> None:
-    """Write what metrics must know of a run's pictures beside their pixels: pictures.json and outside.png."""
-    windows = particles.windows()
-    known = {
-        "prompts": particles.captions(),
-        "windows": windows and windows._asdict(),
-        "panned": particles.panned(),
-    }
-    write_whole(media / "pictures.json", json.dumps(known, indent=2) + "\n")
-    outside = None if particles.areas is None else particles.areas.outside()
-    if outside is not None:
-        names = [f"outside_{i:05d}.png" for i in range(len(outside))] if len(outside) > 1 else ["outside.png"]
-        for one, name in zip(outside, names, strict=True):
-            write_png(one.float().expand(3, -1, -1), media / name)
-
-
-def _known(media: Path) -> Iterator[dict[str, Any]]:
-    """What is known of each edited picture; see `csd_exp.metrics.MeanMetric`."""
-    file = media / "pictures.json"
-    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    windows, panned, prompts = (saved.get(name) for name in ("windows", "panned", "prompts"))
-    sources, outside = saved_pictures(media, "source"), saved_pictures(media, "outside")
-    pan = None if panned is None else sunrise()
-    for i in range(len(sources)) if sources else count():
-        facts: dict[str, Any] = {"source": sources[i]} if sources else {}
-        if prompts is not None:
-            facts["prompt"] = prompts[i]
-        if windows is not None:
-            facts |= {"window": windows["side"], "borders": (windows["rows"], windows["columns"])}
-        if outside:
-            facts["outside"] = outside[i if len(outside) > 1 else 0][0] > 0.5
-        if pan is not None and panned is not None and i > 0:
-            before, now = panned[i - 1 : i + 1]
-            facts["flow"] = torch.stack([pan.flow(before, now), pan.flow(now, before)])
-        yield facts
 
 
 def entries(metrics: Mapping[str, Metric], group: DictConfig | None, media: Path) -> dict[str, dict]:

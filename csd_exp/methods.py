@@ -1,4 +1,4 @@
-"""Residuals: what one view, by itself, would descend. Pure functions on tensors.
+"""Residuals: what one view, by itself, would descend. Pure functions on tensors, or modules that learn.
 
 A method is one of these and a kernel (conf/method names the pairs): sds = (sds, none), csd = (sds, rbf),
 dds = (dds, none), csd_edit = (dds, rbf), pds = (pds, none), classifier_sd = (classifier_sd, none). Under an
@@ -7,76 +7,103 @@ Residuals are in noise units, a negated score times sigma_t; pds alone has a sca
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 from torch import Tensor
 
 from csd_exp.priors.base import Guidance, Query
 from csd_exp.schedules import Level
 
-Predict = Callable[[Sequence[Query]], list[Tensor]]
 
+class Views(NamedTuple):
+    """What is known of the views of a step.
 
-class Source(NamedTuple):
-    """What an edit starts from: clean views x [n, C, h, w] and each view's baseline guidance."""
+    x, noise: clean views and their noise, both [n, C, ...]. level: of the step. target, baseline: each view's
+    guidance under its prompts, and under the source prompt. source: the same views of the source, None where
+    there is none. ids: [n], the views' names.
+    """
 
     x: Tensor
-    guidance: Sequence[Guidance]
+    noise: Tensor
+    level: Level
+    target: Sequence[Guidance]
+    baseline: Sequence[Guidance]
+    source: Tensor | None
+    ids: Tensor
 
 
-Residual = Callable[[Predict, Tensor, Tensor, Level, Sequence[Guidance], Source], tuple[Tensor, Tensor]]
+class Score(Protocol):
+    """What a residual scores with; every network row is counted."""
+
+    def __call__(self, queries: Sequence[Query]) -> list[Tensor]:
+        """The guided estimate of each query, all rows in one `predict`; any level, any guidance."""
+
+    def guidance(self, prompt: str) -> list[Guidance]:
+        """Each view's guidance under another prompt, with the view's own condition."""
 
 
-def sds(
-    predict: Predict, x: Tensor, noise: Tensor, level: Level, target: Sequence[Guidance], source: Source
-) -> tuple[Tensor, Tensor]:
-    """x_t and eps^w(x_t; y) - noise, both [n, C, h, w]: DreamFusion Eq. 3, the score of CSD Eq. 8."""
-    x_t = level.noised(x, noise)
-    (eps,) = predict([Query(x_t, level.t, target)])
-    return x_t, eps - noise
+class Residual(Protocol):
+    """A function, or a module that learns.
+
+    needs_source: whether it goes out from pictures; False where it does not say. One that learns is an
+    nn.Module with parameters and a `loss(score, views) -> [n]`, one for each view, whose mean is added to the
+    step's; `parameter_groups()` gives its parameters settings of their own.
+    """
+
+    def __call__(self, score: Score, views: Views) -> tuple[Tensor, Tensor]:
+        """Noisy views x_t, and what each view by itself would descend; both [n, C, ...]."""
 
 
-def dds(
-    predict: Predict, x: Tensor, noise: Tensor, level: Level, target: Sequence[Guidance], source: Source
-) -> tuple[Tensor, Tensor]:
+F = TypeVar("F", bound=Callable)
+
+
+def from_source(residual: F) -> F:
+    """Mark a residual that goes out from pictures: what is made from noise cannot be given to it."""
+    residual.needs_source = True  # type: ignore[attr-defined]
+    return residual
+
+
+def needs_source(method: object) -> bool:
+    """Whether a residual or a sampler goes out from pictures."""
+    return bool(getattr(getattr(method, "func", method), "needs_source", False))
+
+
+def sds(score: Score, views: Views) -> tuple[Tensor, Tensor]:
+    """x_t and eps^w(x_t; y) - noise, both [n, C, ...]: DreamFusion Eq. 3, the score of CSD Eq. 8."""
+    x_t = views.level.noised(views.x, views.noise)
+    (eps,) = score([Query(x_t, views.level.t, views.target)])
+    return x_t, eps - views.noise
+
+
+@from_source
+def dds(score: Score, views: Views) -> tuple[Tensor, Tensor]:
     """x_t and eps^w(x_t; y) - eps^w(source_t; y_source) with shared noise: DDS Eq. 3, CSD-Edit Eq. 9.
 
     Under an editing prior and an empty source prompt the baseline is the image-conditional estimate on
     the noised source, which is CSD-Edit's.
     """
-    x_t = level.noised(x, noise)
-    source_t = level.noised(source.x, noise)
-    eps, baseline = predict([Query(x_t, level.t, target), Query(source_t, level.t, source.guidance)])
+    x_t, eps, baseline = _of_both(score, views)
     return x_t, eps - baseline
 
 
-def classifier_sd(
-    predict: Predict, x: Tensor, noise: Tensor, level: Level, target: Sequence[Guidance], source: Source
-) -> tuple[Tensor, Tensor]:
+def classifier_sd(score: Score, views: Views) -> tuple[Tensor, Tensor]:
     """x_t and w (eps(x_t; y) - eps(x_t; y_source)): Classifier Score Distillation (Yu et al., ICLR 2024).
 
     What guidance adds for the prompt over the source prompt, on the same x_t: with an empty source prompt w
     (eps(y) - eps(null)), under an editing prior w_y (eps(y, image) - eps(image)); with a negative prompt as
     source prompt, what its public code anneals to. Two network rows a view.
     """
-    x_t = level.noised(x, noise)
+    x_t = views.level.noised(views.x, views.noise)
     difference = [
         [*wanted, *((-weight, cond) for weight, cond in given)]
-        for wanted, given in zip(target, source.guidance, strict=True)
+        for wanted, given in zip(views.target, views.baseline, strict=True)
     ]
-    (r,) = predict([Query(x_t, level.t, difference)])
+    (r,) = score([Query(x_t, views.level.t, difference)])
     return x_t, r
 
 
-def pds(
-    predict: Predict,
-    x: Tensor,
-    noise: Tensor,
-    level: Level,
-    target: Sequence[Guidance],
-    source: Source,
-    spacing: int = 2,
-) -> tuple[Tensor, Tensor]:
+@from_source
+def pds(score: Score, views: Views, spacing: int = 2) -> tuple[Tensor, Tensor]:
     """x_t and z_t of x minus z_t of the source: Posterior Distillation Sampling (Koo et al., CVPR 2024).
 
     z_t = (x_s - mu(x_t, eps^w(x_t))) / sigma, s = t - spacing, is the noise that takes x_t to x_s in the
@@ -94,13 +121,23 @@ def pds(
 
     Raises InputError for a timestep below spacing.
     """
+    level = views.level
     earlier = level.before(spacing)
-    x_t, source_t = level.noised(x, noise), level.noised(source.x, noise)
-    eps, baseline = predict([Query(x_t, level.t, target), Query(source_t, level.t, source.guidance)])
+    x_t, eps, baseline = _of_both(score, views)
     keep = level.alpha / level.before(1).alpha  # sqrt(1 - beta_t)
     sigma = (1 - keep**2) ** 0.5 * earlier.sigma / level.sigma
     a = earlier.alpha * (1 - keep**2) / level.sigma**2
     b = keep * earlier.sigma**2 / level.sigma**2
     psi = (earlier.alpha - a - b * level.alpha) / sigma
     chi = a * level.sigma / (level.alpha * sigma)
-    return x_t, psi * (x - source.x) + chi * (eps - baseline)
+    return x_t, psi * (views.x - cast(Tensor, views.source)) + chi * (eps - baseline)
+
+
+def _of_both(score: Score, views: Views) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t, and the estimates on it and on the source under the same noise."""
+    assert views.source is not None, "checked before the run"
+    x_t, source_t = (views.level.noised(x, views.noise) for x in (views.x, views.source))
+    eps, baseline = score(
+        [Query(x_t, views.level.t, views.target), Query(source_t, views.level.t, views.baseline)]
+    )
+    return x_t, eps, baseline

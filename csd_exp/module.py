@@ -1,18 +1,20 @@
 """The one step: particles, a prior, a residual and a kernel, joined in a LightningModule."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from csd_exp.errors import InputError, accept
-from csd_exp.methods import Residual, Source
-from csd_exp.particles import Particles
-from csd_exp.priors.base import Prior, Query, compositional, predict, row_count
+from csd_exp.lazy import untouched
+from csd_exp.methods import Residual, Views
+from csd_exp.particles import Canvas, Particles
+from csd_exp.priors.base import Guidance, Prior, Query, compositional, predict, row_count
 from csd_exp.schedules import Draw, Level, Timesteps, Weight, weight
 from csd_exp.svgd import Kernel, svgd
 
@@ -21,7 +23,7 @@ Features = Callable[[Tensor], Tensor]
 
 
 class ParticleModule(L.LightningModule):
-    """Particles, started at their source, under a frozen prior: what optimising and sampling share.
+    """Particles under a frozen prior: what optimising and sampling share.
 
     prior: what scores the views; kept outside the module's state, so checkpoints stay small. seed: the key of
     every random draw. negative_prompt: text of the null conditioning; `prompt` is the particles'.
@@ -36,23 +38,25 @@ class ParticleModule(L.LightningModule):
         self.particles = particles
         self.seed, self.negative_prompt = seed, negative_prompt
         self.rows = 0  # network rows this rank has evaluated
-        self._encode_source()
+        self.begun = False
 
-    @torch.no_grad()
-    def _encode_source(self) -> None:
-        """Start the particles; one picture exists at a time, only the latents of all."""
-        latents, conditions = [], []
-        for i, picture in enumerate(self.particles.pixels):
-            noise = self._posterior_noise(i, *picture.shape[-2:])
-            latents.append(self.prior.encode(picture[None], noise))
-            conditions.append(self.prior.condition(picture[None], noise))
-        known = [c for c in conditions if c is not None]
-        self.particles.start(torch.cat(latents), torch.cat(known) if known else None)
+    def setup(self, stage: str) -> None:
+        """Lightning's hook, on every rank: what is optimised begins once the rank has its device."""
+        self.begin(self.trainer.strategy.root_device)
 
-    def _posterior_noise(self, i: int, height: int, width: int) -> Tensor:
-        """What the encoder's posterior of picture i is sampled with, where the prior samples it."""
-        shape = (self.prior.channels, height // self.prior.factor, width // self.prior.factor)
-        return Draw(self.seed, 0).normal("encode", i, shape)[None]
+    def begin(self, device: torch.device | None = None) -> None:
+        """Move the prior and start the particles, once."""
+        if not self.begun:
+            self.prior.to(torch.device("cpu") if device is None else device)
+            self.particles.begin(self.prior, Draw(self.seed, 0))
+            self.begun = True
+
+    def images(self, which: slice = slice(None)) -> Iterator[Tensor]:
+        """The particles as they stand: images [3, H, W] in [0, 1], exactly the pixels of the input.
+
+        One is made when it is asked for. which: of several pictures, those that are wanted.
+        """
+        return self.particles.pictures(self.prior, which)
 
     def _predict(self, queries: Sequence[Query]) -> list[Tensor]:
         self.rows += row_count(queries)
@@ -81,20 +85,6 @@ class ParticleModule(L.LightningModule):
             f"the last checkpoint is {saved}."
         )
 
-    @torch.no_grad()
-    def images(self, which: slice = slice(None)) -> Iterator[Tensor]:
-        """The particles as they stand: images [3, H, W] in [0, 1], exactly the pixels of the input.
-
-        One is decoded when it is asked for. which: of several pictures, those to decode.
-        """
-        yield from self.particles.composite(self._decoded(which), which)
-
-    @torch.no_grad()
-    def _decoded(self, which: slice) -> Iterator[Tensor]:
-        for rendered in self.particles.render()[which].split(1):
-            decoded = self.prior.decode(rendered) if self.particles.space == "latent" else rendered
-            yield from (image.clamp(0, 1) for image in self.particles.finish(decoded))
-
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["csd_exp"] = {"prior": self.prior.fingerprint, "rows": self.rows}
 
@@ -105,6 +95,22 @@ class ParticleModule(L.LightningModule):
         if saved["prior"] != self.prior.fingerprint:
             raise InputError("ckpt_path was made with another prior; resume it with the same prior weights.")
         self.rows = saved["rows"]
+
+
+@dataclass(frozen=True)
+class _Score:
+    """What the residual of one step scores with; see `csd_exp.methods.Score`."""
+
+    predict: Callable[[Sequence[Query]], list[Tensor]]
+    prior: Prior
+    conditions: Sequence[Tensor | None]
+    negative_prompt: str
+
+    def __call__(self, queries: Sequence[Query]) -> list[Tensor]:
+        return self.predict(queries)
+
+    def guidance(self, prompt: str) -> list[Guidance]:
+        return [self.prior.guidance(prompt, c, self.negative_prompt) for c in self.conditions]
 
 
 class CSDModule(ParticleModule):
@@ -144,31 +150,39 @@ class CSDModule(ParticleModule):
             )
         if kernel.space == "features" and features is None:
             raise InputError("kernel.space=features needs a feature extractor: features=pooled.")
+        Draw(seed, 0)  # a seed that cannot be used is refused here
         super().__init__(prior, particles, seed, negative_prompt)
         vars(self).update(features=features)
         self.residual, self.kernel = residual, kernel
         self.timestep, self.weight, self.optimizer, self.lr = timestep, weight, optimizer, lr
         self.noise, self.source_prompt = noise, source_prompt
+        self._chosen: list[Tensor] = []  # the views of each batch that the present step accumulates
 
     def training_step(self, batch: object, batch_idx: int) -> Tensor:
-        draw = Draw(self.seed, self.global_step)
+        draw = Draw(self.seed, self.global_step, len(self._chosen))
         chosen = self.particles.choose(draw)
+        self._chosen.append(chosen)
         ids, own = self._shard(chosen)
         level = Level.at(self.timestep(draw), self.prior.alphas_cumprod)
 
         x = self._latents(self.particles.views(ids))
-        x_t, r = self._score(x.detach(), ids, level, draw)
-        phi, pull = self._kernel_space(x.detach(), x_t, level)
-        r, phi = self._gather(r, len(chosen)), self._gather(phi, len(chosen))
+        score, views, shares = self._asked(x.detach(), ids, level, draw)
+        with torch.no_grad():
+            x_t, r = self.residual(score, views)
+        phi, pull = self._kernel_space(views.x, x_t, level)
+        r, phi = self._gather(shares * r, len(chosen)), self._gather(phi, len(chosen))
         self._require_finite(r, "residual", level)
 
         k, repulsion = self.kernel(phi)
-        update = svgd(r, k, pull(repulsion[own]), self.kernel.normalize, own, self._sum_over_ranks)
+        update = r[own]
+        if self.kernel.couples:
+            update = svgd(r, k, pull(repulsion[own]), self.kernel.normalize, own, self._sum_over_ranks)
         g = weight(level, self.weight) * update.view(-1, *x.shape[1:])
-        share = (self.particles.share(ids, chosen) * self.particles.editable(ids))[: len(g)]
+        share = self.particles.share(ids[: len(g)], chosen)
         self._log_step(level, r, k, repulsion)
         # DDP averages gradients over ranks; times their number that is the exact sum.
-        return self.trainer.world_size * (x[: len(g)] * (share * g).detach()).sum()
+        loss = self.trainer.world_size * (x[: len(g)] * (share * g).detach()).sum()
+        return loss + self._losses(score, views, len(g), len(chosen), draw)
 
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
         return self._of_ranks(x).sum(0)
@@ -177,8 +191,8 @@ class CSDModule(ParticleModule):
         return self.prior.encode(views) if self.particles.space == "pixel" else views
 
     @torch.no_grad()
-    def _score(self, x: Tensor, ids: Tensor, level: Level, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Noisy views and residuals of clean views x, all network rows in one `predict`.
+    def _asked(self, x: Tensor, ids: Tensor, level: Level, draw: Draw) -> tuple[_Score, Views, Tensor]:
+        """What the residual is given, and the share of each view that a prompt edits.
 
         The share of a view that no prompt edits has the residual 0, whatever the method: it asks for nothing.
         So a view's residual is that of its edited share, times this share (CSD Appendix B.1 with the
@@ -196,13 +210,27 @@ class CSDModule(ParticleModule):
             compositional(self.prior, [(alpha / share, prompt) for alpha, prompt in view], c, negative)
             for view, share, c in zip(edits, shares, conditions, strict=True)
         ]
+        score = _Score(self._predict, self.prior, conditions, negative)
         baseline = [
             self.prior.guidance(self.source_prompt, c, negative) if share else []
             for share, c in zip(shares, conditions, strict=True)
         ]
-        source = Source(self._latents(self.particles.source(ids)), baseline)
-        x_t, r = self.residual(self._predict, x, noise, level, target, source)
-        return x_t, r * r.new_tensor(shares)[:, None, None, None]
+        source = self.particles.source(ids)
+        source = None if source is None else self._latents(source)
+        views = Views(x, noise, level, target, baseline, source, ids)
+        return score, views, x.new_tensor(shares).view(-1, *[1] * (x.ndim - 1))
+
+    def _losses(self, score: _Score, views: Views, own: int, n: int, draw: Draw) -> Tensor | float:
+        """What the particles and a residual that learns have to lose beside: a mean over all ranks' views."""
+        losses: dict[str, Tensor] = {}
+        regulariser = self.particles.loss(draw)
+        if regulariser is not None:
+            losses["step/particle_loss"] = regulariser
+        if hasattr(self.residual, "loss"):
+            each = self.residual.loss(score, views)
+            losses["step/residual_loss"] = self.trainer.world_size * each[:own].sum() / n
+        self.log_dict({name: loss.detach() for name, loss in losses.items()})
+        return sum(losses.values())
 
     def _kernel_space(
         self, x: Tensor, x_t: Tensor, level: Level
@@ -217,7 +245,7 @@ class CSDModule(ParticleModule):
             scale = 0.0
         if self.kernel.space != "features":
             return (x_t if self.kernel.space == "x_t" else x).flatten(1), partial(torch.mul, scale)
-        x = x.requires_grad_()
+        x = x.detach().requires_grad_()
         with torch.enable_grad():
             # What decoding leaves behind for the gradient is made again, so that few views' exist at once.
             again = partial(checkpoint, self._seen, use_reentrant=False, preserve_rng_state=False)
@@ -246,11 +274,33 @@ class CSDModule(ParticleModule):
             }
         )
 
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        """One step; latents that are in no view of it stay as they are, whatever the optimizer."""
+        draw = Draw(self.seed, self.global_step)
+        step = partial(super().optimizer_step, epoch, batch_idx, optimizer, optimizer_closure)
+        if isinstance(self.particles, Canvas):
+            inner = getattr(optimizer, "optimizer", optimizer)
+            with untouched(inner, self.particles.latent) as masks:
+                step()
+                masks += [self.particles.touched(chosen) for chosen in self._chosen]
+        else:
+            step()
+        self._chosen.clear()
+        self.particles.after_step(draw)
+
     def configure_optimizers(self):
+        groups = [*self.particles.parameter_groups(), *self._learned()]
         try:
-            optimizer = self.optimizer(self.particles.parameters())
+            optimizer = self.optimizer(groups)
         except ValueError as e:  # torch checks the ranges
             raise InputError(f"optimizer is not accepted: {e}.") from e
         if self.lr is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr(optimizer), "interval": "step"}}
+
+    def _learned(self) -> list[dict[str, Any]]:
+        """The parameter groups of a residual that learns."""
+        if not isinstance(self.residual, nn.Module):
+            return []
+        groups = getattr(self.residual, "parameter_groups", None)
+        return groups() if groups else [{"params": list(self.residual.parameters())}]

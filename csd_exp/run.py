@@ -20,7 +20,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
-from hydra.utils import get_class
+from hydra.utils import get_class, get_object
 from lightning import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -39,18 +39,15 @@ from csd_exp.config import (
     without_hydra,
 )
 from csd_exp.errors import InputError
-from csd_exp.evaluate import build_metrics, entries, write_metrics
+from csd_exp.evaluate import build_metrics, entries, metric_classes, write_metrics
+from csd_exp.facts import check_known
 from csd_exp.images import saved_pictures
 from csd_exp.loggers import Wandb
+from csd_exp.methods import needs_source
 from csd_exp.particles import Particles
-from csd_exp.particles.areas import check_areas
+from csd_exp.priors import Prior
 from csd_exp.report import write_report
 
-# Residuals and samplers that go out from a picture.
-NEED_SOURCE = (
-    *("csd_exp.methods.dds", "csd_exp.methods.pds"),
-    *("csd_exp.samplers.SDEdit", "csd_exp.samplers.Downscaled"),
-)
 PROMPTS = ("prompt", "source_prompt", "negative_prompt")
 
 
@@ -131,22 +128,7 @@ def check_run(config: DictConfig) -> None:
     """Refuse, in one sentence and before any folder exists, whatever can be seen to be wrong."""
     config.dir = config.hydra.run.dir
     check(config)
-    particles = cast(type[Particles], get_class(config.modality._target_))
-    method = "sampler" if "sampler" in config.method else "residual"
-    if particles.has_source:
-        check_areas(config.modality, particles.check_path(config.modality.path))
-    elif config.method[method]._target_ in NEED_SOURCE:
-        raise InputError(
-            f"method.{method}={config.method[method]._target_} needs a picture to edit, and this modality "
-            "generates from noise; choose method=csd or method=sds."
-        )
-    if "path" in config.prior:
-        from csd_exp.priors.stable_diffusion import check_folder  # diffusers takes seconds to import
-
-        family = get_class(config.prior._target_)
-        check_folder(
-            config.prior.path, config.prior.get("variant"), getattr(family, "image_conditions", None)
-        )
+    check_parts(config)
     run_dir = Path(config.hydra.run.dir)
     if config.ckpt_path is None and run_dir.exists():
         raise InputError(
@@ -159,6 +141,23 @@ def check_run(config: DictConfig) -> None:
                 f"ckpt_path={config.ckpt_path} has no config.yaml beside it, so it is no run of csd."
             )
         check_same_science(cast(DictConfig, OmegaConf.load(saved)), config)
+
+
+def check_parts(config: DictConfig) -> None:
+    """Each part checks its own configuration, and that it goes with the others."""
+    modality = cast(type[Particles], get_class(config.modality._target_))
+    prior = cast(type[Prior], get_class(config.prior._target_))
+    modality.check(config.modality)
+    method = "sampler" if "sampler" in config.method else "residual"
+    target = config.method[method]._target_
+    if needs_source(get_object(target)) and not modality.has_source:
+        raise InputError(
+            f"method.{method}={target} needs a picture to edit, and this modality generates from noise; "
+            "choose method=csd or method=sds."
+        )
+    for name, metric in metric_classes(config.metrics).items():
+        check_known(name, metric, modality.has_source)
+    prior.check(config.prior)
 
 
 def main() -> None:

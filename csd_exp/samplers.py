@@ -15,7 +15,7 @@ from torch import Tensor
 
 from csd_exp.errors import InputError
 from csd_exp.module import ParticleModule
-from csd_exp.particles import Particles
+from csd_exp.particles import Canvas, Particles
 from csd_exp.particles.downscaled import Downscaled as DownscaledPictures
 from csd_exp.priors.base import Guidance, Prior, Query, compositional
 from csd_exp.schedules import Draw, Level
@@ -26,7 +26,8 @@ Fuse = Callable[[Tensor], Tensor]
 
 def trailing_timesteps(steps: int, total: int) -> list[int]:
     """`steps` timesteps from total - 1 down, evenly spaced: Lin et al. 2024, Table 2, `trailing`."""
-    return [int(t) - 1 for t in np.round(np.arange(total, 0, -total / steps))]
+    # A step that rounding leaves above 0 would come once more, as -1.
+    return [int(t) - 1 for t in np.round(np.arange(total, 0, -total / steps)[:steps])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class PerView:
     """
 
     steps: int = 20
+    needs_source: ClassVar[bool] = False  # whether it goes out from pictures
     one_noise: ClassVar[bool] = False  # whether views start from crops of one canvas of noise
 
     def __post_init__(self):
@@ -52,20 +54,19 @@ class PerView:
             )
         return trailing_timesteps(self.steps, total)
 
-    def seen(self, particles: Particles, side: int) -> Particles:
-        """What is sampled in place of `particles`. side: of the prior's window, in pixels."""
-        return particles
+    def seen(self, canvas: Canvas, side: int) -> Canvas:
+        """What is sampled in place of `canvas`. side: of the prior's window, in pixels."""
+        return canvas
 
     def start(self, noise: Tensor, source: Tensor, level: Level) -> Tensor:
         """Noisy views [n, C, h, w] at the first level, from normal noise and clean source views."""
         return noise
 
     def step(
-        self, x: Tensor, eps: Tensor, level: Level, following: Level | None, fuse: Fuse
+        self, x: Tensor, x_0: Tensor, level: Level, following: Level | None, fuse: Fuse
     ) -> tuple[Tensor, Tensor]:
-        """The views at the following level, None for clean ones, and their estimates of x_0."""
-        x_0 = level.denoised(x, eps)
-        return (x_0 if following is None else following.noised(x_0, eps)), x_0
+        """The views at the following level, None for clean ones, from their estimates of x_0; and these."""
+        return (x_0 if following is None else following.noised(x_0, level.noise_of(x, x_0))), x_0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +79,9 @@ class MultiDiffusion(PerView):
     one_noise: ClassVar[bool] = True
 
     def step(
-        self, x: Tensor, eps: Tensor, level: Level, following: Level | None, fuse: Fuse
+        self, x: Tensor, x_0: Tensor, level: Level, following: Level | None, fuse: Fuse
     ) -> tuple[Tensor, Tensor]:
-        x, x_0 = super().step(x, eps, level, following, fuse)
+        x, x_0 = super().step(x, x_0, level, following, fuse)
         return fuse(x), x_0
 
 
@@ -94,12 +95,9 @@ class SyncTweedies(PerView):
     """
 
     def step(
-        self, x: Tensor, eps: Tensor, level: Level, following: Level | None, fuse: Fuse
+        self, x: Tensor, x_0: Tensor, level: Level, following: Level | None, fuse: Fuse
     ) -> tuple[Tensor, Tensor]:
-        x_0 = fuse(level.denoised(x, eps))
-        if following is None:
-            return x_0, x_0
-        return following.noised(x_0, (x - level.alpha * x_0) / level.sigma), x_0
+        return super().step(x, fuse(x_0), level, following, fuse)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +109,7 @@ class SDEdit(PerView):
     """
 
     strength: float = 0.6
+    needs_source: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -128,17 +127,10 @@ class SDEdit(PerView):
 class Downscaled(PerView):
     """Each picture in one piece, resized to the prior's window, and the result back again (CSD Fig. 5)."""
 
-    def seen(self, particles: Particles, side: int) -> Particles:
-        return DownscaledPictures(particles, side)
+    needs_source: ClassVar[bool] = True
 
-
-def paste(particles: Particles, views: Tensor, ids: Tensor) -> Tensor:
-    """A canvas [m, C, h, w] of views [n, C, h, w], overlaps averaged by count; 0 where no view lies."""
-    canvas = torch.zeros_like(particles.latent).requires_grad_()
-    with torch.enable_grad():
-        cropped = particles.crop(canvas, ids)
-    # The gradient of a crop is the paste of the views back into their places.
-    return torch.autograd.grad(cropped, canvas, (particles.share(ids, ids) * views).to(cropped))[0]
+    def seen(self, canvas: Canvas, side: int) -> Canvas:
+        return DownscaledPictures(canvas, side)
 
 
 class SamplingModule(ParticleModule):
@@ -154,42 +146,55 @@ class SamplingModule(ParticleModule):
     def __init__(
         self, prior: Prior, particles: Particles, sampler: PerView, seed: int = 0, negative_prompt: str = ""
     ):
-        if particles.space != "latent":
+        if not isinstance(particles, Canvas):
             raise InputError(
                 "method.sampler needs a modality of latents; choose an optimising method instead."
             )
-        timesteps = sampler.timesteps(len(prior.alphas_cumprod))
-        seen = sampler.seen(particles, prior.window * prior.factor)
+        table = prior.alphas_cumprod
+        timesteps = sampler.timesteps(len(table))
+        seen = sampler.seen(particles, prior.views.window * prior.views.factor)
         super().__init__(prior, seen, seed, negative_prompt)
+        self.levels = [Level.at(t, table) for t in timesteps]
         self.automatic_optimization = False
-        self.sampler, self.ids = sampler, seen.every()
-        self.levels = [Level.at(t, prior.alphas_cumprod) for t in timesteps]
-        source = seen.source(self.ids)
-        noise = torch.stack([Draw(seed, 0).normal("noise", int(i), source.shape[1:]) for i in self.ids])
-        noise = noise.to(source)
-        if sampler.one_noise:
+        self.sampler = sampler
+
+    @property
+    def canvas(self) -> Canvas:
+        return cast(Canvas, self.particles)
+
+    def begin(self, device: torch.device | None = None) -> None:
+        if self.begun:
+            return
+        super().begin(device)
+        canvas, self.ids = self.canvas, self.canvas.every()
+        start = canvas.crop(canvas.source_latent, self.ids)
+        noise = torch.stack(
+            [Draw(self.seed, 0).normal("noise", int(i), start.shape[1:]) for i in self.ids]
+        ).to(start)
+        if self.sampler.one_noise:
             # The sum of independent noises over the root of their number is white noise again.
-            noise = self._fuse(noise) / seen.share(self.ids, self.ids).sqrt()
-        self.register_buffer("x_t", sampler.start(noise, source, self.levels[0]))
+            noise = self._fuse(noise) / canvas.overlap(self.ids, self.ids).sqrt()
+        self.register_buffer("x_t", self.sampler.start(noise, start, self.levels[0]))
 
     @torch.no_grad()
     def training_step(self, batch: object, batch_idx: int) -> None:
         level, following = [*self.levels, None][self.global_step : self.global_step + 2]
         assert level is not None
-        eps = self._estimate(level)
-        self._require_finite(eps, "noise estimate", level)
-        self.x_t, x_0 = self.sampler.step(self.x_t, eps, level, following, self._fuse)
+        x_0 = self._estimate(level)
+        self._require_finite(x_0, "estimate", level)
+        self.x_t, x_0 = self.sampler.step(self.x_t, x_0, level, following, self._fuse)
         self._show(x_0)
         self.log_dict({"step/timestep": float(level.t), "step/rows": float(self.rows)})
         # Lightning counts its steps by the optimizer's.
         cast(LightningOptimizer, self.optimizers()).step()
 
     def _estimate(self, level: Level) -> Tensor:
-        """The guided noise estimates of all views."""
+        """The guided estimates of x_0 of all views; at any level they tell the noise too."""
         places = torch.arange(len(self.ids))
         mine, _ = self._shard(places)
-        (eps,) = self._predict([Query(self.x_t[mine.to(self.x_t.device)], level.t, self._target(mine))])
-        return self._gather(eps, len(places)).view_as(self.x_t)
+        x_t = self.x_t[mine.to(self.x_t.device)]
+        (x_0,) = self._predict([Query(x_t, level.t, self._target(mine), clean=True)])
+        return self._gather(x_0, len(places)).view_as(self.x_t)
 
     def _target(self, places: Tensor) -> list[Guidance]:
         ids = self.ids[places]
@@ -197,19 +202,17 @@ class SamplingModule(ParticleModule):
             compositional(
                 self.prior, [(a, prompt or "") for a, prompt in view], condition, self.negative_prompt
             )
-            for view, condition in zip(
-                self.particles.prompts(ids), self.particles.condition(ids), strict=True
-            )
+            for view, condition in zip(self.canvas.prompts(ids), self.canvas.condition(ids), strict=True)
         ]
 
     def _fuse(self, views: Tensor) -> Tensor:
-        return self.particles.crop(paste(self.particles, views, self.ids), self.ids)
+        return self.canvas.crop(self.canvas.pasted(views, self.ids), self.ids)
 
     def _show(self, x_0: Tensor) -> None:
         """Make the particles what the views show, but where these may not change or none lies."""
-        particles = self.particles
-        change = particles.editable(self.ids) * (x_0 - particles.source(self.ids))
-        particles.latent.copy_(particles.source_latent + paste(particles, change, self.ids))
+        canvas = self.canvas
+        change = canvas.editable(self.ids) * (x_0 - canvas.crop(canvas.source_latent, self.ids))
+        canvas.latent.copy_(canvas.source_latent + canvas.pasted(change, self.ids))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # There are no gradients: it changes nothing.

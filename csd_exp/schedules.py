@@ -1,5 +1,6 @@
 """Which timestep, which weight and which noise a step uses; every draw counted, none stateful."""
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -19,11 +20,13 @@ class Draw:
 
     No global generator is read, so a draw depends on nothing that ran before it: resume is exact, and
     numbers depend neither on the number of ranks nor on the device nor on chunk sizes.
-    Raises InputError for a seed that is no unsigned 64-bit integer.
+    part: which of the batches that one step accumulates. Raises InputError for a seed that is no unsigned
+    64-bit integer.
     """
 
     seed: int
     step: int
+    part: int = 0
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**64:
@@ -31,12 +34,18 @@ class Draw:
 
     def generator(self, purpose: str, particle: int = 0) -> np.random.Generator:
         """A fresh numpy generator for one purpose (`noise`, `timestep`, ...) and one particle id >= 0."""
-        key = np.array([self.seed, int.from_bytes(purpose.encode()[:8], "little")], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, particle, self.step]))
+        key = np.array([self.seed, _word(purpose)], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=[0, self.part, particle, self.step]))
 
     def normal(self, purpose: str, particle: int, shape: tuple[int, ...]) -> Tensor:
         """Standard normal float32 noise of `shape`, on the host."""
         return torch.from_numpy(self.generator(purpose, particle).standard_normal(shape, dtype=np.float32))
+
+
+def _word(purpose: str) -> int:
+    """The name of a draw in 64 bits: itself where it fits, else the start of its checksum."""
+    name = purpose.encode()
+    return int.from_bytes(name if len(name) <= 8 else hashlib.sha256(name).digest()[:8], "little")
 
 
 @dataclass(frozen=True)
@@ -67,9 +76,9 @@ class Level:
         """x_t of clean x (Eq. 1)."""
         return self.alpha * x + self.sigma * noise
 
-    def denoised(self, x_t: Tensor, noise: Tensor) -> Tensor:
-        """The clean view that noise is taken to have made x_t of."""
-        return (x_t - self.sigma * noise) / self.alpha
+    def noise_of(self, x_t: Tensor, x_0: Tensor) -> Tensor:
+        """The noise that has made x_t of a clean view x_0."""
+        return (x_t - self.alpha * x_0) / self.sigma
 
 
 @dataclass(frozen=True, kw_only=True)

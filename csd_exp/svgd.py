@@ -8,7 +8,7 @@ literally, Eq. 8 of Collaborative Score Distillation (arXiv 2307.04787) would at
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, log
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -81,6 +81,7 @@ class Kernel:
     repulsion: Repulsion = "pullback"
     repulsion_scale: RepulsionScale = "official"
     normalize: Normalize = "n"
+    couples: ClassVar[bool] = True  # whether particles see each other at all
 
     def __post_init__(self):
         rules = get_args(Bandwidth)
@@ -133,7 +134,9 @@ class Uniform(Kernel):
 
 
 class NoKernel(Kernel):
-    """Particles do not see each other: `svgd` returns the residual exactly, whatever `normalize` says."""
+    """Particles do not see each other: the update is the residual itself, whatever `normalize` says."""
+
+    couples: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -69,6 +69,10 @@ class Frames:
         yield first
         yield from chosen
 
+    def count(self) -> int:
+        """How many frames there are; a video file is decoded for it, as headers may be wrong."""
+        return sum(1 for _ in self) if self.files is None else len(self.files)
+
     def _of_folder(self, files: list[Path]) -> tuple[tuple[int, int], Fraction]:
         """Size and frame rate; only the files' headers are read."""
         if not files:

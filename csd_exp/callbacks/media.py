@@ -9,15 +9,17 @@ from functools import partial
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from csd_exp.errors import InputError
-from csd_exp.evaluate import write_known
+from csd_exp.facts import write_facts
 from csd_exp.images import ImageFiles, saved_pictures, to_uint8, write_png
 from csd_exp.module import ParticleModule
 from csd_exp.outlines import outlined
+from csd_exp.particles import Canvas
 from csd_exp.videos import side_by_side, write_gif, write_mp4
 
 GAIN = 2
@@ -27,10 +29,10 @@ class Media(L.Callback):
     """Saves pictures as PNG under `dir/media` and sends them to W&B and TensorBoard where configured.
 
     `source.png` at the start, `edited_000050.png` after every n steps (0 for none), `edited.png` and
-    `difference_x2.png`, twice |edited - source| as saved, at the end. Of several images each has its index in
-    the name: `edited_00.png`, `edited_000050_00.png`. `regions.png` is the first source with regions drawn
-    in, `mask.png` what may change, where the particles have them; `pictures.json` and `outside.png` are
-    for metrics.
+    `difference_x2.png`, twice |edited - source| as saved, at the end; pictures made from noise have neither
+    source nor difference. Of several images each has its index in the name: `edited_00.png`,
+    `edited_000050_00.png`. `regions.png` is the first source with regions drawn in, `mask.png` what may
+    change, where the particles have them; `pictures.json` and `outside.png` are for metrics.
 
     A video's frames are `source/000000.png` and so on and `edited/000000.png`, played by `source.mp4`,
     `edited.mp4` and `side_by_side.mp4`, and a `.gif` of each; on the way only its first frame is saved.
@@ -45,20 +47,23 @@ class Media(L.Callback):
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: ParticleModule) -> None:
         self._show_areas(trainer, module)
-        write_known(module.particles, self.folder)
-        self._save(trainer, module, "source", module.particles.originals())
+        write_facts(module.particles, self.folder)
+        if module.particles.has_source:
+            self._save(trainer, module, "source", module.particles.originals())
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: L.Trainer, module: ParticleModule, *_) -> None:
         step = trainer.global_step
         due = self.every_n_steps > 0 and step % self.every_n_steps == 0
         if due and step < trainer.estimated_stepping_batches:
-            count = len(module.particles.latent) if module.particles.fps is None else 1
+            count = module.particles.count if module.particles.fps is None else 1
             self._show(trainer, "edited", module.images(slice(count)), count, f"_{step:06d}")
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, module: ParticleModule) -> None:
         self._save(trainer, module, "edited", module.images())
+        if not module.particles.has_source:
+            return
         source, edited = (saved_pictures(self.folder, name) for name in ("source", "edited"))
         if module.particles.fps is None:
             difference = (GAIN * (e - s).abs() for e, s in zip(edited, source, strict=True))
@@ -69,7 +74,7 @@ class Media(L.Callback):
 
     def _save(self, trainer: L.Trainer, module: ParticleModule, name: str, images: Iterable[Tensor]) -> None:
         """Write all pictures, or all frames and what plays them."""
-        count, fps = len(module.particles.latent), module.particles.fps
+        count, fps = module.particles.count, module.particles.fps
         if fps is None:
             self._show(trainer, name, images, count)
             return
@@ -89,9 +94,10 @@ class Media(L.Callback):
                 logger.log_video(f"media/{name}", [str(mp4)], caption=[f"step {trainer.global_step}"])
 
     def _show_areas(self, trainer: L.Trainer, module: ParticleModule) -> None:
-        areas = module.particles.areas
+        areas = module.particles.areas if isinstance(module.particles, Canvas) else None
         if areas is not None and areas.regions:
-            source = next(module.particles.originals())
+            blank = torch.full((3, *areas.size), 0.5)  # where pictures are made from noise
+            source = next(module.particles.originals(), blank)
             self._show(trainer, "regions", [outlined(source, areas.regions)], 1)
         if areas is not None and areas.mask is not None:
             masks = [mask.float().expand(3, -1, -1) for mask in areas.mask]

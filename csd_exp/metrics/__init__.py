@@ -1,7 +1,7 @@
 """Numbers on edited pictures: torchmetrics classes that take `update(edited, source)`, frames in order.
 
 Both are [3, H, W] in [0, 1], as read back from the 8-bit files; `compute` is the mean over pictures, or over
-pairs of consecutive frames. `MeanMetric` says what else an `update` may ask for.
+pairs of consecutive frames. `csd_exp.facts` says what else an `update` may ask for.
 """
 
 from csd_exp.metrics.answers import AnswerDisagreement as AnswerDisagreement

@@ -12,15 +12,7 @@ ROUNDING = (1 / 255) ** 2 / 12  # the mean square of rounding values in [0, 1] t
 class MeanMetric(Metric):
     """The mean of what `observe` was given; NaN where that was nothing.
 
-    A metric's `update` takes what it needs to know of a picture, by name:
-        edited, source: [3, H, W] in [0, 1], the 8-bit pictures as saved, so that a number made during a run
-            and one made from its files are the same.
-        prompt: the picture's instruction.
-        window: side in pixels of the windows that the prior saw; None where it saw whole pictures.
-        borders: rows and columns of pixels at which one of these windows begins, or has just ended.
-        outside: [H, W], true where nothing may change; None without a mask.
-        flow: exact optical flow [2, 2, H, W] from the previous frame to this one and back, in pixels to the
-            right and down; None where it is not known.
+    A metric's `update` takes what it needs to know of a picture, by name: see `csd_exp.facts`.
     """
 
     full_state_update = False

@@ -36,7 +36,7 @@ class Areas:
     """Which prompt holds where in images of size (H, W), and what of them may change.
 
     regions: see `read_regions`; `weights` [1, K + 1, h, w] are theirs, None where there are none.
-    mask: see `read_masks`; one for all images, or one for each of `count`.
+    mask: see `read_masks`; one for all images, or one for each of `count`, which is only asked for then.
     feather: pixels inside the mask's border over which edited and source pixels are blended.
     pad: a map of [..., H, W] to whole latents of `factor` pixels. wrap: left and right border are one place.
     background: whether what no region has is edited too.
@@ -51,7 +51,7 @@ class Areas:
         regions: Sequence[Mapping[str, Any]] | None = None,
         mask: "str | Box | Sequence[str] | None" = None,
         feather: int | None = None,
-        count: int = 1,
+        count: int | Callable[[], int] = 1,
         wrap: bool = False,
         background: bool = True,
     ):
@@ -71,10 +71,11 @@ class Areas:
             self.weights = weights(self.regions, size, latents)[None]
             self.free = None if background else 1 - self.weights[:, -1:]
         if self.mask is not None:
-            if len(self.mask) not in (1, count):
+            images = 1 if len(self.mask) == 1 else count if isinstance(count, int) else count()
+            if len(self.mask) not in (1, images):
                 raise InputError(
-                    f"modality.mask={mask} holds {len(self.mask)} masks for {count} images; give one for all "
-                    "or one for each."
+                    f"modality.mask={mask} holds {len(self.mask)} masks for {images} images; give one for "
+                    "all or one for each."
                 )
             self.blend = ramp(self.mask, feather, wrap)
             covered = torch.stack([latents(one.double()) for one in self.mask])[:, None]
@@ -86,20 +87,24 @@ class Areas:
                 "would be edited; give a prompt for the background, or a region inside the mask."
             )
 
-    def outside(self) -> Tensor | None:
-        """[m, H, W], m = 1 or one for each image, True where nothing may change; None where all may."""
-        outside = None if self.mask is None else ~self.mask
+    def outside(self, i: int) -> Tensor | None:
+        """[H, W], True where nothing of image i may change; None where all may."""
+        outside = None if self.mask is None else ~self.mask[self._of(i)]
         if self.regions and not self.background:
             claimed = torch.zeros(self.size, dtype=torch.bool)
             for region in self.regions:
                 region.of(claimed).logical_or_(region.inside)
-            outside = ~claimed[None] if outside is None else outside | ~claimed
+            outside = ~claimed if outside is None else outside | ~claimed
         return outside
 
     def composite(self, i: int, image: Tensor, original: Tensor) -> Tensor:
         """Image i [3, H, W] inside the mask, to the last bit the original outside."""
-        weight = self.blend[i if len(self.blend) > 1 else 0]
-        return torch.lerp(original.to(image), image, weight.to(image))
+        return torch.lerp(original.to(image), image, self.blend[self._of(i)].to(image))
+
+    def _of(self, i: int) -> int:
+        """Which mask is that of image i."""
+        assert self.mask is not None
+        return i if len(self.mask) > 1 else 0
 
 
 def check_areas(modality: Mapping[str, Any], size: tuple[int, int]) -> None:

@@ -1,26 +1,27 @@
 """Pictures seen in one piece, at the size that a prior was trained on."""
 
 from collections.abc import Iterator
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from csd_exp.particles.base import Particles, Pictures, Windows
+from csd_exp.particles.base import Pictures
+from csd_exp.particles.canvas import Canvas
 from csd_exp.schedules import Draw
 
 
-class Downscaled(Particles):
+class Downscaled(Canvas):
     """The pictures of other particles, each resized to one square view; their aspect is given up.
 
     full: the particles whose pictures, prompts, regions and mask these are; never started themselves.
     side: of the view, in pixels. What it becomes is resized to its picture; a mask is kept in pixels alone.
     """
 
-    def __init__(self, full: Particles, side: int):
+    def __init__(self, full: Canvas, side: int):
         super().__init__(full.prompt, str(full.dtype).removeprefix("torch."))
         self.full, self.side = full, side
-        self.areas, self.fps, self.has_source = full.areas, full.fps, full.has_source
+        self.areas, self.fps = full.areas, full.fps
         self.pixels = Resized(full.pixels, side)
         self.padded = next(iter(full.pixels)).shape[-2:]
 
@@ -36,18 +37,12 @@ class Downscaled(Particles):
     def backgrounds(self, ids: Tensor) -> list[str]:
         return self.full.backgrounds(ids)
 
-    def windows(self) -> Windows | None:
+    def facts(self, i: int) -> dict[str, Any]:
         """Those of the full particles, so that metrics judge every method at the same places."""
-        return self.full.windows()
-
-    def panned(self) -> list[int] | None:
-        return self.full.panned()
+        return self.full.facts(i)
 
     def editable(self, ids: Tensor) -> float:
         return 1.0
-
-    def share(self, ids: Tensor, chosen: Tensor) -> Tensor:
-        return torch.ones(len(ids), 1, 1, 1)
 
     def finish(self, images: Tensor) -> list[Tensor]:
         return self.full.finish(resized(images, *self.padded))

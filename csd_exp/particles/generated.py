@@ -1,12 +1,13 @@
 """Pictures that are made from nothing, several prompts sharing particles."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from csd_exp.errors import InputError
+from csd_exp.particles.base import Autoencoder
 from csd_exp.particles.images import WholePictures, read_prompts
 from csd_exp.schedules import Draw
 
@@ -18,11 +19,15 @@ class Generated(WholePictures):
 
     count: how many pictures, None for as many as there are prompts. size: side of a picture in pixels, None
     for the prior's own. prompts: in place of `prompt` one for each picture, see `read_prompts`.
-    seed: what the noise is drawn from. The rest is as for WholePictures; of `pixels`, flat grey, only the
-    shape counts.
+    seed: what the noise is drawn from. The rest is as for WholePictures.
     """
 
     has_source = False
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any]) -> None:
+        if config.get("prompts") is not None:
+            read_prompts(config["prompts"], config.get("count"))
 
     def __init__(
         self,
@@ -45,11 +50,12 @@ class Generated(WholePictures):
             if value < 1:
                 raise InputError(f"modality.{key} must be at least 1, not {value}.")
         super().__init__((side, side), factor, multiple, batch, regions, None, None, each, dtype, count)
-        self.seed = seed
-        self.pixels = self.pad(torch.full((count, 3, side, side), 0.5))
+        self.seed, self._count = seed, count
 
-    def start(self, latent: Tensor, condition: Tensor | None) -> None:
-        """Begin at noise of the shape of `latent`; what the grey pictures were encoded to is not used."""
-        draw = Draw(self.seed, 0)
-        noise = torch.stack([draw.normal("start", i, latent.shape[1:]) for i in range(len(latent))])
-        super().start(noise.to(latent), None)
+    def begin(self, prior: Autoencoder, draw: Draw) -> None:
+        """Begin at noise."""
+        draw, shape = Draw(self.seed, 0), (prior.views.channels, *self.grid)
+        self.start(torch.stack([draw.normal("start", i, shape) for i in range(self._count)]), None)
+
+    def originals(self) -> Iterator[Tensor]:
+        yield from ()

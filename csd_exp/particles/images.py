@@ -1,6 +1,6 @@
 """A set of images, one particle each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from csd_exp.errors import InputError
 from csd_exp.images import pad_to, read_images
-from csd_exp.particles.areas import Areas, Box
-from csd_exp.particles.base import Particles
+from csd_exp.particles.areas import Areas, Box, check_areas
+from csd_exp.particles.canvas import Canvas
 from csd_exp.schedules import Draw
 
 
-class WholePictures(Particles):
+class WholePictures(Canvas):
     """Pictures of one size, every view a whole one; its id is its place among them.
 
     size: their (H, W) in pixels; `pad` continues them by reflection to what the prior takes.
@@ -37,7 +37,7 @@ class WholePictures(Particles):
         feather: int | None,
         prompt: str | Sequence[str],
         dtype: str,
-        count: int = 1,
+        count: int | Callable[[], int] = 1,
     ):
         super().__init__(prompt if isinstance(prompt, str) else "", dtype)
         self.each = None if isinstance(prompt, str) else list(prompt)
@@ -45,6 +45,7 @@ class WholePictures(Particles):
             raise InputError(f"modality.batch must be at least 1, or null for all, not {batch}.")
         self.size, self.batch = size, batch
         height, width = (-(-side // (factor * multiple)) * factor * multiple for side in size)
+        self.grid = (height // factor, width // factor)
         self.pad = partial(pad_to, height=height, width=width)
         self.areas = Areas(
             size, self.pad, factor, regions, mask, feather, count=count, background=bool(prompt)
@@ -61,9 +62,6 @@ class WholePictures(Particles):
 
     def backgrounds(self, ids: Tensor) -> list[str]:
         return super().backgrounds(ids) if self.each is None else [self.each[int(i)] for i in ids]
-
-    def share(self, ids: Tensor, chosen: Tensor) -> Tensor:
-        return self.latent.new_ones(len(ids), 1, *self.latent.shape[-2:])
 
     def finish(self, images: Tensor) -> list[Tensor]:
         height, width = self.size
@@ -98,6 +96,14 @@ class Images(WholePictures):
     prompts: in place of `prompt` one for each image, see `read_prompts`.
     The rest is as for WholePictures.
     """
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any]) -> None:
+        images = read_images(config["path"])
+        if config.get("prompts") is not None:
+            read_prompts(config["prompts"], len(images))
+        height, width = images[0].shape[-2:]
+        check_areas(config, (height, width))
 
     def __init__(
         self,

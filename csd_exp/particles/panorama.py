@@ -9,12 +9,12 @@ from torch import Tensor
 
 from csd_exp.errors import InputError
 from csd_exp.images import pad_to, read_image
-from csd_exp.particles.areas import Areas, Box
-from csd_exp.particles.base import Particles, Windows
+from csd_exp.particles.areas import Areas, Box, check_areas
+from csd_exp.particles.canvas import Canvas, Windows
 from csd_exp.schedules import Draw
 
 
-class Panorama(Particles):
+class Panorama(Canvas):
     """An image of any size and aspect as windows in latent space; overlaps are averaged by count.
 
     The image is padded by reflection to whole latents and at least one window, and cropped back. A
@@ -31,6 +31,11 @@ class Panorama(Particles):
     """
 
     areas: Areas
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any]) -> None:
+        height, width = read_image(config["path"]).shape[-2:]
+        check_areas(config, (height, width))
 
     def __init__(
         self,
@@ -128,14 +133,6 @@ class Panorama(Particles):
     def corners(self, ids: Tensor) -> list[tuple[int, int]]:
         """Top and left of each window, in latents."""
         return [divmod(int(i), self.grid[1]) for i in ids]
-
-    def share(self, ids: Tensor, chosen: Tensor) -> Tensor:
-        height, width = self.grid
-        count = self.latent.new_zeros(1, 1, height, width)
-        for top, left in self.corners(chosen):
-            columns = torch.arange(left, left + self.window, device=count.device) % width
-            count[:, :, top : top + self.window, columns] += 1
-        return 1 / self.crop(count, ids)
 
     def render(self) -> Tensor:
         return self._with_margin(self.latent, self.margin)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from csd_exp.answers.pan import PAN
-from csd_exp.particles.areas import Box
+from csd_exp.particles.areas import Box, check_areas
 from csd_exp.particles.images import WholePictures
 from csd_exp.videos import Frames
 
@@ -21,6 +21,10 @@ class Video(WholePictures):
     The last four are as `csd_exp.videos.Frames` says, the rest as for WholePictures.
     """
 
+    @classmethod
+    def check(cls, config: Mapping[str, Any]) -> None:
+        check_areas(config, Frames(config["path"]).size)
+
     def __init__(
         self,
         path: str,
@@ -33,25 +37,26 @@ class Video(WholePictures):
         step: int = 1,
         fps: float | None = None,
         regions: Sequence[Mapping[str, Any]] | None = None,
-        mask: str | Box | None = None,
+        mask: str | Box | Sequence[str] | None = None,
         feather: int | None = None,
         prompt: str = "",
         dtype: str = "float32",
     ):
         frames = Frames(path, start, stop, step, fps)
-        super().__init__(frames.size, factor, multiple, batch, regions, mask, feather, prompt, dtype)
+        super().__init__(
+            frames.size, factor, multiple, batch, regions, mask, feather, prompt, dtype, frames.count
+        )
         self.frames, self.pixels, self.fps = frames, Padded(frames, self.pad), frames.fps
 
-    def panned(self) -> list[int] | None:
-        if self.frames.path.resolve() != PAN.resolve():
+    def facts(self, i: int) -> dict[str, Any]:
+        return super().facts(i) | {"flow": self._panned(i)}
+
+    def _panned(self, i: int) -> dict[str, Any] | None:
+        """Where the flow from the frame before is known: two of the shipped pan's."""
+        if i == 0 or self.frames.path.resolve() != PAN.resolve():
             return None
         first, step = self.frames.selected.start, self.frames.selected.step
-        return [first + step * i for i in range(len(self.latent))]
-
-    @staticmethod
-    def check_path(path: str | Sequence[str]) -> tuple[int, int]:
-        assert isinstance(path, str), "the type of modality.path is checked before"
-        return Frames(path).size
+        return {"pan": [first + step * (i - 1), first + step * i]}
 
 
 class Padded:

@@ -1,9 +1,11 @@
 """What scores a view: a frozen diffusion model, or a Gaussian mixture in closed form."""
 
+from csd_exp.priors.analytic import GaussianFlow as GaussianFlow
 from csd_exp.priors.analytic import GaussianMixture as GaussianMixture
 from csd_exp.priors.base import Prior as Prior
+from csd_exp.priors.flow import RectifiedFlow as RectifiedFlow
 
-__all__ = ["GaussianMixture", "InstructPix2Pix", "Prior", "StableDiffusion"]
+__all__ = ["GaussianFlow", "GaussianMixture", "InstructPix2Pix", "Prior", "RectifiedFlow", "StableDiffusion"]
 
 
 def __getattr__(name: str):

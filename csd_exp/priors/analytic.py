@@ -1,4 +1,4 @@
-"""A Gaussian mixture whose diffused scores are known in closed form: to test the mathematics exactly."""
+"""Gaussian mixtures whose diffused scores are known in closed form: to test the mathematics exactly."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from csd_exp.errors import InputError
-from csd_exp.priors.base import Cond, Guidance
+from csd_exp.priors.base import Cond, Guidance, Prior, ViewShape
+from csd_exp.priors.flow import RectifiedFlow
 
 
-class GaussianMixture:
+class GaussianMixture(Prior):
     """x_0 ~ sum_k pi_k N(mean_k, std^2 I) over latents, images at one latent per pixel, in [-1, 1].
 
     means: [K, C] (one colour per component, the same at every position) or [K, C, h, w].
@@ -20,9 +21,6 @@ class GaussianMixture:
     guidance_scale, image_guidance_scale: w_y and w_s of InstructPix2Pix Eq. 3; without an image
     condition, guidance_scale alone, as in classifier-free guidance.
     """
-
-    factor = 1
-    multiple = 1
 
     def __init__(
         self,
@@ -34,12 +32,11 @@ class GaussianMixture:
         image_guidance_scale: float = 1.0,
         window: int = 16,
         row_chunk: int = 64,
-        device: str = "cpu",
     ):
         if row_chunk < 1:
             raise InputError(f"prior.row_chunk must be at least 1, not {row_chunk}.")
         means = torch.as_tensor(means, dtype=torch.float64)
-        self.means = (means if means.ndim == 4 else means[:, :, None, None]).to(device)
+        self.means = means if means.ndim == 4 else means[:, :, None, None]
         self.std, self.image_std = std, image_std
         self.prompts = {"": [1.0] * len(self.means)} | dict(prompts or {})
         for prompt, weights in self.prompts.items():
@@ -50,12 +47,15 @@ class GaussianMixture:
                 )
         self._texts = {p: torch.tensor(w, dtype=torch.float64) for p, w in self.prompts.items()}
         self.guidance_scale, self.image_guidance_scale = guidance_scale, image_guidance_scale
-        self.channels, self.window, self.row_chunk = self.means.shape[1], window, row_chunk
-        # The scaled-linear schedule of Stable Diffusion.
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        self.alphas_cumprod = torch.cumprod(1 - betas, 0)
+        self.views, self.row_chunk = ViewShape(1, self.means.shape[1], window), row_chunk
+        self.alphas_cumprod = self._levels()
         described = repr((self.means.tolist(), std, image_std, sorted(self.prompts.items())))
         self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
+
+    def _levels(self) -> Tensor:
+        """The scaled-linear schedule of Stable Diffusion."""
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        return torch.cumprod(1 - betas, 0)
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         return 2 * image - 1
@@ -70,11 +70,11 @@ class GaussianMixture:
         null = self._weights(negative_prompt)
         text = null if prompt == negative_prompt else self._weights(prompt)
         w_y, w_s = self.guidance_scale, self.image_guidance_scale
-        nothing = Cond(null)
+        nothing = Cond(text=null)
         if condition is None:
-            return [(w_y, nothing if text is null else Cond(text)), (1 - w_y, nothing)]
-        image = Cond(null, condition)
-        both = image if text is null else Cond(text, condition)
+            return [(w_y, nothing if text is null else Cond(text=text)), (1 - w_y, nothing)]
+        image = Cond(text=null, image=condition)
+        both = image if text is null else Cond(text=text, image=condition)
         return [(w_y, both), (w_s - w_y, image), (1 - w_s, nothing)]
 
     def eps(self, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
@@ -92,18 +92,42 @@ class GaussianMixture:
     def _posterior(self, x: Tensor, cond: Cond) -> tuple[Tensor, float, Tensor]:
         """Means [K, C, h, w], variance and log weights [K] of the mixture given the conditioning."""
         means = self.means.to(x).expand(-1, *x.shape)
-        weights = self._weights("") if cond.text is None else cond.text
-        log_weights = weights.to(x).log()
-        if cond.image is None:
+        weights, image = cond["text"], cond["image"]
+        log_weights = (self._weights("") if weights is None else weights).to(x).log()
+        if image is None:
             return means, self.std**2, log_weights
         prior_var, image_var = self.std**2, self.image_std**2
         gain = prior_var / (prior_var + image_var)
-        away = (cond.image.to(x) - means).square().flatten(1).sum(1)
+        away = (image.to(x) - means).square().flatten(1).sum(1)
         return (
-            means + gain * (cond.image.to(x) - means),
+            means + gain * (image.to(x) - means),
             gain * image_var,
             log_weights - away / (2 * (prior_var + image_var)),
         )
 
     def _weights(self, prompt: str) -> Tensor:
         return self._texts.get(prompt, self._texts[""])
+
+
+class GaussianFlow(RectifiedFlow, GaussianMixture):
+    """The same mixture under a rectified flow: it predicts the velocity E[noise - x_0 | x_s], exactly.
+
+    s runs from 1 / 1000 to 1, where x_s is pure noise. The keys are those of GaussianMixture.
+    """
+
+    def __init__(self, *means, **settings):
+        super().__init__(*means, **settings)
+        self.fingerprint = f"flow-{self.fingerprint}"
+
+    def _levels(self) -> Tensor:
+        return self.flow_table(torch.arange(1, 1001, dtype=torch.float64) / 1000)
+
+    def velocity(self, x_s: Tensor, s: Tensor, conds: Sequence[Cond]) -> Tensor:
+        return torch.stack([self._velocity(x, float(at), c) for x, at, c in zip(x_s, s, conds, strict=True)])
+
+    def _velocity(self, x_s: Tensor, s: float, cond: Cond) -> Tensor:
+        means, variance, log_weights = self._posterior(x_s, cond)
+        away, spread = x_s - (1 - s) * means, (1 - s) ** 2 * variance + s**2
+        responsibility = torch.softmax(log_weights - away.square().flatten(1).sum(1) / (2 * spread), 0)
+        x_0 = torch.einsum("k,kchw->chw", responsibility, means + (1 - s) * variance / spread * away)
+        return (x_s - x_0) / s

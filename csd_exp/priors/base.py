@@ -1,27 +1,39 @@
 """What a prior is, and the one place where network rows are built.
 
-A row is one sample through the score network. Guidance is a weighted sum of conditioned noise
-estimates; `predict` turns the guidance of many views into the fewest rows.
+A row is one sample through the score network. Guidance is a weighted sum of conditioned noise estimates;
+`predict` turns the guidance of many views into the fewest rows. Every family speaks variance-preserving
+terms, x_t = alpha x_0 + sigma noise with alpha^2 + sigma^2 = 1, whatever its network was trained on.
 """
 
-from collections.abc import Sequence
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from csd_exp.errors import InputError
 
-@dataclass(frozen=True, eq=False)
-class Cond:
-    """One conditioning of the network, known by the identity of its tensors, never by their values.
 
-    text: [L, D] embedding, None for the null text. image: [C, h, w] latent condition of an editing
-    prior, None for zeros.
+class Cond(dict[str, Tensor]):
+    """One conditioning of the network: tensors by name, known by their identity, never by their values.
+
+    Names are the family's own: `text` [L, D], an embedding; `image` [C, h, w], the latent condition of an
+    editing prior. What is not given, or None, is the null of its name, and None when it is asked for.
     """
 
-    text: Tensor | None
-    image: Tensor | None = None
+    def __init__(self, **tensors: Tensor | None):
+        super().__init__({name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+    def __missing__(self, name: str) -> None:
+        return None
+
+    @property
+    def identity(self) -> frozenset[tuple[str, int]]:
+        """What rows merge on."""
+        return frozenset((name, id(tensor)) for name, tensor in self.items())
 
 
 ROUNDING = 1e-12  # a guidance weight below is what is left of weights that cancel
@@ -32,71 +44,117 @@ Guidance = list[tuple[float, Cond]]
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """Noisy views x_t [n, C, h, w] at integer timestep t, and each view's guidance."""
+    """Noisy views x_t [n, C, ...] at integer timestep t, and each view's guidance.
+
+    clean: ask for the estimate of x_0 in place of the noise; the weights of a view's guidance then sum to 1.
+    """
 
     x_t: Tensor
     t: int
     guidance: Sequence[Guidance]
+    clean: bool = False
 
 
-class Prior(Protocol):
-    """A frozen diffusion model that scores views. Latents are whatever its network was trained on."""
+class ViewShape(NamedTuple):
+    """What a prior takes for a view.
 
-    alphas_cumprod: Tensor  # [T], float64
-    factor: int  # pixels per latent, along a side
-    channels: int  # latent channels
-    window: int  # native side of a view, in latents
-    multiple: int  # a view's sides, in latents, must be multiples of this
-    row_chunk: int  # most rows per network call
+    factor: pixels per latent, along a side. channels: of a latent. window: native side, in latents.
+    multiple: a view's sides, in latents, must be multiples of this.
+    """
 
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the weights; a checkpoint resumes only under the same ones."""
+    factor: int
+    channels: int
+    window: int
+    multiple: int = 1
 
+
+class Prior(ABC):
+    """A frozen diffusion model that scores views. Latents are whatever its network was trained on.
+
+    alphas_cumprod: [T], float64; 0 is pure noise. views: what it takes for a view. row_chunk: most rows per
+    network call. device: where its network is. place: what `prior.device` says of it, see `placed`.
+    fingerprint: identifies the weights; a checkpoint resumes only under the same ones.
+    """
+
+    alphas_cumprod: Tensor
+    views: ViewShape
+    row_chunk: int
+    fingerprint: str
+    device: torch.device = torch.device("cpu")
+    place: str | None = None
+
+    @classmethod  # noqa: B027
+    def check(cls, config: Mapping[str, Any]) -> None:
+        """Raise InputError where the configuration `prior` cannot work, before a weight is loaded."""
+
+    def to(self, device: torch.device) -> None:
+        """Move the network to the Trainer's `device`, or to where `place` says; called before all else."""
+        self.device = placed(self.place, device)
+
+    @abstractmethod
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents [n, C, h, w] of images [n, 3, H, W] in [0, 1]; differentiable.
+        """Latents [n, C, h, w] of images [n, 3, H, W] in [0, 1]; differentiable, on the caller's device.
 
         noise: standard normal [n, C, h, w] to sample the encoder's posterior with; None takes its mode.
-        Raises InputError where H or W is no multiple of `factor`.
+        Raises InputError where H or W is no multiple of `views.factor`.
         """
 
+    @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:
         """Images [n, 3, H, W] of latents, near [0, 1] and not clamped; differentiable."""
 
     def condition(self, image: Tensor, noise: Tensor | None = None) -> Tensor | None:
         """What an editing prior is conditioned on, [n, C, h, w]; None for a prior that takes no image."""
+        return None
 
+    @abstractmethod
     def guidance(self, prompt: str, condition: Tensor | None = None, negative_prompt: str = "") -> Guidance:
         """The guided estimate of one view with condition [C, h, w]; equal conditionings share one Cond.
 
         A prompt has the same text tensor whenever it is asked for.
         """
 
+    @abstractmethod
     def eps(self, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
-        """Noise estimates [r, C, h, w] of rows x_t at timesteps t [r], one row per conditioning."""
+        """Noise estimates [r, C, ...] of rows x_t at timesteps t [r], one row per conditioning."""
+
+    def clean(self, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
+        """Estimates of x_0 of the same rows. A family with levels of pure noise, alpha = 0, has its own:
+
+        there the noise estimate is x_t whatever the network says, and does not tell x_0.
+        """
+        alpha, sigma = self.alpha_sigma(t, x_t)
+        return (x_t - sigma * self.eps(x_t, t, conds)) / alpha
+
+    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of timesteps t [r], to be multiplied with rows `like` [r, ...]."""
+        alpha_bar = self.alphas_cumprod.to(t.device)[t].to(like).view(-1, *[1] * (like.ndim - 1))
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
 def predict(prior: Prior, queries: Sequence[Query]) -> list[Tensor]:
-    """The guided noise estimate [n, C, h, w] of every query, from the fewest network rows.
+    """The guided estimate [n, C, ...] of every query, from the fewest network rows.
 
     Weights of one (query, view, conditioning) are summed before rows are built and rows of weight 0 are
     dropped, so a CSD-Edit view costs 5 rows, not 6 (4, 3 or 2 where guidance scales coincide). Rows go
     through the network `prior.row_chunk` at a time; a view's estimate does not depend on the chunks.
     """
-    rows = [
-        (q, view, cond, weight)
-        for q, query in enumerate(queries)
-        for view, guidance in enumerate(query.guidance)
-        for cond, weight in _merged(guidance)
-    ]
     out = [torch.zeros_like(query.x_t) for query in queries]
-    for start in range(0, len(rows), prior.row_chunk):
-        chunk = rows[start : start + prior.row_chunk]
-        x_t = torch.stack([queries[q].x_t[view] for q, view, _, _ in chunk])
-        t = torch.tensor([queries[q].t for q, _, _, _ in chunk], device=x_t.device)
-        eps = prior.eps(x_t, t, [cond for _, _, cond, _ in chunk])
-        for (q, view, _, weight), row in zip(chunk, eps, strict=True):
-            out[q][view] += weight * row
+    for estimate, clean in ((prior.eps, False), (prior.clean, True)):
+        rows = [
+            (q, view, cond, weight)
+            for q, query in enumerate(queries)
+            if query.clean == clean
+            for view, guidance in enumerate(query.guidance)
+            for cond, weight in _merged(guidance)
+        ]
+        for start in range(0, len(rows), prior.row_chunk):
+            chunk = rows[start : start + prior.row_chunk]
+            x_t = torch.stack([queries[q].x_t[view] for q, view, _, _ in chunk])
+            t = torch.tensor([queries[q].t for q, _, _, _ in chunk], device=x_t.device)
+            estimates = estimate(x_t, t, [cond for _, _, cond, _ in chunk])
+            for (q, view, _, weight), row in zip(chunk, estimates, strict=True):
+                out[q][view] += weight * row
     return out
 
 
@@ -123,10 +181,29 @@ def row_count(queries: Sequence[Query]) -> int:
     return sum(len(_merged(guidance)) for query in queries for guidance in query.guidance)
 
 
+def check_place(name: str | None) -> None:
+    """Raise InputError for a `prior.device` that this machine does not have."""
+    gpus = torch.cuda.device_count()
+    index = re.fullmatch(r"cuda(?::(\d+))?", name or "")
+    if name in (None, "auto", "cpu") or (index and int(index[1] or 0) < gpus):
+        return
+    raise InputError(
+        f"prior.device={name} is not among this machine's {gpus} GPUs; accepted are null, which is the "
+        "Trainer's device, cpu and cuda:N."
+    )
+
+
+def placed(name: str | None, trainers: torch.device) -> torch.device:
+    """The device that `prior.device` names: null, or auto, is the Trainer's; cuda its GPU, if it has one."""
+    if name in (None, "auto") or (name == "cuda" and trainers.type == "cuda"):
+        return trainers
+    return torch.device(name, 0) if name == "cuda" else torch.device(str(name))
+
+
 def _merged(guidance: Guidance) -> list[tuple[Cond, float]]:
     """Each conditioning, known by its tensors, with its weights summed; without those that cancel."""
-    merged: dict[tuple[int, int], tuple[Cond, float]] = {}
+    merged: dict[frozenset[tuple[str, int]], tuple[Cond, float]] = {}
     for weight, cond in guidance:
-        key = id(cond.text), id(cond.image)
+        key = cond.identity
         merged[key] = (cond, weight + merged[key][1] if key in merged else weight)
     return [(cond, weight) for cond, weight in merged.values() if abs(weight) > ROUNDING]

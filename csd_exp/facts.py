@@ -1,0 +1,106 @@
+"""What is known of a run's pictures beside their pixels, for metrics during the run and after it.
+
+A metric's `update` takes what it needs to know of a picture, by name:
+    edited, source: [3, H, W] in [0, 1], the 8-bit pictures as saved, so that a number made during a run and
+        one made from its files are the same. Pictures made from noise have no source.
+    prompt: the picture's instruction.
+    window: side in pixels of the windows that the prior saw; None where it saw whole pictures.
+    borders: rows and columns of pixels at which one of these windows begins, or has just ended.
+    outside: [H, W], true where nothing may change; None where all may.
+    flow: exact optical flow [2, 2, H, W] from the previous picture to this one and back, in pixels to the
+        right and down; None where it is not known.
+Particles say what they know by `facts(i)`, in these names: `outside` as a tensor, `flow` as a reference that
+`_flow` follows, the rest as plain values.
+"""
+
+import json
+from collections.abc import Iterator
+from inspect import Parameter, signature
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from csd_exp.answers.pan import sunrise
+from csd_exp.errors import InputError
+from csd_exp.files import write_whole
+from csd_exp.images import read_image, saved_pictures, write_png
+from csd_exp.particles import Particles
+
+VAR_POSITIONAL, VAR_KEYWORD = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
+KNOWN = ("edited", "prompt", "window", "borders", "outside", "flow")
+
+
+def write_facts(particles: Particles, media: Path) -> None:
+    """Write what is known of each picture into a run's folder of pictures: pictures.json and outside*.png."""
+    pictures, outside, file = [], None, ""
+    for i in range(particles.count):
+        facts = {name: value for name, value in particles.facts(i).items() if value is not None}
+        mask = facts.pop("outside", None)
+        if mask is not None:
+            if outside is None or not torch.equal(mask, outside):
+                file = f"outside_{i:05d}.png" if i else "outside.png"
+                write_png(mask.float().expand(3, -1, -1), media / file)
+            facts["outside"], outside = file, mask
+        pictures.append(facts)
+    write_whole(media / "pictures.json", json.dumps({"pictures": pictures}, indent=2) + "\n")
+
+
+def read_facts(media: Path) -> Iterator[dict[str, Any]]:
+    """What is known of each edited picture but for its pixels, in order; without end where it is nothing."""
+    sources = saved_pictures(media, "source")
+    saved = _saved(media, len(sources))
+    for i in range(len(saved)) if saved else count():
+        facts: dict[str, Any] = dict.fromkeys(KNOWN[1:]) | {"prompt": "", "borders": ((), ())}
+        facts |= saved[i] if saved else {}
+        if facts["outside"] is not None:
+            facts["outside"] = read_image(media / facts["outside"])[0] > 0.5
+        facts["flow"] = _flow(facts["flow"])
+        yield facts | ({"source": sources[i]} if sources else {})
+
+
+def check_known(name: str, metric: type[Metric], has_source: bool) -> None:
+    """Raise InputError where a metric's `update` asks for what is not known of a run's pictures."""
+    known = (*KNOWN, "source") if has_source else KNOWN
+    for parameter in signature(metric.update).parameters.values():
+        if parameter.name in (*known, "self") or parameter.kind in (VAR_POSITIONAL, VAR_KEYWORD):
+            continue
+        if parameter.name == "source" and parameter.default is Parameter.empty:
+            raise InputError(
+                f"metrics.{name} compares pictures with their source, and pictures made from noise have "
+                f"none; leave it out with ~metrics.{name}, or choose metrics=generated."
+            )
+        if parameter.default is Parameter.empty:
+            raise InputError(
+                f"metrics.{name} asks for {parameter.name!r}, which is not known of pictures; known are "
+                f"{', '.join(known)}."
+            )
+
+
+def _flow(known: Any) -> Tensor | None:
+    """Flow there and back: of two frames of the shipped pan."""
+    if known is None:
+        return None
+    before, now = known["pan"]
+    pan = sunrise()
+    return torch.stack([pan.flow(before, now), pan.flow(now, before)])
+
+
+def _saved(media: Path, sources: int) -> list[dict[str, Any]]:
+    """The facts in pictures.json; of a run of before they were kept by picture, they are told apart here."""
+    file = media / "pictures.json"
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"pictures": []}
+    if "pictures" in saved:
+        return saved["pictures"]
+    windows, panned = saved["windows"], saved["panned"]
+    masks = sorted(f.name for f in media.glob("outside*.png"))
+    return [
+        {"prompt": prompt}
+        | ({"window": windows["side"], "borders": (windows["rows"], windows["columns"])} if windows else {})
+        | ({"outside": masks[i if len(masks) > 1 else 0]} if masks else {})
+        | ({"flow": {"pan": panned[i - 1 : i + 1]}} if panned and i else {})
+        for i, prompt in enumerate(saved["prompts"])
+    ]
