@@ -29,7 +29,7 @@ def write_image(tmp_path):
 
 @pytest.fixture
 def build():
-    """A CSD-Edit module with the settings of the public code, any of them changed by keyword."""
+    """A CSD-Edit module with the settings of the public code, any changed by keyword, at its start."""
 
     def build(prior, particles, **changes) -> CSDModule:
         settings = {
@@ -38,7 +38,9 @@ def build():
             "timestep": Timesteps(t_min=20, t_max=500),
             "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=2.0),
         }
-        return CSDModule(prior, particles, **settings | changes)
+        module = CSDModule(prior, particles, **settings | changes)
+        module.begin()
+        return module
 
     return build
 

@@ -47,9 +47,9 @@ def test_an_image_condition_is_bayes_on_a_grid(image):
     weights, means = [0.3, 1.0], [-0.8, 0.7]
     prior = GaussianMixture([[m] for m in means], std=0.25, prompts={"x": weights}, image_std=0.6)
     posterior = mixture_density(weights, means, 0.25) * np.exp(-((image - GRID) ** 2) / (2 * 0.6**2))
-    text = prior.guidance("x")[0][1].text
+    text = prior.guidance("x")[0][1]["text"]
     level = Level.at(350, prior.alphas_cumprod)
-    cond = Cond(text, torch.full((1, 1, 1), image, dtype=torch.float64))
+    cond = Cond(text=text, image=torch.full((1, 1, 1), image, dtype=torch.float64))
     for x in (-1.0, 0.0, 0.8):
         eps = prior.eps(torch.full((1, 1, 1, 1), x, dtype=torch.float64), torch.tensor([350]), [cond])
         expected = eps_of_grid(posterior, GRID, x, level.alpha, level.sigma)
@@ -69,15 +69,15 @@ def test_eps_is_autograd_of_the_log_density_in_many_dimensions(shaped):
     logits = torch.tensor([1.0, 2.0, 0.5]).log() - away.square().sum((2, 3, 4)) / (2 * variance[:, None])
     (score,) = torch.autograd.grad(logits.logsumexp(1).sum(), x)
     expected = -(1 - bar).sqrt()[:, None, None, None] * score
-    torch.testing.assert_close(prior.eps(x.detach(), t, [Cond(None)] * 2), expected)
+    torch.testing.assert_close(prior.eps(x.detach(), t, [Cond()] * 2), expected)
 
 
 def test_eps_in_float32_is_near_float64_and_keeps_its_dtype():
     prior = GaussianMixture()
     x, t = normal(0, 2, 3, 16, 16), torch.tensor([20, 500])
-    single = prior.eps(x.float(), t, [Cond(None)] * 2)
+    single = prior.eps(x.float(), t, [Cond()] * 2)
     assert single.dtype == torch.float32
-    torch.testing.assert_close(single.double(), prior.eps(x, t, [Cond(None)] * 2), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(single.double(), prior.eps(x, t, [Cond()] * 2), rtol=1e-3, atol=1e-4)
 
 
 def test_images_and_latents_are_the_same_up_to_the_range():
@@ -92,13 +92,13 @@ def test_guidance_shares_one_null_condition_and_knows_prompts():
     picture = torch.zeros(3, 4, 4)
     (w1, full), (w2, image), (w3, nothing) = prior.guidance("red", picture)
     assert (w1, w2, w3) == (7.5, -2.5, -4.0)
-    assert full.text.tolist() == [1.0, 0.0]
-    assert full.image is image.image is picture
-    assert nothing.image is None
+    assert full["text"].tolist() == [1.0, 0.0]
+    assert full["image"] is image["image"] is picture
+    assert nothing["image"] is None
     (_, same), (_, again), _ = prior.guidance("", picture)
     assert same is again
     (_, one), (_, other) = prior.guidance("anything else")
-    assert one.text.tolist() == other.text.tolist() == [1.0, 1.0]
+    assert one["text"].tolist() == other["text"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0]])
@@ -142,7 +142,7 @@ def settle(prior: GaussianMixture, repulsion_scale: float) -> torch.Tensor:
     x = 2 * torch.stack([Draw(0, 0).normal("start", i, (2, 1, 1)) for i in range(64)]).double()
     kernel = RBF(bandwidth=1.0)
     for _ in range(250):
-        r = prior.eps(x, torch.full((64,), T), [Cond(None)] * 64).flatten(1)
+        r = prior.eps(x, torch.full((64,), T), [Cond()] * 64).flatten(1)
         k, repulsion = kernel(x.flatten(1))
         x = x - 2 * svgd(r, k, repulsion_scale * repulsion).view_as(x)
     return x.flatten(1)
@@ -164,5 +164,5 @@ def test_uncoupled_they_collapse_onto_the_modes_of_the_density(prior, diffused):
     """Without a kernel nothing holds them apart: descent of eps alone finds modes, not the density."""
     x = torch.stack([Draw(0, 0).normal("start", i, (2, 1, 1)) for i in range(16)]).double()
     for _ in range(400):
-        x = x - 0.5 * prior.eps(x, torch.full((16,), T), [Cond(None)] * 16)
+        x = x - 0.5 * prior.eps(x, torch.full((16,), T), [Cond()] * 16)
     assert torch.cov(x.flatten(1).T).det() < 0.05 * diffused[1].det()

@@ -1,6 +1,7 @@
 """Regions with prompts of their own, and edits kept to a mask."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from csd_exp.images import pad_to
 from csd_exp.particles import Generated, Images, Panorama
 from csd_exp.particles.areas import ramp, read_masks, read_regions
 from csd_exp.priors import GaussianMixture
+from csd_exp.priors.base import ViewShape
 from csd_exp.run import check_run
 from csd_exp.schedules import Draw
 from csd_exp.svgd import RBF, NoKernel
@@ -267,9 +269,9 @@ def test_each_image_has_its_mask(write_image, write_mask):
     masks = [write_mask(left, "left"), write_mask(right, "right")]
     images = Images([str(write_image(4, 6, s)) for s in range(2)], 1, 1, mask=masks, feather=0, prompt="x")
     images.start(images.pixels, None)
-    white = [torch.ones(3, 4, 6)]
+    white = SimpleNamespace(decode=torch.ones_like)
     for i, inside in enumerate((left, right)):
-        (image,) = images.composite(iter(white), slice(i, i + 1))
+        (image,) = images.pictures(white, slice(i, i + 1))
         assert (image != images.pixels[i]).any(0).numpy().tolist() == inside.tolist()
     with pytest.raises(InputError, match=r"modality.mask=.* holds 2 masks for 3 images"):
         Images([str(write_image(4, 6, s)) for s in range(3)], 1, 1, mask=masks)
@@ -389,10 +391,16 @@ def test_generated_pictures_that_cannot_be_are_refused_by_key(settings, message)
 
 
 def test_a_picture_can_be_of_any_size_and_number():
-    assert Generated(8, 4, window=16, prompt="x", count=2).pixels.shape == (2, 3, 128, 128)
-    particles = Generated(8, 4, window=16, prompt="x", size=50)
-    assert particles.pixels.shape == (1, 3, 64, 64)
-    assert particles.finish(particles.pixels)[0].shape == (3, 50, 50)
+    coder = SimpleNamespace(views=ViewShape(factor=8, channels=4, window=16, multiple=4))
+    for particles, shape in (
+        (Generated(8, 4, window=16, prompt="x", count=2), (2, 4, 16, 16)),
+        (Generated(8, 4, window=16, prompt="x", size=50), (1, 4, 8, 8)),
+    ):
+        particles.begin(coder, Draw(0, 0))
+        assert particles.latent.shape == shape
+    assert particles.finish(torch.zeros(1, 3, 64, 64))[0].shape == (3, 50, 50)
+    assert particles.source(torch.tensor([0])) is None
+    assert list(particles.originals()) == []
 
 
 # The command line's own checks

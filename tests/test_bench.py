@@ -12,7 +12,8 @@ from torch import nn
 from csd_exp import bench, methods
 from csd_exp.errors import InputError
 from csd_exp.priors import InstructPix2Pix, StableDiffusion
-from csd_exp.priors.base import predict
+from csd_exp.priors.base import ViewShape, predict
+from csd_exp.priors.random import RandomInstructPix2Pix, sd15_parts
 from csd_exp.schedules import Level
 
 
@@ -88,15 +89,15 @@ def size(module):
 
 
 def test_the_full_size_of_stable_diffusion_runs_one_step_on_the_cpu():
-    parts = bench.sd15_parts(channels=4)
+    parts = sd15_parts(channels=4)
     assert (size(parts.unet), size(parts.vae), size(parts.text_encoder)) == (859520964, 83653863, 123060480)
     prior = StableDiffusion(parts, guidance_scale=1.0)
-    assert (prior.window, prior.multiple, prior.factor, prior.channels) == (64, 8, 8, 4)
+    assert prior.views == ViewShape(factor=8, channels=4, window=64, multiple=8)
     check_one_step(prior, methods.sds, side=64)
 
 
 def test_the_full_size_of_instruct_pix2pix_runs_one_step_on_the_cpu():
-    prior = bench.random_sd15(guidance_scale=1.0, image_guidance_scale=1.0)
+    prior = RandomInstructPix2Pix(guidance_scale=1.0, image_guidance_scale=1.0)
     assert size(prior.unet) == 859520964 + 4 * 320 * 9
     check_one_step(prior, methods.dds, side=32)
 
@@ -108,8 +109,8 @@ def check_one_step(prior, residual, side):
     condition = x[0] if isinstance(prior, InstructPix2Pix) else None
     target, baseline = [prior.guidance("turn it into a painting", condition)], [prior.guidance("", condition)]
     level = Level.at(300, prior.alphas_cumprod)
-    source = methods.Source(x + 0.1 * noise, baseline)
-    _, r = residual(partial(predict, prior), x, noise, level, target, source)
+    views = methods.Views(x, noise, level, target, baseline, x + 0.1 * noise, torch.arange(1))
+    _, r = residual(partial(predict, prior), views)
     assert r.shape == x.shape
     assert torch.isfinite(r).all()
     assert r.std() > 1e-3

@@ -225,8 +225,7 @@ class TestKnown:
             **{"modality.path": self.picture(tmp_path)},
         )
         known = json.loads((tmp_path / "out/media/pictures.json").read_text())
-        assert known["prompts"] == ["warm"]
-        assert known["windows"] is None
+        assert known["pictures"] == [{"prompt": "warm", "outside": "outside.png"}]
         outside = read_image(tmp_path / "out/media/outside.png")[0]
         assert outside.mean() == 0.5
         assert found["psnr_outside"]["value"] > 20
@@ -235,7 +234,8 @@ class TestKnown:
     def test_the_shipped_pan_has_exact_flow(self, tmp_path):
         options = ("experiment=video", "prompt=warm", "metrics=video", "modality.start=2", "modality.stop=8")
         found = self.run(tmp_path, *options, "modality.step=2", "optimizer.lr=0")
-        assert json.loads((tmp_path / "out/media/pictures.json").read_text())["panned"] == [2, 4, 6]
+        pictures = json.loads((tmp_path / "out/media/pictures.json").read_text())["pictures"]
+        assert [p.get("flow") for p in pictures] == [None, {"pan": [2, 4]}, {"pan": [4, 6]}]
         exact, estimated = (found[name]["value"] for name in ("warping_error_exact", "warping_error"))
         # The source's own: compression and resampling.
         assert 0 < exact < 2e-3

@@ -7,9 +7,9 @@ import torch
 
 from csd_exp import methods
 from csd_exp.errors import InputError
-from csd_exp.methods import Source
+from csd_exp.methods import Views
 from csd_exp.priors.analytic import GaussianMixture
-from csd_exp.priors.base import predict, row_count
+from csd_exp.priors.base import Cond, predict, row_count
 from csd_exp.schedules import Draw, Level
 
 MEANS = ((-0.6, -0.2, 0.3), (0.7, 0.3, -0.5))
@@ -22,7 +22,7 @@ def case():
     x, start, noise = (Draw(0, 0).normal(name, 0, (2, 3, 4, 4)).double() for name in ("x", "start", "noise"))
     level = Level.at(300, prior.alphas_cumprod)
 
-    def run(residual, target: str, source: str):
+    def run(residual, target: str, source: str, at=None):
         conditions = list(start)
         guided = [prior.guidance(target, c) for c in conditions]
         baseline = [prior.guidance(source, c) for c in conditions]
@@ -32,7 +32,8 @@ def case():
             queries.append(asked)
             return predict(prior, asked)
 
-        x_t, r = residual(record, x, noise, level, guided, Source(start, baseline))
+        views = Views(x if at is None else at, noise, level, guided, baseline, start, torch.arange(2))
+        x_t, r = residual(record, views)
         return x_t, r, queries
 
     def estimate(clean, prompt):
@@ -41,7 +42,7 @@ def case():
         x_t = bar**0.5 * clean + (1 - bar) ** 0.5 * noise
 
         def eps(text, image):
-            conds = [SimpleNamespace(text=text, image=c if image else None) for c in start]
+            conds = [Cond(text=text, image=c if image else None) for c in start]
             return prior.eps(x_t, torch.tensor([300, 300]), conds)
 
         words = torch.tensor(TEXTS[prompt], dtype=torch.float64)
@@ -74,14 +75,14 @@ def test_an_empty_source_prompt_gives_the_image_conditional_baseline_of_eq_9(cas
     source_t = bar**0.5 * case.start + (1 - bar) ** 0.5 * case.noise
     prior = GaussianMixture(MEANS, prompts=TEXTS, image_std=0.5)
     t = torch.tensor([300, 300])
-    image = prior.eps(source_t, t, [SimpleNamespace(text=None, image=c) for c in case.start])
-    none = prior.eps(source_t, t, [SimpleNamespace(text=None, image=None)] * 2)
+    image = prior.eps(source_t, t, [Cond(text=None, image=c) for c in case.start])
+    none = prior.eps(source_t, t, [Cond(text=None, image=None)] * 2)
     expected = case.estimate(case.x, "red") - (none + 1.5 * (image - none))
     torch.testing.assert_close(r, expected, rtol=1e-10, atol=1e-11)
 
 
 def test_dds_vanishes_where_nothing_is_to_change(case):
-    _, r, _ = case.run(lambda p, x, *rest: methods.dds(p, case.start, *rest), "red", "red")
+    _, r, _ = case.run(methods.dds, "red", "red", at=case.start)
     assert (r == 0).all()
 
 
@@ -100,8 +101,7 @@ def test_classifier_sd_is_the_text_s_part_of_the_guided_estimate(case):
     t = torch.tensor([300, 300])
     words = torch.tensor(TEXTS["red"], dtype=torch.float64)
     both, image = (
-        case.prior.eps(x_t, t, [SimpleNamespace(text=text, image=c) for c in case.start])
-        for text in (words, None)
+        case.prior.eps(x_t, t, [Cond(text=text, image=c) for c in case.start]) for text in (words, None)
     )
     torch.testing.assert_close(r, 7.5 * (both - image), rtol=1e-10, atol=1e-11)
 
@@ -116,12 +116,10 @@ def test_classifier_sd_without_an_image_is_the_difference_of_classifier_free_gui
     prior = GaussianMixture(MEANS, prompts=TEXTS, guidance_scale=7.5)
     x, noise = (Draw(0, 0).normal(name, 0, (1, 3, 4, 4)).double() for name in ("x", "noise"))
     level = Level.at(300, prior.alphas_cumprod)
-    source = Source(x, [prior.guidance("")])
-    x_t, r = methods.classifier_sd(
-        lambda queries: predict(prior, queries), x, noise, level, [prior.guidance("red")], source
-    )
+    views = Views(x, noise, level, [prior.guidance("red")], [prior.guidance("")], None, torch.arange(1))
+    x_t, r = methods.classifier_sd(lambda queries: predict(prior, queries), views)
     words = [torch.tensor(TEXTS[p], dtype=torch.float64) for p in ("red", "")]
-    red, null = (prior.eps(x_t, torch.tensor([300]), [SimpleNamespace(text=w, image=None)]) for w in words)
+    red, null = (prior.eps(x_t, torch.tensor([300]), [Cond(text=w, image=None)]) for w in words)
     torch.testing.assert_close(r, 7.5 * (red - null), rtol=1e-10, atol=1e-11)
 
 
@@ -158,14 +156,8 @@ def test_pds_pulls_back_to_the_source(case):
     """Where the prompt asks for nothing, two timesteps back, the residual points away from the source."""
     nothing = GaussianMixture(((0.0, 0.0, 0.0),), std=1e6)  # eps vanishes: everything is as likely
     guidance = [nothing.guidance("")] * 2
-    _, r = methods.pds(
-        lambda queries: predict(nothing, queries),
-        case.x,
-        case.noise,
-        case.level,
-        guidance,
-        Source(case.start, guidance),
-    )
+    views = Views(case.x, case.noise, case.level, guidance, guidance, case.start, torch.arange(2))
+    _, r = methods.pds(lambda queries: predict(nothing, queries), views)
     psi = (r / (case.x - case.start)).mean()
     assert 0.07 < psi < 0.09
     torch.testing.assert_close(r, psi * (case.x - case.start), rtol=1e-3, atol=1e-5)
@@ -174,4 +166,4 @@ def test_pds_pulls_back_to_the_source(case):
 def test_pds_below_its_spacing_is_said_in_one_sentence(case):
     low = Level.at(1, case.prior.alphas_cumprod)
     with pytest.raises(InputError, match=r"spacing .* 2 at timestep 1; .*t_min"):
-        methods.pds(predict, case.x, case.noise, low, [], Source(case.start, []))
+        methods.pds(predict, Views(case.x, case.noise, low, [], [], case.start, torch.arange(2)))

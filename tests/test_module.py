@@ -174,9 +174,9 @@ def recorded(build, fit, particles, steps: int = 1, **changes):
     """What the residual was given and gave in each step."""
     seen = []
 
-    def residual(predict, x, noise, level, target, source):
-        x_t, r = methods.dds(predict, x, noise, level, target, source)
-        seen.append({"x": x, "noise": noise, "level": level, "x_t": x_t, "r": r})
+    def residual(score, views):
+        x_t, r = methods.dds(score, views)
+        seen.append({"x": views.x, "noise": views.noise, "level": views.level, "x_t": x_t, "r": r})
         return x_t, r
 
     module = build(Network(), particles, residual=residual, **changes)
@@ -305,8 +305,8 @@ def test_repulsion_is_the_gradient_of_the_kernel_sum_in_the_view(write_image, bu
     """The update of zero residuals against finite differences of sum_j k(phi(x_i), phi_j)."""
     kernel = kind(space=space, bandwidth=0.05, normalize="none")
 
-    def silent(predict, x, noise, level, target, source):
-        return level.noised(x, noise), torch.zeros_like(x)
+    def silent(score, views):
+        return views.level.noised(views.x, views.noise), torch.zeros_like(views.x)
 
     module = build(
         Network(), frames(write_image, 3), residual=silent, kernel=kernel, weight="one", features=features
@@ -371,51 +371,6 @@ def test_the_kernel_couples_by_what_it_sees(write_image, build, fit):
         fit(build(Network(), particles, kernel=Seen(space=space)), 1)
     assert couplings["x_0"] == 1
     assert couplings["x_t"] < 0.9
-
-
-# Pixel particles are encoded, and autograd carries g through the encoder
-
-
-class Pixels(Images):
-    space = "pixel"
-
-    def start(self, latent, condition):
-        super().start(self.pixels, condition)
-
-    def share(self, ids, chosen):
-        return self.latent.new_ones(len(ids), 1, 2, 2)
-
-
-class Pooled(GaussianMixture):
-    """Latents are a nonlinear function of 2 x 2 patches."""
-
-    factor = 2
-
-    def encode(self, image, noise=None):
-        return torch.nn.functional.avg_pool2d(2 * image - 1, 2).tanh()
-
-
-def test_pixel_particles_descend_through_the_encoder(write_image, build, fit):
-    seen = []
-
-    def residual(predict, x, noise, level, target, source):
-        x_t, r = methods.sds(predict, x, noise, level, target, source)
-        seen.append((x, source.x, r))
-        return x_t, r
-
-    particles = Pixels([write_image(4, 4, seed) for seed in range(2)], 2, 1, dtype="float64")
-    module = build(Pooled(), particles, residual=residual, kernel=NoKernel())
-    fit(module, 1)
-    pixels = particles.pixels.double().requires_grad_()
-    latent = Pooled().encode(pixels)
-    ((x, source, r),) = seen
-    torch.testing.assert_close(x, latent.detach())
-    torch.testing.assert_close(source, latent.detach())
-    w = 1 - float(module.prior.alphas_cumprod[module.timestep(Draw(0, 0))])
-    (expected,) = torch.autograd.grad(latent, pixels, w * r)
-    torch.testing.assert_close(particles.latent.grad, expected)
-    images = torch.stack(list(module.images()))
-    torch.testing.assert_close(images, (pixels - 2 * expected).detach().clamp(0, 1))
 
 
 # What is refused

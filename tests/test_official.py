@@ -31,7 +31,7 @@ def prior():
 
 def network(prior, x_t: np.ndarray, t: int, text: str, image: np.ndarray | None) -> np.ndarray:
     words = torch.tensor(TEXTS[text], dtype=torch.float64)
-    cond = Cond(words, None if image is None else torch.from_numpy(image))
+    cond = Cond(text=words, image=None if image is None else torch.from_numpy(image))
     return prior.eps(torch.from_numpy(x_t)[None], torch.tensor([t]), [cond])[0].numpy()
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from csd_exp.errors import InputError
 from csd_exp.images import read_image
-from csd_exp.particles import Images, Panorama, Particles
+from csd_exp.particles import Canvas, Images, Panorama, Particles
 from csd_exp.schedules import Draw
 
 settings.register_profile("files", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -275,13 +275,16 @@ def test_a_batch_of_no_image_is_refused(write_image):
         Images(write_image(4, 4), 1, 1, batch=0)
 
 
-def test_a_modality_must_say_what_it_chooses_crops_shares_and_finishes():
+def test_a_modality_must_say_what_it_has_chooses_and_shows():
     particles, ids = Particles(), torch.tensor([0])
+    canvas = Canvas()
     for missing in (
+        lambda: particles.count,
         partial(particles.choose, Draw(0, 0)),
-        partial(particles.crop, torch.zeros(1), ids),
-        partial(particles.share, ids, ids),
-        partial(particles.finish, torch.zeros(1)),
+        partial(particles.views, ids),
+        partial(particles.pictures, None),
+        partial(canvas.crop, torch.zeros(1), ids),
+        partial(canvas.finish, torch.zeros(1)),
     ):
         with pytest.raises(NotImplementedError):
             missing()

@@ -44,7 +44,7 @@ def all_rows(prior, x_t, t, prompt, negative, conditions, w_y, w_s):
         words, null = (torch.tensor(TEXTS[p], dtype=torch.float64) for p in (prompt, negative))
 
         def eps(text, image, x=x):
-            return GaussianMixture.eps(prior, x[None], torch.tensor([t]), [Cond(text, image)])[0]
+            return GaussianMixture.eps(prior, x[None], torch.tensor([t]), [Cond(text=text, image=image)])[0]
 
         full, picture, nothing = eps(words, image), eps(null, image), eps(null, None)
         out.append(nothing + w_s * (picture - nothing) + w_y * (full - picture))
@@ -83,9 +83,9 @@ def test_rows_without_an_image_condition(w_y, rows):
     assert sum(prior.calls) == row_count(queries) == 3 * rows
     words = torch.tensor(TEXTS["red"], dtype=torch.float64)
     t = torch.full((3,), 300)
-    eps = [GaussianMixture.eps(prior, queries[0].x_t, t, [Cond(text)] * 3) for text in (None, words)]
+    eps = [GaussianMixture.eps(prior, queries[0].x_t, t, [Cond(text=text)] * 3) for text in (None, words)]
     torch.testing.assert_close(target, eps[0] + w_y * (eps[1] - eps[0]), rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(baseline, GaussianMixture.eps(prior, queries[1].x_t, t, [Cond(None)] * 3))
+    torch.testing.assert_close(baseline, GaussianMixture.eps(prior, queries[1].x_t, t, [Cond()] * 3))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7, 15, 64])
@@ -112,18 +112,19 @@ def test_the_order_of_views_and_queries_is_restored():
 
 def test_conditions_are_known_by_their_tensors_never_by_values():
     prior, image, text = Counting(), normal(0, 3, 4, 4), torch.tensor([1.0, 2.0])
-    one = Cond(text, image)
+    one = Cond(text=text, image=image)
     x_t = normal(1, 2, 3, 4, 4)
-    for other in (Cond(text.clone(), image), Cond(text, image.clone()), Cond(text), Cond(None, image)):
+    others = [{"text": text.clone()}, {"image": image.clone()}, {"image": None}, {"text": None}]
+    for other in (Cond(**{"text": text, "image": image} | changed) for changed in others):
         assert row_count([Query(x_t, 5, [[(1.0, one), (2.0, other)]] * 2)]) == 4
-    same = [Query(x_t, 5, [[(1.0, one), (2.0, Cond(text, image))]] * 2)]
+    same = [Query(x_t, 5, [[(1.0, one), (2.0, Cond(text=text, image=image))]] * 2)]
     assert row_count(same) == 2
     expected = 3 * GaussianMixture.eps(prior, x_t, torch.tensor([5, 5]), [one] * 2)
     torch.testing.assert_close(predict(prior, same)[0], expected)
 
 
 def test_one_condition_in_two_views_or_two_queries_is_a_row_for_each():
-    prior, cond = Counting(), Cond(None)
+    prior, cond = Counting(), Cond()
     x_t = normal(0, 2, 3, 4, 4)
     first, second = predict(
         prior, [Query(x_t, 10, [[(1.0, cond)]] * 2), Query(x_t, 900, [[(1.0, cond)]] * 2)]
@@ -134,7 +135,7 @@ def test_one_condition_in_two_views_or_two_queries_is_a_row_for_each():
 
 
 def test_weights_that_cancel_cost_no_row_and_give_zero():
-    prior, cond = Counting(), Cond(None)
+    prior, cond = Counting(), Cond()
     query = Query(normal(0, 1, 3, 4, 4), 10, [[(1.5, cond), (-1.5, cond)]])
     assert (predict(prior, [query])[0] == 0).all()
     assert prior.calls == []

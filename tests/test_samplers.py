@@ -46,6 +46,13 @@ def mixture():
     return GaussianMixture(MEANS, std=1.0, image_std=3.0, prompts=TEXTS, window=4, **guidance)
 
 
+def begun(*settings) -> SamplingModule:
+    """A sampling module at its start."""
+    module = SamplingModule(*settings)
+    module.begin()
+    return module
+
+
 @pytest.fixture
 def sample(fit):
     """The module of a finished sampling run."""
@@ -72,7 +79,7 @@ def panorama(write_image):
 def guided(prior, x, t, condition, guidance_scale=2.0, image_guidance_scale=1.3):
     """InstructPix2Pix Eq. 3 of one view, every row evaluated."""
     words = torch.tensor(TEXTS["second"], dtype=torch.float64)
-    rows = [Cond(words, condition), Cond(None, condition), Cond(None)]
+    rows = [Cond(text=words, image=condition), Cond(image=condition), Cond()]
     both, image, none = (prior.eps(x[None], torch.tensor([t]), [cond])[0] for cond in rows)
     return none + image_guidance_scale * (image - none) + guidance_scale * (both - image)
 
@@ -147,7 +154,7 @@ def test_noise_levels_that_end_in_pure_noise_are_sampled_as_by_diffusers(sample,
     assert pipe.scheduler.alphas_cumprod[-1] == 0
     picture = write_image(32, 32)
     prior = InstructPix2Pix(folder, guidance_scale=2.0, image_guidance_scale=1.3)
-    particles = Images(picture, prior.factor, prior.multiple, prompt="second")
+    particles = Images(picture, prior.views.factor, prior.views.multiple, prompt="second")
     sample(particles, PerView(steps=5), prior)
     expected = pipe(
         "second",
@@ -199,7 +206,7 @@ def test_what_is_averaged_makes_a_difference(sample, panorama):
 
 def test_from_one_canvas_of_noise_multidiffusion_and_synctweedies_are_the_same(fit, panorama):
     multidiffusion, synctweedies = (
-        SamplingModule(mixture(), panorama(), s(steps=6)) for s in (MultiDiffusion, SyncTweedies)
+        begun(mixture(), panorama(), s(steps=6)) for s in (MultiDiffusion, SyncTweedies)
     )
     synctweedies.x_t = multidiffusion.x_t.clone()
     for module in (multidiffusion, synctweedies):
@@ -209,8 +216,8 @@ def test_from_one_canvas_of_noise_multidiffusion_and_synctweedies_are_the_same(f
 
 
 def test_one_canvas_of_noise_is_white(panorama):
-    module = SamplingModule(mixture(), panorama(40, 60), MultiDiffusion())
-    noise = samplers.paste(module.particles, module.x_t, module.ids)
+    module = begun(mixture(), panorama(40, 60), MultiDiffusion())
+    noise = module.canvas.pasted(module.x_t, module.ids)
     assert abs(noise.std() - 1) < 0.03
     assert abs((noise[..., 1:] * noise[..., :-1]).mean()) < 0.03
 
@@ -241,8 +248,8 @@ def test_sdedit_goes_from_the_source_to_a_sample(sample, panorama):
     bar = float(strong.prior.alphas_cumprod[-1])
     assert strong.levels == pure.levels
     # All that is left of the source at T is its share alpha_T of the start.
-    start = SamplingModule(strong.prior, panorama(8, 8, stride=4), SDEdit(steps=6, strength=1.0))
-    noise = SamplingModule(strong.prior, panorama(8, 8, stride=4), PerView(steps=6))
+    start = begun(strong.prior, panorama(8, 8, stride=4), SDEdit(steps=6, strength=1.0))
+    noise = begun(strong.prior, panorama(8, 8, stride=4), PerView(steps=6))
     views = start.particles.source(start.ids)
     torch.testing.assert_close(start.x_t, bar**0.5 * views + (1 - bar) ** 0.5 * noise.x_t)
     assert bar**0.5 < 0.07
@@ -329,14 +336,12 @@ def test_an_estimate_that_is_not_finite_stops_the_run(sample, panorama):
         def eps(self, x_t, t, conds):
             return super().eps(x_t, t, conds) * torch.nan
 
-    with pytest.raises(
-        FloatingPointError, match=r"The noise estimate is not finite at step 0, timestep 999;"
-    ):
+    with pytest.raises(FloatingPointError, match=r"The estimate is not finite at step 0, timestep 999;"):
         sample(panorama(), PerView(steps=3), Broken(prompts=TEXTS, window=4))
 
 
 def test_pasted_overlaps_are_averaged_by_count(panorama):
-    module = SamplingModule(mixture(), panorama(6, 8), PerView())
+    module = begun(mixture(), panorama(6, 8), PerView())
     particles, ids = module.particles, module.ids
     views = torch.randn(len(ids), 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     total, count = torch.zeros(1, 3, 6, 8, dtype=torch.float64), torch.zeros(6, 8)
@@ -345,15 +350,15 @@ def test_pasted_overlaps_are_averaged_by_count(panorama):
         count[top : top + 4, left : left + 4] += 1
     assert count.min() >= 1
     assert count.max() > 1
-    torch.testing.assert_close(samplers.paste(particles, views, ids), total / count)
+    torch.testing.assert_close(particles.pasted(views, ids), total / count)
 
 
 def test_pasting_crops_gives_back_the_canvas(panorama):
     for options in ({"stride": 3}, {"stride": 2, "wrap": True}, {"stride": 4}):
-        module = SamplingModule(mixture(), panorama(5, 9, **options), PerView())
+        module = begun(mixture(), panorama(5, 9, **options), PerView())
         particles = module.particles
         torch.testing.assert_close(
-            samplers.paste(particles, particles.source(module.ids), module.ids), particles.latent.data
+            particles.pasted(particles.source(module.ids), module.ids), particles.latent.data
         )
 
 

@@ -20,8 +20,8 @@ from transformers import CLIPTextModel
 
 from csd_exp.errors import InputError
 from csd_exp.particles import Images
-from csd_exp.priors import InstructPix2Pix, StableDiffusion, stable_diffusion
-from csd_exp.priors.base import Cond, Query, predict, row_count
+from csd_exp.priors import InstructPix2Pix, StableDiffusion, folders
+from csd_exp.priors.base import Cond, Query, ViewShape, placed, predict, row_count
 from csd_exp.priors.stable_diffusion import check_folder
 
 PROMPT, NEGATIVE, T = "turn it into a painting, at night", "blurry", 421
@@ -98,7 +98,7 @@ def test_instruct_pix2pix_equals_diffusers_own_pipeline(folder, prediction_type,
         negative_prompt=negative,
     )
     assert torch.linalg.norm(ours - theirs) < 1e-5 * torch.linalg.norm(theirs)
-    assert prior.channels == channels
+    assert prior.views.channels == channels
 
 
 @pytest.mark.parametrize("negative", ["", NEGATIVE])
@@ -116,7 +116,7 @@ def test_stable_diffusion_equals_diffusers_own_pipeline(folder, prediction_type,
 
 def test_geometry_and_noise_levels_are_the_folders(folder):
     prior = InstructPix2Pix(folder(True, "v_prediction", 12))
-    assert (prior.factor, prior.channels, prior.window, prior.multiple) == (4, 12, 8, 2)
+    assert prior.views == ViewShape(factor=4, channels=12, window=8, multiple=2)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     assert prior.alphas_cumprod.dtype == torch.float64
     torch.testing.assert_close(prior.alphas_cumprod, torch.cumprod(1 - betas, 0), rtol=1e-4, atol=0)
@@ -147,7 +147,8 @@ def test_a_csd_edit_view_costs_the_fewest_rows_and_nothing_is_lost(folder, scale
     assert row_count(queries) == rows
     null = prior.embedding(negative)
     for query, prompt, out in zip(queries, (PROMPT, ""), predict(prior, queries), strict=True):
-        conds = [Cond(prior.embedding(prompt), condition), Cond(null, condition), Cond(null)]
+        texts = ((prior.embedding(prompt), condition), (null, condition), (null, None))
+        conds = [Cond(text=text, image=image) for text, image in texts]
         both, only_image, none = (prior.eps(query.x_t, torch.tensor([T]), [cond]) for cond in conds)
         expected = none + w_s * (only_image - none) + w_y * (both - only_image)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
@@ -155,14 +156,14 @@ def test_a_csd_edit_view_costs_the_fewest_rows_and_nothing_is_lost(folder, scale
 
 def test_without_an_image_condition_guidance_is_classifier_free_with_zeros(folder):
     prior = InstructPix2Pix(folder(), guidance_scale=3.0)
-    assert [(w, cond.image) for w, cond in prior.guidance(PROMPT)] == [(3.0, None), (-2.0, None)]
+    assert [(w, cond["image"]) for w, cond in prior.guidance(PROMPT)] == [(3.0, None), (-2.0, None)]
     ((_, one), (_, other)) = prior.guidance(NEGATIVE, None, NEGATIVE)
     assert one is other
-    zeros = Cond(prior.embedding(PROMPT), torch.zeros_like(latent()[0]))
+    zeros = Cond(text=prior.embedding(PROMPT), image=torch.zeros_like(latent()[0]))
     t = torch.tensor([T])
-    assert torch.equal(prior.eps(latent(), t, [Cond(zeros.text)]), prior.eps(latent(), t, [zeros]))
+    assert torch.equal(prior.eps(latent(), t, [Cond(text=zeros["text"])]), prior.eps(latent(), t, [zeros]))
     assert torch.equal(
-        prior.eps(latent(), t, [Cond(None)]), prior.eps(latent(), t, [Cond(prior.embedding(""))])
+        prior.eps(latent(), t, [Cond()]), prior.eps(latent(), t, [Cond(text=prior.embedding(""))])
     )
 
 
@@ -216,7 +217,7 @@ def test_weights_are_held_in_dtype_and_outputs_are_the_callers(folder, dtype, to
     for expected, out in pairs:
         assert out.dtype == torch.float32
         assert torch.linalg.norm(out - expected) < tolerance * torch.linalg.norm(expected)
-    double = prior.eps(latent().double(), torch.tensor([T]), [Cond(prior.embedding(PROMPT))])
+    double = prior.eps(latent().double(), torch.tensor([T]), [Cond(text=prior.embedding(PROMPT))])
     assert double.dtype == (torch.float64 if dtype == "float64" else torch.float32)
 
 
@@ -470,8 +471,8 @@ def test_what_cannot_be_found_is_one_sentence(monkeypatch, tmp_path):
         for attempt in (check_folder, InstructPix2Pix):
             with pytest.raises(InputError, match=r"is no folder; give a folder in the diffusers layout"):
                 attempt(path)
-    monkeypatch.setattr(stable_diffusion, "model_info", offline)
-    monkeypatch.setattr(stable_diffusion.DiffusionPipeline, "download", offline)
+    monkeypatch.setattr(folders, "model_info", offline)
+    monkeypatch.setattr(folders.DiffusionPipeline, "download", offline)
     for attempt in (check_folder, InstructPix2Pix):
         with pytest.raises(
             InputError, match=r"prior\.path=nobody/nothing is no folder here.*cannot be reached"
@@ -481,9 +482,9 @@ def test_what_cannot_be_found_is_one_sentence(monkeypatch, tmp_path):
 
 def test_a_hub_id_is_downloaded_without_what_is_not_needed(folder, monkeypatch):
     asked = {}
-    monkeypatch.setattr(stable_diffusion, "model_info", lambda name: asked.setdefault("info", name))
+    monkeypatch.setattr(folders, "model_info", lambda name: asked.setdefault("info", name))
     monkeypatch.setattr(
-        stable_diffusion.DiffusionPipeline,
+        folders.DiffusionPipeline,
         "download",
         lambda name, **options: asked.update(options, name=name) or str(folder()),
     )
@@ -511,13 +512,19 @@ def test_a_setting_out_of_range_is_named(folder, change, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "rank", "expected"), [("auto", "1", 1), ("cuda", "3", 1), ("cuda:0", "1", 0)]
+    ("name", "trainers", "expected"),
+    [
+        (None, "cuda:1", "cuda:1"),
+        ("auto", "cuda:1", "cuda:1"),
+        ("cuda", "cuda:1", "cuda:1"),
+        ("cuda:0", "cuda:1", "cuda:0"),
+        ("cpu", "cuda:1", "cpu"),
+        (None, "cpu", "cpu"),
+        ("cuda", "cpu", "cuda:0"),
+    ],
 )
-def test_each_rank_takes_its_own_gpu(monkeypatch, name, rank, expected):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", rank)
-    assert stable_diffusion._device(name) == torch.device("cuda", expected)
-    assert stable_diffusion._device("cpu") == torch.device("cpu")
+def test_a_network_is_where_the_trainer_is_unless_it_is_placed(name, trainers, expected):
+    assert placed(name, torch.device(trainers)) == torch.device(expected)
 
 
 def test_csd_edit_runs_on_it(folder, write_image, build, fit):
@@ -525,7 +532,7 @@ def test_csd_edit_runs_on_it(folder, write_image, build, fit):
     runs = []
     for chunk in (16, 3):
         prior = InstructPix2Pix(folder(), row_chunk=chunk)
-        particles = Images(files, factor=prior.factor, multiple=prior.multiple, prompt=PROMPT)
+        particles = Images(files, factor=prior.views.factor, multiple=prior.views.multiple, prompt=PROMPT)
         module = build(prior, particles)
         source = torch.stack(list(module.images()))
         fit(module, steps=2)
