@@ -66,6 +66,10 @@ class RunConfig:
 ConfigStore.instance().store("run_schema", RunConfig)
 # Lightning says gpu where torch says cuda.
 OmegaConf.register_new_resolver("device", lambda name: "cuda" if name == "gpu" else name, replace=True)
+# Without --svgd the public code drops w(t) for images and keeps it for videos.
+OmegaConf.register_new_resolver(
+    "nosvgd_weight", lambda modality: "sigma2" if modality.endswith(".Video") else "one", replace=True
+)
 OmegaConf.register_new_resolver("asset", lambda name: str(PACKAGE / "assets" / name), replace=True)
 
 # What a configuration may construct: configurations are shared between people, and `_target_` runs code.

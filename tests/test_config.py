@@ -192,10 +192,13 @@ def test_preset_stands_above_the_experiment() -> None:
     assert config.prompt == composed(["experiment=demo"]).prompt
 
 
-def test_official_nosvgd_drops_the_weight() -> None:
-    config = composed(["prompt=x", "modality.path=x", "preset=official_nosvgd"])
+@pytest.mark.parametrize(
+    ("modality", "weight"), [("panorama", "one"), ("images", "one"), ("video", "sigma2")]
+)
+def test_official_nosvgd_drops_the_weight_as_the_public_code_does(modality: str, weight: str) -> None:
+    config = composed([f"experiment={modality}", "prompt=x", "modality.path=x", "preset=official_nosvgd"])
     assert config.kernel._target_ == "csd_exp.svgd.NoKernel"
-    assert config.schedule.weight == "one"
+    assert config.schedule.weight == weight
     assert config.prior.conditioning == "official"
 
 

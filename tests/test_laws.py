@@ -1,0 +1,363 @@
+"""One list of all priors, residuals, kernels, modalities and samplers, and laws over all that fit together.
+
+A new entry is tested by being listed.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from diffusers_folder import save_pipeline
+from PIL import Image
+from toys import Learned, Waves
+
+from csd_exp import methods
+from csd_exp.facts import KNOWN
+from csd_exp.methods import needs_source
+from csd_exp.module import CSDModule, ParticleModule
+from csd_exp.particles import Canvas, Generated, Images, Panorama, Particles, Video
+from csd_exp.priors import GaussianFlow, GaussianMixture, InstructPix2Pix, Prior, StableDiffusion
+from csd_exp.samplers import Downscaled, MultiDiffusion, PerView, SamplingModule, SDEdit, SyncTweedies
+from csd_exp.schedules import Draw, Timesteps
+from csd_exp.svgd import IMQ, RBF, Kernel, NoKernel, Uniform
+
+ANALYTIC = {
+    "prompts": {"": [1.0, 1.0], "red": [0.2, 3.0]},
+    "std": 0.4,
+    "image_std": 0.7,
+    "guidance_scale": 7.5,
+    "image_guidance_scale": 5.0,
+    "window": 6,
+}
+PRIORS: dict[str, Callable[[], Prior]] = {
+    "mixture": lambda: GaussianMixture(**ANALYTIC),
+    "flow": lambda: GaussianFlow(**ANALYTIC),
+    "instruct_pix2pix": lambda: InstructPix2Pix(folder(True), guidance_scale=7.5, dtype="float64"),
+    "stable_diffusion": lambda: StableDiffusion(folder(False), guidance_scale=7.5, dtype="float64"),
+}
+EXACT = ("mixture", "flow")  # instant: these take part in the full product, each other family once per law
+RESIDUALS: dict[str, Callable[[], Any]] = {
+    "sds": lambda: methods.sds,
+    "dds": lambda: methods.dds,
+    "pds": lambda: partial(methods.pds, spacing=2),
+    "classifier_sd": lambda: methods.classifier_sd,
+    "learned": Learned,
+}
+KERNELS: dict[str, Kernel] = {
+    "none": NoKernel(),
+    "rbf": RBF(),
+    "imq": IMQ(space="x_0", normalize="rowsum", repulsion_scale="stein"),
+    "uniform": Uniform(normalize="rms"),
+    "features": RBF(space="features", normalize="rms", bandwidth="median_offdiagonal"),
+}
+REGIONS = [{"prompt": "blue", "box": [0, 0, 0.5, 1]}, {"prompt": "red", "box": [0.5, 0, 1, 1]}]
+MASK = [0, 0, 0.8, 1]
+MODALITIES: dict[str, Callable[..., Particles]] = {
+    "images": lambda f, m, **s: Images([f / f"{i}.png" for i in range(3)], f_(m), m_(m), **s),
+    "panorama": lambda f, m, **s: Panorama(f / "wide.png", f_(m), m.window, m_(m), **s),
+    "around": lambda f, m, **s: Panorama(
+        *(f / "wide.png", f_(m), m.window, m_(m)),
+        **{"batch": 2, "wrap": True, "jitter": True, "mask": MASK} | s,
+    ),
+    "video": lambda f, m, **s: Video(f, f_(m), m_(m), regions=REGIONS, **{"batch": 2} | s),
+    "generated": lambda f, m, **s: Generated(f_(m), m_(m), m.window, count=3, **s),
+    "field": lambda f, m, **s: Waves(side=f_(m) * m_(m) * 4, **s),
+}
+SAMPLERS: dict[str, PerView] = {
+    "per_view": PerView(steps=3),
+    "multidiffusion": MultiDiffusion(steps=3),
+    "synctweedies": SyncTweedies(steps=3),
+    "sdedit": SDEdit(steps=3, strength=0.7),
+    "downscaled": Downscaled(steps=3),
+}
+
+
+def f_(views) -> int:
+    return views.factor
+
+
+def m_(views) -> int:
+    return views.multiple
+
+
+def fits(method: object, modality: str) -> bool:
+    return not (needs_source(method) and modality == "generated")
+
+
+def product() -> Iterator[tuple[str, str, str, str]]:
+    """Every combination that fits together: all of them on one exact prior, each once on the others."""
+    for prior in PRIORS:
+        for r, residual in enumerate(RESIDUALS):
+            for k, kernel in enumerate(KERNELS):
+                for m, modality in enumerate(MODALITIES):
+                    every = prior == "mixture"
+                    once = prior == "flow" and (r + k + m) % 5 == 0
+                    family = prior not in EXACT and (r, k, m) in ((1, 1, 1), (0, 2, 4), (0, 1, 5))
+                    learned = residual == "learned" and prior not in EXACT  # of three channels
+                    if (every or once or family) and not learned and fits(RESIDUALS[residual](), modality):
+                        yield prior, residual, kernel, modality
+
+
+@cache
+def folder(editing: bool) -> str:
+    return str(save_pipeline(FOLDERS["priors"] / f"pipeline{editing}", editing))
+
+
+FOLDERS: dict[str, Any] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folders(tmp_path_factory):
+    """Pictures that all modalities take, and where tiny pipelines are saved."""
+    made = tmp_path_factory.mktemp("laws")
+    generator = np.random.default_rng(0)
+    for name, size in {"0": (6, 7), "1": (6, 7), "2": (6, 7), "../wide": (9, 20)}.items():
+        (made / "frames").mkdir(exist_ok=True)
+        pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(made / "frames" / f"{name}.png")
+        Image.fromarray(pixels).save(made / f"{name.removeprefix('../')}.png")
+    FOLDERS.update(pictures=made, priors=made)
+    folder.cache_clear()
+    priors.cache_clear()
+
+
+@cache
+def priors(name: str) -> Prior:
+    return PRIORS[name]()
+
+
+def particles(modality: str, prior: Prior, **settings) -> Particles:
+    pictures = FOLDERS["pictures"] / "frames" if modality == "video" else FOLDERS["pictures"]
+    return MODALITIES[modality](pictures, prior.views, **{"prompt": "red", "dtype": "float64"} | settings)
+
+
+def features(images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([images.mean((2, 3)) ** 2, images.std((2, 3)).sin()], 1)
+
+
+def module(prior, residual, kernel, modality, seen=None, **settings) -> CSDModule:
+    scored = priors(prior)
+    return CSDModule(
+        scored,
+        particles(modality, scored, **settings) if seen is None else seen,
+        RESIDUALS[residual](),
+        KERNELS[kernel],
+        Timesteps(t_min=20, t_max=500),
+        lambda p: torch.optim.Adam(p, lr=0.02),
+        lr=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5),
+        features=features,
+        seed=3,
+    )
+
+
+class SaveAt(L.Callback):
+    """Saves a checkpoint after one step, and changes nothing."""
+
+    def __init__(self, step: int, file: Path):
+        self.step, self.file = step, file
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.file)
+
+
+def fit(what: ParticleModule, steps: int, checkpoint: Path | None = None, *callbacks: L.Callback) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(what, range(1000), ckpt_path=checkpoint)
+
+
+def state(what: ParticleModule) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in what.parameters()])
+
+
+@pytest.mark.parametrize(("prior", "residual", "kernel", "modality"), list(product()))
+def test_laws_of_a_step(prior, residual, kernel, modality, tmp_path, monkeypatch):
+    """Order and chunks do not matter, rows are counted, a resumed run has the same bits, something moves."""
+    half, whole = tmp_path / "half.ckpt", begun(module(prior, residual, kernel, modality))
+    scored, rows, start = priors(prior), [], state(whole)
+    network, chunk = scored.eps, scored.row_chunk
+    monkeypatch.setattr(scored, "eps", lambda x, t, c: rows.append(len(c)) or network(x, t, c))
+    fit(whole, 3, None, SaveAt(2, half))
+    assert sum(rows) == whole.rows > 0
+    assert torch.isfinite(state(whole)).all()
+    assert not torch.equal(state(whole), start)
+
+    resumed = module(prior, residual, kernel, modality)
+    fit(resumed, 3, half)
+    assert torch.equal(state(resumed), state(whole))
+    assert resumed.rows == whole.rows
+
+    monkeypatch.setattr(scored, "row_chunk", 2)
+    backwards = module(prior, residual, kernel, modality)
+    choose = backwards.particles.choose
+    monkeypatch.setattr(backwards.particles, "choose", lambda draw: choose(draw).flip(0))
+    fit(backwards, 3)
+    monkeypatch.setattr(scored, "row_chunk", chunk)
+    torch.testing.assert_close(state(backwards), state(whole), rtol=1e-7, atol=1e-7)
+
+
+def begun(what: ParticleModule) -> ParticleModule:
+    what.begin()
+    return what
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_one_view_moves_as_without_a_kernel(residual, modality):
+    if not fits(RESIDUALS[residual](), modality):
+        pytest.skip("a residual that needs a source")
+    ends = []
+    for kernel in KERNELS:
+        one = module("mixture", residual, kernel, modality, batch=1)
+        fit(one, 2)
+        ends.append(state(one))
+    assert all(torch.equal(end, ends[0]) for end in ends)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("prior", ["mixture", "stable_diffusion"])
+def test_what_a_view_descends_reaches_the_parameters(modality, prior):
+    """The gradient of <what the prior is shown, c> against finite differences along a random direction."""
+    scored = priors(prior)
+    seen = particles(modality, scored)
+    seen.begin(scored, Draw(0, 0))
+    ids = seen.choose(Draw(0, 0))
+
+    def shown():
+        x = seen.views(ids)
+        return scored.encode(x) if seen.space == "pixel" else x
+
+    generator = torch.Generator().manual_seed(0)
+    c = torch.randn(shown().shape, generator=generator, dtype=torch.float64)
+    shares = seen.share(ids, ids)
+    ((shares * c).detach() * shown()).sum().backward()
+    (parameter,) = seen.parameters()
+    direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    slope, gradient = [], float((parameter.grad * direction).sum())
+    for h in (1e-5, -1e-5):
+        with torch.no_grad():
+            parameter += h * direction
+            slope.append(float((shares * c * shown()).sum()))
+            parameter -= h * direction
+    assert gradient == pytest.approx((slope[0] - slope[1]) / 2e-5, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_shares_of_a_step_sum_to_one_at_most(modality):
+    scored = priors("mixture")
+    seen = particles(modality, scored)
+    seen.begin(scored, Draw(0, 0))
+    for step in range(3):
+        chosen = seen.choose(Draw(0, step))
+        assert len(set(chosen.tolist())) == len(chosen)
+        if isinstance(seen, Canvas):
+            total = seen.added(seen.share(chosen, chosen), chosen)
+            assert total.max() <= 1 + 1e-12
+            assert torch.equal(total > 0, seen.touched(chosen))
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_what_is_known_of_pictures_has_names_that_metrics_may_ask_for(modality):
+    scored = priors("mixture")
+    seen = particles(modality, scored)
+    seen.begin(scored, Draw(0, 0))
+    pictures, originals = list(seen.pictures(scored)), list(seen.originals())
+    assert len(pictures) == seen.count
+    assert len(originals) == (seen.count if seen.has_source else 0)
+    for i, picture in enumerate(pictures):
+        assert set(seen.facts(i)) <= set(KNOWN)
+        assert seen.facts(i)["prompt"]
+        assert picture.shape[0] == 3
+        assert 0 <= picture.min() <= picture.max() <= 1
+        if seen.has_source:
+            torch.testing.assert_close(picture.float(), originals[i].float(), atol=1e-6, rtol=0)
+
+
+# Samplers
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("modality", [m for m in MODALITIES if m != "field"])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_laws_of_a_sampler(prior, modality, sampler, tmp_path, monkeypatch):
+    """Chunks do not matter, rows are counted, a resumed run has the same bits; also from pure noise."""
+    if not fits(SAMPLERS[sampler], modality) or (prior not in EXACT and modality in ("images", "video")):
+        pytest.skip("needs a source, or is tested once")
+    scored, rows = priors(prior), []
+
+    def sampling():
+        return SamplingModule(scored, particles(modality, scored), SAMPLERS[sampler], seed=1)
+
+    network, chunk = scored.clean, scored.row_chunk
+    monkeypatch.setattr(scored, "clean", lambda x, t, c: rows.append(len(c)) or network(x, t, c))
+    half, (whole, resumed, chunked) = tmp_path / "half.ckpt", (sampling() for _ in range(3))
+    fit(whole, 3, None, SaveAt(2, half))
+    assert sum(rows) == whole.rows > 0
+    assert torch.isfinite(state(whole)).all()
+    fit(resumed, 3, half)
+    assert torch.equal(state(resumed), state(whole))
+    monkeypatch.setattr(scored, "row_chunk", 2)
+    fit(chunked, 3)
+    monkeypatch.setattr(scored, "row_chunk", chunk)
+    torch.testing.assert_close(state(chunked), state(whole), rtol=1e-8, atol=1e-8)
+
+
+# One device
+
+
+class Elsewhere:
+    """A run's module on torch's device `meta`, where no operation may meet a tensor of another one."""
+
+    def __init__(self, what: ParticleModule, monkeypatch):
+        what.begin()
+        what.to("meta")
+        what.trainer = L.Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+        )
+        for name in ("_require_finite", "log_dict"):
+            monkeypatch.setattr(what, name, lambda *_: None)
+        monkeypatch.setattr(what, "optimizers", lambda: SimpleNamespace(step=lambda: None))
+        self.module = what
+
+    def step(self) -> None:
+        loss = self.module.training_step(None, 0)
+        if loss is not None:
+            assert loss.device.type == "meta"
+            loss.backward()
+        assert all(p.device.type == "meta" for p in self.module.parameters())
+        assert all(image.device.type == "meta" for image in self.module.images())
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("modality", [m for m in MODALITIES if m != "field"])
+def test_a_step_holds_its_tensors_to_one_device(modality, residual, monkeypatch):
+    if not fits(RESIDUALS[residual](), modality):
+        pytest.skip("a residual that needs a source")
+    what = module("mixture", residual, "none", modality)
+    Elsewhere(what, monkeypatch).step()
+    chosen = what.particles.choose(Draw(3, 0))
+    assert what.particles.touched(chosen).device.type == "meta"
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("modality", [m for m in MODALITIES if m != "field"])
+def test_a_sampler_holds_its_tensors_to_one_device(modality, sampler, monkeypatch):
+    if not fits(SAMPLERS[sampler], modality):
+        pytest.skip("a sampler that needs a source")
+    scored = priors("mixture")
+    what = SamplingModule(scored, particles(modality, scored), SAMPLERS[sampler])
+    Elsewhere(what, monkeypatch).step()
