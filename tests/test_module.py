@@ -1,8 +1,10 @@
 """The one step in Lightning: bits, resume, checkpoints, kernel spaces, and what it refuses."""
 
+import itertools
 import random
 from math import log
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -231,6 +233,107 @@ def test_one_image_moves_as_without_a_kernel(write_image, run, residual, normali
         for kernel in (RBF(normalize=normalize), NoKernel())
     )
     assert torch.equal(one, alone)
+
+
+def test_without_a_kernel_no_matrix_is_multiplied(write_image, run):
+    """Where TF32 is on, a product with the identity is not the identity."""
+
+    class Inexact(NoKernel):
+        def __call__(self, phi):
+            k, repulsion = super().__call__(phi)
+            return k * (1 + 1e-3), repulsion
+
+    exact, inexact = (run(Network(), frames(write_image), kernel=k) for k in (NoKernel(), Inexact()))
+    assert torch.equal(exact, inexact)
+
+
+STATEFUL = {
+    "adam": lambda p: torch.optim.Adam(p, lr=0.05),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9),
+    "decay": lambda p: torch.optim.SGD(p, lr=0.5, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.5),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+}
+
+
+class Recorded(L.Callback):
+    """The latents and the optimizer's state after each step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        latent = module.particles.latent
+        state = trainer.optimizers[0].state[latent]
+        kept = {
+            name: v.clone() for name, v in state.items() if torch.is_tensor(v) and v.shape == latent.shape
+        }
+        self.steps.append({"latent": latent.detach().clone()} | kept)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_what_is_in_no_chosen_view_stays_and_so_do_its_moments(write_image, build, fit, name):
+    module = build(Network(), frames(write_image, 5, batch=2), optimizer=STATEFUL[name])
+    record = Recorded()
+    fit(module, 6, callbacks=[record])
+    seen: set[int] = set()
+    for step, (before, after) in enumerate(itertools.pairwise(record.steps), 1):
+        chosen = set(module.particles.choose(Draw(0, step)).tolist())
+        for kept, value in after.items():
+            still = [i for i in range(5) if torch.equal(value[i], before[kept][i])]
+            assert set(still) == set(range(5)) - chosen, (kept, step)
+        seen |= chosen
+    assert seen == set(range(5))
+
+
+def test_windows_that_are_not_chosen_stay_but_where_chosen_ones_overlap_them(write_image, build, fit):
+    module = build(Network(), panorama(write_image, batch=2), optimizer=STATEFUL["adam"])
+    record = Recorded()
+    fit(module, 5, callbacks=[record])
+    for step, (before, after) in enumerate(itertools.pairwise(record.steps), 1):
+        inside = torch.zeros(module.particles.grid, dtype=torch.bool)
+        for top, left in module.particles.corners(module.particles.choose(Draw(0, step))):
+            inside[top : top + 6, left : left + 6] = True
+        for kept, value in after.items():
+            moved = (value != before[kept])[0]
+            assert not moved[:, ~inside].any()
+            assert moved[:, inside].any(0).all()
+
+
+def test_a_full_batch_moves_as_the_optimizer_says(write_image, build, fit):
+    module = build(Network(), frames(write_image), optimizer=STATEFUL["adamw"])
+    start = module.particles.latent.detach().clone()
+    fit(module, 1)
+    plain = torch.nn.Parameter(start.clone())
+    plain.grad = module.particles.latent.grad
+    STATEFUL["adamw"]([plain]).step()
+    assert torch.equal(module.particles.latent, plain)
+
+
+def test_accumulated_batches_are_draws_of_their_own_and_their_mean_is_the_step(write_image, build, fit):
+    seen = []
+
+    def residual(score, views):
+        seen.append((views.ids.tolist(), views.noise))
+        return methods.dds(score, views)
+
+    module = build(Network(), frames(write_image, 4, batch=2), residual=residual, kernel=NoKernel())
+    start = module.particles.latent.detach().clone()
+    fit(module, 2, accumulate_grad_batches=3)
+    assert len(seen) == 6
+    assert len({tuple(noise.flatten().tolist()) for _, noise in seen}) == 6
+    assert [ids for ids, _ in seen[:3]] == [module.particles.choose(Draw(0, 0, p)).tolist() for p in range(3)]
+    assert [ids for ids, _ in seen[3:]] == [module.particles.choose(Draw(0, 1, p)).tolist() for p in range(3)]
+    steps = []
+    for part in range(3):
+        one = build(Network(), frames(write_image, 4, batch=2), kernel=NoKernel())
+        one._chosen = [torch.tensor([0])] * part  # as if so many had gone before
+        fit(one, 1)
+        steps.append(one.particles.latent.detach() - start)
+    once = build(Network(), frames(write_image, 4, batch=2), kernel=NoKernel())
+    fit(once, 1, accumulate_grad_batches=3)
+    torch.testing.assert_close(once.particles.latent.detach() - start, sum(steps) / 3)
 
 
 def test_nothing_moves_where_source_and_target_ask_the_same(write_image, run):

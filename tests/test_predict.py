@@ -141,6 +141,32 @@ def test_weights_that_cancel_cost_no_row_and_give_zero():
     assert prior.calls == []
 
 
+def test_conditions_hold_any_named_tensors_and_rows_merge_on_all_of_them():
+    text, pooled, control = (normal(i, 3) for i in range(3))
+    one = Cond(text=text, pooled=pooled, control=control)
+    assert one["control"] is control
+    assert (one["image"], Cond(text=None)["text"]) == (None, None)
+    x_t = normal(3, 1, 3, 4, 4)
+    for other, rows in (
+        (Cond(control=control, pooled=pooled, text=text), 1),
+        (Cond(text=text, pooled=pooled, control=control, image=None), 1),
+        (Cond(text=text, pooled=pooled.clone(), control=control), 2),
+        (Cond(text=text, pooled=control, control=pooled), 2),
+        (Cond(text=text, pooled=pooled), 2),
+    ):
+        assert row_count([Query(x_t, 5, [[(1.0, one), (2.0, other)]])]) == rows
+
+
+def test_clean_views_are_estimated_beside_noise():
+    prior = Counting(guidance_scale=7.5, image_guidance_scale=5.0, row_chunk=4)
+    (query, other), _ = csd_edit_queries(prior)
+    eps, clean, rest = predict(prior, [query, Query(query.x_t, 300, query.guidance, clean=True), other])
+    bar = float(prior.alphas_cumprod[300])
+    torch.testing.assert_close(bar**0.5 * clean + (1 - bar) ** 0.5 * eps, query.x_t)
+    torch.testing.assert_close(rest, predict(prior, [other])[0])
+    assert max(prior.calls) <= 4
+
+
 @pytest.mark.parametrize(("image", "rows"), [(True, 2 + 2), (False, 1 + 2)])
 def test_prompts_of_one_view_share_every_row_but_their_own(image, rows):
     prior, condition = Counting(guidance_scale=7.5, image_guidance_scale=5.0), normal(0, 3, 4, 4)

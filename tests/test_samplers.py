@@ -126,6 +126,15 @@ def test_trailing_timesteps_are_those_of_diffusers(steps):
     assert samplers.trailing_timesteps(steps, 1000) == scheduler.timesteps.tolist()
 
 
+@pytest.mark.parametrize("total", [61, 100, 600, 1000])
+def test_timesteps_are_as_many_as_asked_for_and_none_is_below_0(total):
+    for steps in range(1, total + 1):
+        found = samplers.trailing_timesteps(steps, total)
+        assert len(found) == len(set(found)) == steps
+        assert found == sorted(found, reverse=True)
+        assert (found[0], min(found) >= 0) == (total - 1, True)
+
+
 def test_one_view_follows_diffusers_scheduler(sample, write_image):
     module = sample(Images(write_image(8, 8), 1, 1, prompt="second", dtype="float64"), PerView(steps=5))
     scheduler = DDIMScheduler(

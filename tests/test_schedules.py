@@ -42,6 +42,19 @@ def test_every_part_of_the_key_changes_the_draw_and_draws_are_uncorrelated():
     torch.testing.assert_close(noise.std(), torch.tensor(1.0).double(), atol=0.01, rtol=0)
 
 
+def test_the_whole_name_of_a_draw_counts():
+    names = ("azimuth", "azimuth of the light", "azimuth of the camera", "azimuth_", "azimuth_of the camera")
+    draws = [tuple(Draw(0, 0).normal(name, 0, (4,)).tolist()) for name in names]
+    assert len(set(draws)) == len(names)
+
+
+def test_batches_that_one_step_accumulates_have_draws_of_their_own():
+    parts = [Draw(0, 7, part).normal("noise", 0, (4000,)) for part in range(3)]
+    assert torch.equal(parts[0], Draw(0, 7).normal("noise", 0, (4000,)))
+    correlation = torch.corrcoef(torch.stack(parts)) - torch.eye(3)
+    assert correlation.abs().max() < 6 / 4000**0.5
+
+
 def test_neighbouring_counters_do_not_overlap():
     one = Draw(0, 0).generator("noise", 0).integers(0, 2**63, 100_000)
     others = [Draw(0, 0).generator("noise", 1), Draw(0, 1).generator("noise", 0)]
