@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 
-import open_clip
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +18,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TINY = "csd-tiny"
 TINY_FOLDER = ASSETS / "clip"
 
-open_clip.add_model_config(TINY_FOLDER / f"{TINY}.json")
+
+@cache
+def imported_open_clip() -> ModuleType:
+    """The package open_clip, imported when it is first needed; it knows the shipped model too."""
+    import open_clip
+
+    open_clip.add_model_config(TINY_FOLDER / f"{TINY}.json")
+    return open_clip
 
 
 class Pooled:
@@ -41,6 +49,7 @@ class OpenClip:
     """
 
     def __init__(self, model: str = TINY, pretrained: str | None = None, device: str = "cpu"):
+        open_clip = imported_open_clip()
         shipped = model == TINY and pretrained is None
         if shipped:
             check_sums(TINY_FOLDER)

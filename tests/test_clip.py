@@ -220,9 +220,9 @@ def test_a_model_that_is_not_there_is_named():
 
 
 def test_the_shipped_clip_is_open_clips_own(write_image):
+    shipped, texts = OpenClip(), ["a photograph of a castle", "a photograph of a castle, make it night"]
     weights = str(TINY_FOLDER / "open_clip_model.safetensors")
     model, _, preprocess = open_clip.create_model_and_transforms(TINY, pretrained=weights)
-    shipped, texts = OpenClip(), ["a photograph of a castle", "a photograph of a castle, make it night"]
     image = Image.open(write_image(96, 96))
     theirs = model.eval().encode_image(preprocess(image)[None], normalize=True)
     ours = shipped(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255)

@@ -157,3 +157,21 @@ def test_the_name_of_the_paper_is_open_clips(monkeypatch):
     named_clip.__wrapped__("vit_bigg_14")
     named_clip.__wrapped__("ViT-L-14/openai", "cuda")
     assert asked == [("ViT-bigG-14", "laion2b_s39b_b160k", "cpu"), ("ViT-L-14", "openai", "cuda")]
+
+
+def test_the_shipped_clip_is_checked_at_once_and_loaded_for_the_first_picture(tmp_path, monkeypatch):
+    loaded = []
+
+    def load(device: str) -> Plane:
+        loaded.append(device)
+        return Plane()
+
+    monkeypatch.setattr("csd_exp.metrics.clip.OpenClip", load)
+    clip = named_clip.__wrapped__("tiny")
+    assert not loaded
+    assert torch.allclose(clip.image(at(40)) @ clip.image(at(100)), torch.tensor(cosine(60)).double())
+    clip.text("a lake")
+    assert loaded == ["cpu"]
+    monkeypatch.setattr("csd_exp.metrics.clip.TINY_FOLDER", tmp_path / "clip")
+    with pytest.raises(InputError, match="has no checksums of clip"):
+        named_clip.__wrapped__("tiny")

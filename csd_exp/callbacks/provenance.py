@@ -105,5 +105,6 @@ def _processor() -> str:
 
 
 def _packages() -> dict[str, str]:
-    found = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
+    records = (distribution.metadata for distribution in distributions())  # each is parsed when asked for
+    found = {record["Name"]: record["Version"] for record in records if record["Name"]}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))

@@ -6,18 +6,17 @@ code of InstructPix2Pix and Instruct-NeRF2NeRF does. A cosine of a difference th
 """
 
 import logging
-from functools import cache
+from functools import cache, cached_property
 from typing import Protocol
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from csd_exp.errors import InputError
-from csd_exp.features import TINY_FOLDER, OpenClip, edit_captions
-from csd_exp.files import sha256
+from csd_exp.features import TINY_FOLDER, OpenClip, edit_captions, imported_open_clip
+from csd_exp.files import check_sums, sha256
 from csd_exp.metrics.base import FrameMetric, MeanMetric, PictureMetric
 
 TINY = "tiny"
@@ -28,6 +27,24 @@ class Embedder(Protocol):
 
     def __call__(self, images: Tensor) -> Tensor: ...
     def texts(self, texts: list[str]) -> Tensor: ...
+
+
+class ShippedClip:
+    """`OpenClip`'s own, loaded when it is first asked: once its checksums are right, nothing can be wrong."""
+
+    def __init__(self, device: str = "cpu"):
+        check_sums(TINY_FOLDER)
+        self.device = device
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self._loaded(images)
+
+    def texts(self, texts: list[str]) -> Tensor:
+        return self._loaded.texts(texts)
+
+    @cached_property
+    def _loaded(self) -> OpenClip:
+        return OpenClip(device=self.device)
 
 
 class Clip:
@@ -68,8 +85,9 @@ def named_clip(name: str, device: str = "cpu") -> Clip:
     InputError for a name that open_clip does not have, and for weights that cannot be loaded.
     """
     if name == TINY:
-        return Clip(_loaded(name, device=device), device)
+        return Clip(ShippedClip(device), device)
     asked, _, pretrained = name.partition("/")
+    open_clip = imported_open_clip()
     models = {model.lower().replace("-", "_"): model for model in open_clip.list_models()}
     model = asked if asked in models.values() else models.get(asked.lower().replace("-", "_"))
     tags = open_clip.list_pretrained_tags_by_model(model) if model else []
@@ -81,10 +99,10 @@ def named_clip(name: str, device: str = "cpu") -> Clip:
     return Clip(_loaded(name, model, pretrained or tags[0], device), device)
 
 
-def _loaded(name: str, *arguments: str, **keywords: str) -> OpenClip:
+def _loaded(name: str, *arguments: str) -> OpenClip:
     logging.disable()  # open_clip and the hub tell the root logger of every file; what went wrong is raised
     try:
-        return OpenClip(*arguments, **keywords)
+        return OpenClip(*arguments)
     except InputError as e:
         raise InputError(f"metrics.clip={name}: {e}") from e
     finally:

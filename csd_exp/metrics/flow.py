@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.models import get_model, get_model_weights
 
 from csd_exp.errors import InputError
 from csd_exp.images import to_uint8
@@ -28,6 +26,8 @@ class DIS:
     """Dense Inverse Search (Kroeger et al. 2016) on gray pictures, OpenCV's `medium` preset; no weights."""
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        import cv2
+
         estimate: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         height, width = a.shape[-2:]
         rest = (0, max(SMALLEST - height, 0), 0, max(SMALLEST - width, 0))
@@ -52,6 +52,8 @@ class RAFT:
     """
 
     def __init__(self, size: Literal["large", "small"] = "large", device: str = "cpu"):
+        from torchvision.models import get_model, get_model_weights
+
         url = get_model_weights(f"raft_{size}").DEFAULT.url
         file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
         if not file.is_file():

