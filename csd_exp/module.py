@@ -178,10 +178,10 @@ class CSDModule(ParticleModule):
         if self.kernel.couples:
             update = svgd(r, k, pull(repulsion[own]), self.kernel.normalize, own, self._sum_over_ranks)
         g = weight(level, self.weight) * update.view(-1, *x.shape[1:])
-        share = self.particles.share(ids[: len(g)], chosen)
+        descended = (self.particles.share(ids, chosen) * x)[: len(g)]
         self._log_step(level, r, k, repulsion)
         # DDP averages gradients over ranks; times their number that is the exact sum.
-        loss = self.trainer.world_size * (x[: len(g)] * (share * g).detach()).sum()
+        loss = self.trainer.world_size * (descended * g.detach()).sum()
         return loss + self._losses(score, views, len(g), len(chosen), draw)
 
     def _sum_over_ranks(self, x: Tensor) -> Tensor:

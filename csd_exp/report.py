@@ -111,7 +111,6 @@ def write_report(run_dir: str | Path) -> Path:
         pairs=_pairs(run_dir / "media"),
         steps=_intermediate(run_dir / "media"),
         differences=_differences(run_dir / "media"),
-        generated=(config.get("modality") or {}).get("_target_") == "csd_exp.particles.Generated",
         regions=_first(run_dir / "media", "regions"),
         legend=_legend(config),
         masks=[_picture(f, "mask") for f in saved_pictures(run_dir / "media", "mask").files],
@@ -153,12 +152,12 @@ def _number(value: object) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def _pairs(media: Path) -> list[tuple[Picture, Picture]]:
-    """Source and edited picture of every image, of a video's frames the first."""
+def _pairs(media: Path) -> list[tuple[Picture | None, Picture]]:
+    """Edited picture of every image, of a video's frames the first, and its source where it has one."""
     shown = slice(1 if (media / "side_by_side.mp4").is_file() else None)
     sources = [_picture(f, "source") for f in saved_pictures(media, "source").files[shown]]
     edited = [_picture(f, "edited") for f in saved_pictures(media, "edited").files[shown]]
-    return list(zip(sources, edited, strict=False))
+    return list(zip(sources or [None] * len(edited), edited, strict=False))
 
 
 def _video(media: Path) -> Video | None:
@@ -208,7 +207,10 @@ def _title(config: dict, media: Path) -> str:
 def _prompts(config: dict, media: Path) -> list[str]:
     """The prompts of pictures that have one each; those of a file as the run has read them."""
     prompts = (config.get("modality") or {}).get("prompts") or []
-    return _json(media / "pictures.json").get("prompts") or [] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, str):
+        return prompts
+    saved = _json(media / "pictures.json")
+    return saved.get("prompts") or [facts["prompt"] for facts in saved.get("pictures", [])]
 
 
 def _differences(media: Path) -> list[Picture]:

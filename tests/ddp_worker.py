@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from toys import Learned, Waves
 
 from csd_exp import methods
 from csd_exp.module import CSDModule
@@ -46,6 +47,10 @@ CASES = {
     "multidiffusion": lambda f, d: (panorama(f, dtype=d), MultiDiffusion(steps=STEPS)),
     "synctweedies": lambda f, d: (panorama(f, dtype=d), SyncTweedies(steps=STEPS)),
     "panorama_one_window": lambda f, d: (panorama(f, batch=1, dtype=d), RBF()),
+    "adam_batch": lambda f, d: (panorama(f, batch=3, dtype=d), RBF(), {"optimizer": torch.optim.Adam}),
+    "field": lambda f, d: (Waves(3, regular=0.01, dtype=d), RBF(normalize="rms")),
+    "learned": lambda f, d: (frames(f, 3, dtype=d), RBF(), {"residual": Learned()}),
+    "learned_field": lambda f, d: (Waves(3, batch=1, dtype=d), RBF(), {"residual": Learned()}),
 }
 PRIOR = {"prompts": {"red": [0.2, 3.0]}, "std": 0.4, "image_std": 0.7}
 
@@ -61,23 +66,38 @@ class Breaking(GaussianMixture):
         return super().eps(x_t, t, conds) * (torch.nan if broken else 1)
 
 
-def csd(prior: GaussianMixture, particles: Particles, kernel: Kernel) -> CSDModule:
+def csd(
+    prior: GaussianMixture,
+    particles: Particles,
+    kernel: Kernel,
+    residual=methods.dds,
+    optimizer=torch.optim.SGD,
+) -> CSDModule:
+    rate = 0.01 if optimizer is torch.optim.Adam else 0.2
     return CSDModule(
         prior,
         particles,
-        methods.dds,
+        residual,
         kernel,
         Timesteps(t_min=20, t_max=500),
-        lambda p: torch.optim.SGD(p, lr=0.2),
+        lambda p: optimizer(p, lr=rate),
         lr=lambda o: torch.optim.lr_scheduler.StepLR(o, 5, 0.9),
         features=features,
     )
 
 
-def fitted(case: str, dtype: str, folder: Path, prior=GaussianMixture, **trainer) -> Particles:
-    particles, how = CASES[case](folder, dtype)
+def fitted(
+    case: str, dtype: str, folder: Path, prior=GaussianMixture, **trainer
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All parameters before the first step and after the last."""
+    particles, how, *settings = CASES[case](folder, dtype)
     model = prior(**PRIOR, guidance_scale=7.5, image_guidance_scale=5.0)
-    module = SamplingModule(model, particles, how) if isinstance(how, PerView) else csd(model, particles, how)
+    if isinstance(how, PerView):
+        module = SamplingModule(model, particles, how)
+    else:
+        module = csd(model, particles, how, **(settings[0] if settings else {}))
+    module.begin()
+    start = parameters(module)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
         accelerator="cpu",
@@ -88,7 +108,11 @@ def fitted(case: str, dtype: str, folder: Path, prior=GaussianMixture, **trainer
         **trainer,
     )
     trainer.fit(module, range(STEPS))
-    return particles
+    return start, parameters(module)
+
+
+def parameters(module: L.LightningModule) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
 if __name__ == "__main__":
@@ -96,7 +120,7 @@ if __name__ == "__main__":
     results = {}
     for name in sys.argv[2:]:
         case, dtype = name.split(":")
-        results[name] = fitted(case, dtype, folder, strategy="ddp", devices=2).latent.detach()
+        results[name] = fitted(case, dtype, folder, strategy="ddp", devices=2)[1]
     try:
         fitted("three_views", "float64", folder, Breaking, strategy="ddp", devices=2)
     except FloatingPointError as e:

@@ -88,6 +88,15 @@ def test_mistake_inside_an_experiment_file(picture: str, tmp_path: Path) -> None
     assert "did you mean prompt" in message
 
 
+def test_a_panorama_that_is_a_folder_is_refused_before_a_weight_is_loaded(picture: str) -> None:
+    folder = Path(picture).parent
+    config = composed(
+        ["experiment=panorama", "prior=instruct_pix2pix", f"modality.path={folder}", "prompt=x"]
+    )
+    with pytest.raises(InputError, match=rf"modality\.path={folder} is no file"):
+        check_run(config)
+
+
 def test_missing_path_is_named() -> None:
     with pytest.raises(InputError, match=r"modality\.path is missing"):
         check_run(composed(["prior=analytic", "experiment=panorama", "prompt=x"]))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from PIL import Image
@@ -15,8 +16,10 @@ import csd_exp
 from csd_exp import evaluate as module
 from csd_exp.config import check_targets, composed, conf_dir
 from csd_exp.errors import InputError
-from csd_exp.evaluate import build_metrics, evaluate, measured, settings_of
-from csd_exp.images import read_image
+from csd_exp.evaluate import build_metrics, evaluate, measured, metric_classes, settings_of
+from csd_exp.facts import read_facts
+from csd_exp.images import read_image, saved_pictures
+from csd_exp.metrics import SSIM, MeanMetric
 
 SIZE = (53, 37)  # width and height, no multiple of anything
 
@@ -176,7 +179,7 @@ GROUPS = sorted(file.stem for file in (conf_dir() / "metrics").glob("*.yaml"))
 def test_every_group_names_metrics_with_definition_and_sense(group):
     distance = [] if group in ("clip", "generated") else ["metrics/perceptual=lpips"]
     config = composed([f"metrics={group}", *distance])
-    nodes = {name: node for name, node in config.metrics.items() if module._is_metric(node)}
+    nodes = {name: config.metrics[name] for name in metric_classes(config.metrics)}
     check_targets(OmegaConf.create({"metrics": OmegaConf.to_container(config.metrics, resolve=True)}))
     assert nodes
     for name, node in nodes.items():
@@ -208,8 +211,13 @@ class TestKnown:
             **{"modality.path": self.picture(tmp_path)},
         )
         known = json.loads((tmp_path / "out/media/pictures.json").read_text())
-        assert known["prompts"] == ["warm"]
-        assert known["windows"] == {"side": 16, "rows": [16, 32], "columns": [16, 32, 48]}
+        (facts,) = known["pictures"]
+        assert facts == {
+            "prompt": "warm",
+            "window": 16,
+            "borders": [[16, 32], [16, 32, 48]],
+            "outside": "outside.png",
+        }
         outside = read_image(tmp_path / "out/media/outside.png")[0]
         assert not outside[:, :32].any()
         assert (outside[:, 32:] == 1).all()
@@ -242,6 +250,63 @@ class TestKnown:
         assert estimated == pytest.approx(exact, rel=1)
         used = found["perceptual_consistency"]["settings"]["distance"]["_target_"]
         assert used == "csd_exp.metrics.EfficientNetDistance"
+
+
+class Depths(MeanMetric):
+    """Asks for what nobody knows."""
+
+    def update(self, edited, depth):
+        self.observe(depth)
+
+
+class Prompts(MeanMetric):
+    """Asks for what is known, and for more that it can do without."""
+
+    def update(self, edited, prompt, camera=None):
+        self.observe(torch.tensor(float(len(prompt))))
+
+
+def test_a_metric_that_asks_for_what_is_not_known_is_named(run_dir):
+    edited = saved_pictures(run_dir / "media", "edited")
+    assert measured({"prompts": Prompts()}, edited, run_dir / "media") == {"prompts": 4}
+    with pytest.raises(InputError, match=r"metrics\.depths asks for 'depth', which is not known .* source\."):
+        measured({"depths": Depths()}, edited, run_dir / "media")
+    for file in (run_dir / "media").glob("source*.png"):
+        file.unlink()
+    with pytest.raises(
+        InputError, match=r"metrics\.ssim compares pictures with their source.*~metrics\.ssim"
+    ):
+        measured({"ssim": SSIM()}, edited, run_dir / "media")
+
+
+def test_facts_of_runs_that_kept_them_in_columns_are_read(run_dir):
+    media = run_dir / "media"
+    before = list(read_facts(media))
+    (facts,) = json.loads((media / "pictures.json").read_text())["pictures"]
+    rows, columns = facts["borders"]
+    older = {
+        "prompts": [facts["prompt"]],
+        "windows": {"side": facts["window"], "rows": rows, "columns": columns},
+        "panned": None,
+    }
+    (media / "pictures.json").write_text(json.dumps(older))
+    for one, other in zip(before, read_facts(media), strict=True):
+        assert torch.equal(one.pop("source"), other.pop("source"))
+        assert one == {**other, "borders": list(other["borders"])}
+
+
+def test_pictures_from_noise_have_no_source_and_nothing_is_held_against_one(tmp_path):
+    options = ("experiment=generate", "prior=analytic", "prior.window=8", "steps=1", "logger=csv")
+    result = csd_exp.edit(*options, **{"hydra.run.dir": tmp_path / "out"})
+    left = {file.name for file in (tmp_path / "out/media").iterdir()}
+    assert {"edited_00.png", "edited_03.png", "pictures.json"} <= left
+    assert not any(name.startswith(("source", "difference")) for name in left)
+    assert set(result.metrics) == {"clip_text"}
+    page = (tmp_path / "out/report.html").read_text()
+    assert "data:image/png" in page
+    with pytest.raises(InputError, match=r"metrics\.\w+ compares pictures with their source"):
+        csd_exp.edit(*options, "metrics=default", **{"hydra.run.dir": tmp_path / "refused"})
+    assert not (tmp_path / "refused").exists()
 
 
 def test_numbers_of_the_shipped_clip_tell_its_weights():

@@ -106,6 +106,24 @@ def test_outside_of_a_mask_no_pixel_of_any_frame_changes(folder, tmp_path, build
         assert not torch.allclose(edited[:, 5:7, 7:9], source[:, 5:7, 7:9])
 
 
+def test_each_frame_may_have_a_mask_of_its_own(folder, tmp_path, build, fit):
+    masks = torch.zeros(2, 3, *SIZE)
+    masks[0, :, :5], masks[1, :, 5:] = 1, 1
+    for i, mask in enumerate(masks):
+        write_png(mask, tmp_path / f"mask_{i}.png")
+    given = [str(tmp_path / f"mask_{i}.png") for i in range(2)]
+    module = build(prior(), video(folder, mask=given, stop=2, feather=0))
+    fit(module, 2)
+    frames = zip(module.images(), module.particles.originals(), masks, strict=True)
+    for i, (edited, source, mask) in enumerate(frames):
+        assert torch.equal(edited[mask == 0], source[mask == 0])
+        assert torch.equal(module.particles.facts(i)["outside"], mask[0] == 0)
+    with pytest.raises(
+        InputError, match=r"modality\.mask=.* holds 2 masks for 3 images; give one for all or"
+    ):
+        video(folder, mask=given, stop=3)
+
+
 class Watched(GaussianMixture):
     """Keeps count of the pictures that are alive."""
 
