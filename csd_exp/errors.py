@@ -1,4 +1,10 @@
-"""The one exception that users meet."""
+"""The one exception that users meet, and the one way of saying what they should know."""
+
+import os
+import sys
+from functools import cache
+
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # torchrun's, Lightning's and Slurm's
 
 
 class InputError(ValueError):
@@ -13,3 +19,10 @@ def accept(key: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise an InputError that names the key, the value and what is accepted, unless value is a choice."""
     if value not in choices:
         raise InputError(f"{key} must be one of {', '.join(choices)}, not {value!r}.")
+
+
+@cache
+def notice(sentence: str) -> None:
+    """Say on stderr what was done otherwise than asked: once a process, by the first of all ranks alone."""
+    if all(os.environ.get(rank, "0") == "0" for rank in RANKS):
+        print(f"csd: {sentence}", file=sys.stderr, flush=True)

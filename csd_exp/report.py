@@ -11,18 +11,17 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import av
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
-from PIL import Image
 
+from csd_exp.containers import open_media
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
-from csd_exp.images import saved_pictures
+from csd_exp.images import opened_image, saved_pictures
 from csd_exp.outlines import colour
 
 CURVES = {
@@ -155,7 +154,9 @@ def _number(value: object) -> str:
 def _pairs(media: Path) -> list[tuple[Picture | None, Picture]]:
     """Edited picture of every image, of a video's frames the first, and its source where it has one."""
     shown = slice(1 if (media / "side_by_side.mp4").is_file() else None)
-    sources = [_picture(f, "source") for f in saved_pictures(media, "source").files[shown]]
+    sources: list[Picture | None] = [
+        _picture(f, "source") for f in saved_pictures(media, "source").files[shown]
+    ]
     edited = [_picture(f, "edited") for f in saved_pictures(media, "edited").files[shown]]
     return list(zip(sources or [None] * len(edited), edited, strict=False))
 
@@ -165,7 +166,7 @@ def _video(media: Path) -> Video | None:
     file = media / "side_by_side.mp4"
     if not file.is_file():
         return None
-    with av.open(str(file)) as container:
+    with open_media(file) as container:
         stream = container.streams.video[0]
         size, frames, fps = (stream.width, stream.height), stream.frames, float(stream.average_rate or 0)
     content = file.read_bytes()
@@ -225,7 +226,7 @@ def _differences(media: Path) -> list[Picture]:
 def _picture(file: Path, caption: str, most_bytes: int = 2_000_000, longest: int = 8192) -> Picture:
     """The file's own bytes, or above `most_bytes` a JPEG of at most `longest` pixels a side."""
     content, kind = file.read_bytes(), "png"
-    with Image.open(file) as image:
+    with opened_image(file) as image:
         width, height = image.size
         if len(content) > most_bytes:
             image.thumbnail((longest, longest))

@@ -4,22 +4,23 @@
 # mypy: disable-error-code="override"
 
 from collections.abc import Callable, Iterable
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
+from av.error import FFmpegError
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from csd_exp.errors import InputError
+from csd_exp.errors import InputError, notice
 from csd_exp.facts import write_facts
-from csd_exp.images import ImageFiles, saved_pictures, to_uint8, write_png
+from csd_exp.images import ImageFiles, any_size, saved_pictures, to_uint8, write_png
 from csd_exp.module import ParticleModule
 from csd_exp.outlines import outlined
 from csd_exp.particles import Canvas
+from csd_exp.particles.base import Film
 from csd_exp.videos import side_by_side, write_gif, write_mp4
 
 GAIN = 2
@@ -56,8 +57,9 @@ class Media(L.Callback):
         step = trainer.global_step
         due = self.every_n_steps > 0 and step % self.every_n_steps == 0
         if due and step < trainer.estimated_stepping_batches:
-            count = module.particles.count if module.particles.fps is None else 1
-            self._show(trainer, "edited", module.images(slice(count)), count, f"_{step:06d}")
+            count = module.particles.count if module.particles.film is None else 1
+            xmp = module.particles.xmp
+            self._show(trainer, "edited", module.images(slice(count)), count, f"_{step:06d}", xmp)
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, module: ParticleModule) -> None:
@@ -65,30 +67,41 @@ class Media(L.Callback):
         if not module.particles.has_source:
             return
         source, edited = (saved_pictures(self.folder, name) for name in ("source", "edited"))
-        if module.particles.fps is None:
+        if module.particles.film is None:
             difference = (GAIN * (e - s).abs() for e, s in zip(edited, source, strict=True))
             self._show(trainer, f"difference_x{GAIN}", difference, len(edited))
         else:
             both = partial(side_by_side, source, edited)
-            self._play(trainer, "side_by_side", both, module.particles.fps)
+            self._play(trainer, "side_by_side", both, module.particles.film)
 
     def _save(self, trainer: L.Trainer, module: ParticleModule, name: str, images: Iterable[Tensor]) -> None:
         """Write all pictures, or all frames and what plays them."""
-        count, fps = module.particles.count, module.particles.fps
-        if fps is None:
-            self._show(trainer, name, images, count)
+        count, film = module.particles.count, module.particles.film
+        if film is None:
+            self._show(trainer, name, images, count, xmp=module.particles.xmp)
             return
         files = [self.folder / name / f"{i:06d}.png" for i in range(count)]
         _write(images, files)
-        self._play(trainer, name, lambda: ImageFiles(files), fps)
+        self._play(trainer, name, lambda: ImageFiles(files), film, film.sphere)
 
     def _play(
-        self, trainer: L.Trainer, name: str, frames: Callable[[], Iterable[Tensor]], fps: Fraction
+        self,
+        trainer: L.Trainer,
+        name: str,
+        frames: Callable[[], Iterable[Tensor]],
+        film: Film,
+        sphere: bool = False,
     ) -> None:
         """Write frames as mp4 and GIF, and hand the mp4 to W&B; TensorBoard has no player for it."""
         mp4 = self.folder / f"{name}.mp4"
-        write_mp4(frames(), mp4, fps)
-        write_gif(frames, self.folder / f"{name}.gif", fps)
+        try:
+            write_mp4(frames(), mp4, film.times, film.sound, sphere)
+        except FFmpegError as e:
+            if film.sound is None:
+                raise
+            notice(f"the sound of the video cannot be copied ({e.strerror}), and is left out.")
+            write_mp4(frames(), mp4, film.times, None, sphere)
+        write_gif(frames, self.folder / f"{name}.gif", film.times)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_video(f"media/{name}", [str(mp4)], caption=[f"step {trainer.global_step}"])
@@ -104,13 +117,19 @@ class Media(L.Callback):
             self._show(trainer, "mask", masks, len(masks))
 
     def _show(
-        self, trainer: L.Trainer, name: str, images: Iterable[Tensor], count: int, step: str = ""
+        self,
+        trainer: L.Trainer,
+        name: str,
+        images: Iterable[Tensor],
+        count: int,
+        step: str = "",
+        xmp: Callable[[int], str | None] = lambda i: None,
     ) -> None:
         """Write images, and hand the files to the loggers."""
         width = max(2, len(str(count - 1)))
         ends = [f"_{i:0{width}d}" for i in range(count)] if count > 1 else [""]
         files = [self.folder / f"{name}{step}{end}.png" for end in ends]
-        _write(images, files)
+        _write(images, files, xmp)
         for logger in trainer.loggers:
             self._log(logger, f"media/{name}", files, trainer.global_step)
 
@@ -118,13 +137,16 @@ class Media(L.Callback):
     def _log(logger: Logger, key: str, files: list[Path], step: int) -> None:
         if isinstance(logger, WandbLogger):
             # W&B drops what is logged at a step below its own counter, so the step goes in the caption.
-            logger.log_image(key, [str(f) for f in files], caption=[f"step {step}"] * len(files))
+            with any_size():  # W&B opens them by itself
+                logger.log_image(key, [str(f) for f in files], caption=[f"step {step}"] * len(files))
         elif isinstance(logger, TensorBoardLogger):
             for i, image in enumerate(ImageFiles(files)):
                 logger.experiment.add_image(f"{key}/{i:02d}", to_uint8(image), step, dataformats="HWC")
 
 
-def _write(images: Iterable[Tensor], files: list[Path]) -> None:
+def _write(
+    images: Iterable[Tensor], files: list[Path], xmp: Callable[[int], str | None] = lambda i: None
+) -> None:
     """Each image as it comes."""
-    for image, file in zip(images, files, strict=True):
-        write_png(image, file)
+    for i, (image, file) in enumerate(zip(images, files, strict=True)):
+        write_png(image, file, xmp(i))

@@ -27,18 +27,29 @@ class Autoencoder(Protocol):
     def decode(self, latent: Tensor) -> Tensor: ...
 
 
+class Film(Protocol):
+    """What is known of a video beside its frames; see `csd_exp.videos.Frames`."""
+
+    @property
+    def times(self) -> Sequence[Fraction]: ...
+    @property
+    def sound(self) -> Any: ...
+    @property
+    def sphere(self) -> bool: ...
+
+
 class Particles(nn.Module):
     """A modality: the parameters that are optimised, and views of them that a prior scores.
 
     An id is an integer >= 0 that names a view for good: the noise of a view is keyed by it.
     space: whether views are latents, or pixels that go through the prior's encoder with their graph.
-    has_source: whether there are pictures to edit. fps: frames a second, where pictures are the frames of a
-    video. prompt: what is asked of every view. dtype: of the parameters, `float32` or `float64`.
+    has_source: whether there are pictures to edit. film: of a video, whose frames they are. prompt: what is
+    asked of every view. dtype: of the parameters, `float32` or `float64`.
     """
 
     space: Literal["latent", "pixel"] = "pixel"
     has_source: ClassVar[bool] = True
-    fps: Fraction | None = None
+    film: Film | None = None
 
     def __init__(self, prompt: str = "", dtype: str = "float32"):
         super().__init__()
@@ -96,6 +107,10 @@ class Particles(nn.Module):
     def facts(self, i: int) -> dict[str, Any]:
         """What is known of picture i; see `csd_exp.facts`."""
         return {"prompt": self.prompt}
+
+    def xmp(self, i: int) -> str | None:
+        """The XMP packet that picture i is saved with."""
+        return None
 
     def loss(self, draw: Draw) -> Tensor | None:
         """A regulariser of the step, a scalar that is the same on every rank; None for none."""

@@ -21,7 +21,7 @@ class Downscaled(Canvas):
     def __init__(self, full: Canvas, side: int):
         super().__init__(full.prompt, str(full.dtype).removeprefix("torch."))
         self.full, self.side = full, side
-        self.areas, self.fps = full.areas, full.fps
+        self.areas, self.film = full.areas, full.film
         self.pixels = Resized(full.pixels, side)
         self.padded = next(iter(full.pixels)).shape[-2:]
 
@@ -40,6 +40,9 @@ class Downscaled(Canvas):
     def facts(self, i: int) -> dict[str, Any]:
         """Those of the full particles, so that metrics judge every method at the same places."""
         return self.full.facts(i)
+
+    def xmp(self, i: int) -> str | None:
+        return self.full.xmp(i)
 
     def editable(self, ids: Tensor) -> float:
         return 1.0

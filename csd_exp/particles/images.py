@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from csd_exp.errors import InputError
-from csd_exp.images import pad_to, read_images
+from csd_exp.images import image_files, pad_to, read_images
 from csd_exp.particles.areas import Areas, Box, check_areas
 from csd_exp.particles.canvas import Canvas
 from csd_exp.schedules import Draw
+from csd_exp.spheres import read_sphere, sphere_xmp
 
 
 class WholePictures(Canvas):
@@ -123,4 +124,7 @@ class Images(WholePictures):
         count, _, height, width = images.shape
         each = prompt if prompts is None else read_prompts(prompts, count)
         super().__init__((height, width), factor, multiple, batch, regions, mask, feather, each, dtype, count)
-        self.pixels = self.pad(images)
+        self.pixels, self.files = self.pad(images), image_files(path)
+
+    def xmp(self, i: int) -> str | None:
+        return sphere_xmp(read_sphere(self.files[i]))

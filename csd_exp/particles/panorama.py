@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csd_exp.errors import InputError
+from csd_exp.errors import InputError, notice
 from csd_exp.images import pad_to, read_image
 from csd_exp.particles.areas import Areas, Box, check_areas
 from csd_exp.particles.canvas import Canvas, Windows
 from csd_exp.schedules import Draw
+from csd_exp.spheres import goes_round, read_sphere, sphere_xmp
 
 
 class Panorama(Canvas):
@@ -67,7 +68,9 @@ class Panorama(Canvas):
             raise InputError(f"modality.batch must be at least 1, or null for all windows, not {batch}.")
         self.factor, self.window, self.stride = factor, window, stride
         self.batch, self.wrap, self.jitter = batch, wrap, jitter
-        image = read_image(path)
+        image, self.sphere = read_image(path), read_sphere(path)
+        if goes_round(self.sphere) and not wrap:
+            notice(f"modality.path={path} goes all the way round; modality.wrap=true joins its two sides.")
         _, *sides = image.shape
         self.size = (sides[0], sides[1])
         height, width = (max(-(-side // factor), window) * factor for side in sides)
@@ -105,6 +108,9 @@ class Panorama(Canvas):
         if self.areas.free is not None:
             ids = ids[self.crop(self.areas.free, ids).amax((1, 2, 3)) > 0]
         return ids
+
+    def xmp(self, i: int) -> str | None:
+        return sphere_xmp(self.sphere)
 
     def windows(self) -> Windows:
         starts = [self._starts(self.grid[0], 0), self._starts(self.grid[1], 0)]

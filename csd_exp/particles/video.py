@@ -17,13 +17,14 @@ class Video(WholePictures):
     Of all frames only latents are held (64 KB each at 512 px): they are read, encoded and decoded one by one.
 
     path: a video file, or a folder of images that are its frames, in natural order.
-    start, stop, step: which frames to take, as in a slice. fps: frames a second; None is the input's own.
+    start, stop, step: which frames to take, as in a slice. fps: frames a second; None keeps their own times.
     The last four are as `csd_exp.videos.Frames` says, the rest as for WholePictures.
     """
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
-        check_areas(config, Frames(config["path"]).size)
+        given = {name: config[name] for name in ("start", "stop", "step", "fps") if name in config}
+        check_areas(config, Frames(config["path"], **given).size)
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class Video(WholePictures):
         super().__init__(
             frames.size, factor, multiple, batch, regions, mask, feather, prompt, dtype, frames.count
         )
-        self.frames, self.pixels, self.fps = frames, Padded(frames, self.pad), frames.fps
+        self.frames, self.film, self.pixels = frames, frames, Padded(frames, self.pad)
 
     def facts(self, i: int) -> dict[str, Any]:
         return super().facts(i) | {"flow": self._panned(i)}
@@ -55,7 +56,7 @@ class Video(WholePictures):
         """Where the flow from the frame before is known: two of the shipped pan's."""
         if i == 0 or self.frames.path.resolve() != PAN.resolve():
             return None
-        first, step = self.frames.selected.start, self.frames.selected.step
+        first, step = self.frames.start, self.frames.step
         return {"pan": [first + step * (i - 1), first + step * i]}
 
 
