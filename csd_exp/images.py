@@ -1,6 +1,7 @@
 """Image files in and out, always as float tensors in [0, 1]."""
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,7 +65,8 @@ def opened_image(path: str | Path, key: str = "modality.path") -> Iterator[Image
     try:
         if not path.is_file():
             raise InputError(f"{key}={path} is no file; give the path of a {', '.join(SUFFIXES)} image.")
-        with any_size(), Image.open(path) as image:
+        with warnings.catch_warnings(), any_size(), Image.open(path) as image:
+            warnings.filterwarnings("ignore", module="PIL")  # of damaged EXIF, which is taken as none
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(f"{key}={path} has too many pixels; at most {MAX_PIXELS:,} are accepted.")
             yield image

@@ -41,9 +41,9 @@ def timeline(
 
     moments, lasts: when each frame begins and how long it lasts by the file, of all from the first chosen one
         on. end: when the last one ends, where that is known.
-    How long the last frame lasts is believed where one before it lasts as long as it says; else it lasts as
-    long as the one before. Times within a tick of an even rate are that rate's. Where a moment is missing or
-    not after the one before it, all are at the header's rate.
+    How long the last frame lasts is believed, unless it is less than half of any other and most others do not
+    last as long as they say; then it lasts as long as the one before. Times within a tick of an even rate are
+    that rate's. Where a moment is missing or not after the one before it, all are at the header's rate.
     """
     count = -(-len(moments) // step)
     known = [moment for moment in moments if moment is not None]
@@ -93,7 +93,7 @@ def gif_ticks(times: Sequence[Fraction]) -> dict[int, int]:
 def _last(moments: Sequence[Fraction], lasts: Sequence[Fraction], clock: Clock) -> Fraction:
     """How long the last frame is shown."""
     gaps = [after - before for before, after in pairwise(moments)]
-    believed = any(abs(gap - last) <= clock.tick for gap, last in zip(gaps, lasts, strict=False))
-    if lasts[-1] and (believed or not gaps):
-        return lasts[-1]
-    return gaps[-1] if gaps else 1 / clock.rates[0]
+    if not gaps:
+        return lasts[-1] or 1 / clock.rates[0]
+    agreed = sum(abs(gap - last) <= clock.tick for gap, last in zip(gaps, lasts, strict=False))
+    return lasts[-1] if lasts[-1] >= min(gaps) / 2 or (lasts[-1] and 2 * agreed >= len(gaps)) else gaps[-1]

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from csd_exp.errors import InputError
-from csd_exp.images import MAX_PIXELS, pad_to, read_image, read_images, to_uint8, write_png
+from csd_exp.images import (
+    MAX_PIXELS,
+    image_files,
+    image_size,
+    pad_to,
+    read_image,
+    read_images,
+    to_uint8,
+    write_png,
+)
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
@@ -65,6 +74,24 @@ def test_exif_orientation_is_applied(tmp_path, orientation, turn):
     exif[0x0112] = orientation
     Image.fromarray(RGB).save(tmp_path / "x.png", exif=exif)
     torch.testing.assert_close(read_image(tmp_path / "x.png"), as_tensor(turn(RGB).copy()))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("suffix", ["tif", "jpg", "webp", "png"])
+def test_pixels_and_size_go_together_whatever_a_file_says_of_its_orientation(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(RGB).save(path, exif=exif)
+    assert image_size(path) == ((7, 5) if orientation in (5, 6, 7, 8) else (5, 7))
+    assert read_image(path).shape[1:] == image_size(path)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0no TIFF at all", b"Exif\0\0II*\0\xff\xff\xff\xff", b"x"])
+def test_a_broken_exif_is_none(tmp_path, exif):
+    Image.fromarray(RGB).save(tmp_path / "x.png", exif=exif)
+    torch.testing.assert_close(read_image(tmp_path / "x.png"), as_tensor(RGB))
+    assert image_size(tmp_path / "x.png") == (5, 7)
 
 
 @pytest.mark.parametrize("mode", ["L", "1"])
@@ -175,6 +202,15 @@ def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, width, height):
     refused(tmp_path / "x.png", f"has too many pixels; at most {MAX_PIXELS:,} are accepted")
 
 
+def test_pillows_own_limit_does_not_count(tmp_path, monkeypatch):
+    Image.fromarray(RGB).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    torch.testing.assert_close(read_image(tmp_path / "x.png"), as_tensor(RGB))
+    assert Image.MAX_IMAGE_PIXELS == 10
+    (tmp_path / "wide.png").write_bytes(png(np.zeros((1, 1)), 0, 20_000, 10_000))
+    assert image_size(tmp_path / "wide.png") == (10_000, 20_000)
+
+
 @pytest.mark.parametrize("gray", [np.float32([[0.5, 7.0]]), np.float32([[np.nan]]), np.int32([[70_000]])])
 def test_gray_values_without_a_known_white_are_refused(tmp_path, gray):
     Image.fromarray(gray).save(tmp_path / "x.tiff")
@@ -210,6 +246,45 @@ def test_an_empty_folder_and_an_empty_list_are_refused(tmp_path):
     for nothing in (tmp_path, []):
         with pytest.raises(InputError, match=r"holds no image; accepted are .bmp, .jpeg"):
             read_images(nothing)
+
+
+def test_a_folder_is_all_that_can_be_read_and_names_the_rest(tmp_path, capsys):
+    """Hidden files of a Mac and what is no picture are not even named."""
+    for name in ("a.PNG", "b.avif", "c.jfif", "d.gif", "e.jp2", "f.webp"):
+        kind = {"jfif": "JPEG"}.get(name[2:])
+        Image.fromarray(RGB).resize((16, 16)).save(tmp_path / name, format=kind)
+    for name in ("._a.PNG", ".DS_Store", "Thumbs.db", "IMG_2.HEIC", "raw.dng", "notes.txt"):
+        (tmp_path / name).write_bytes(b"nothing that Pillow knows")
+    (tmp_path / "folder.png").mkdir()
+    assert [f.name for f in image_files(tmp_path)] == [
+        "a.PNG",
+        "b.avif",
+        "c.jfif",
+        "d.gif",
+        "e.jp2",
+        "f.webp",
+    ]
+    assert len(read_images(str(tmp_path))) == 6
+    assert capsys.readouterr().err == (
+        f"csd: modality.path={tmp_path}: left out, as they cannot be read here: IMG_2.HEIC, raw.dng; save "
+        "them as PNG or JPEG.\n"
+    )
+    refused(tmp_path / "IMG_2.HEIC", r"\.HEIC is no format that is read here, so save it as PNG or JPEG")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "advice"),
+    [("gif", "experiment=video takes all"), ("png", "experiment=video"), ("webp", "save"), ("tif", "save")],
+)
+def test_of_several_pages_or_frames_the_first_is_taken_with_a_word(tmp_path, capsys, suffix, advice):
+    pages = [Image.new("RGB", (8, 6), (i * 100, 0, 255)) for i in range(3)]
+    pages[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=pages[1:])
+    for _ in range(2):
+        shown = read_image(tmp_path / f"x.{suffix}")
+        assert (shown.mean((1, 2)) - torch.tensor([0, 0, 1])).abs().max() < 0.05
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "holds 3 pictures, of which the first alone is taken; " + advice in said
 
 
 # Out again

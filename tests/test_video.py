@@ -9,9 +9,12 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 import torch
+from clips import numbered, write_clip
+from PIL import Image
 
 import csd_exp
 from csd_exp.callbacks import Media
@@ -76,7 +79,7 @@ def test_untouched_frames_come_out_with_the_pixels_that_went_in(folder, build):
     assert all(torch.equal(a, b) for a, b in zip(module.particles.originals(), expected, strict=True))
     (second,) = module.images(slice(1, 2))
     torch.testing.assert_close(second, expected[1], atol=1e-6, rtol=0)
-    assert module.particles.fps == 8
+    assert module.particles.film.times == [Fraction(i, 8) for i in range(5)]
 
 
 def test_a_step_scores_its_batch_and_leaves_the_other_frames(folder, build, fit):
@@ -183,6 +186,32 @@ def test_media_of_a_video_are_frames_and_what_plays_them(mp4, build, fit, tmp_pa
     assert page.count('<video src="data:video/mp4;base64,') == 1
     assert "<b>12</b> frames at <b>29.97</b> a second of <b>18 × 14</b> px" in page
     assert page.count('<img class="edited"') == 1
+
+
+def test_an_edit_keeps_the_times_and_the_sound_of_an_uneven_video(build, fit, tmp_path):
+    times = [0, 33, 66, 1066, 1100, 2600]
+    clip = write_clip(tmp_path / "clip.mkv", numbered(5, 12, 20), times, sound="aac", options={"bf": "0"})
+    fit(build(prior(), video(clip, stop=4)), 1, callbacks=[Media(tmp_path / "run", every_n_steps=0)])
+    for name in ("source", "edited", "side_by_side"):
+        player = cv2.VideoCapture(str(tmp_path / f"run/media/{name}.mp4"))
+        shown = [(player.read(), player.get(cv2.CAP_PROP_POS_MSEC))[1] for _ in range(4)]
+        assert shown == pytest.approx(times[:4], abs=1)
+        with av.open(str(tmp_path / f"run/media/{name}.mp4")) as container:
+            lasts = [float(s.duration * s.time_base) for s in container.streams]
+            assert [stream.type for stream in container.streams] == ["video", "audio"]
+            assert lasts == pytest.approx([1.1, 1.1], abs=0.03)
+        with Image.open(tmp_path / f"run/media/{name}.gif") as gif:
+            delays = [(gif.seek(i), gif.info["duration"])[1] for i in range(gif.n_frames)]
+            assert delays == pytest.approx([30, 40, 1000, 30], abs=10)
+
+
+def test_an_edit_of_more_frames_a_second_than_a_gif_holds_ends_well(build, fit, tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", numbered(12, 12, 20), Fraction(240))
+    fit(build(prior(), video(clip)), 1, callbacks=[Media(tmp_path / "run", every_n_steps=0)])
+    assert probed(tmp_path / "run/media/edited.mp4") == (240, 12, (20, 12))
+    with Image.open(tmp_path / "run/media/edited.gif") as gif:
+        assert 1 < gif.n_frames <= 3
+    assert not list(tmp_path.rglob("*.part"))
 
 
 # The command line

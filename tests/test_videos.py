@@ -8,12 +8,13 @@ import av
 import numpy as np
 import pytest
 import torch
+from clips import numbered, write_clip
 from PIL import Image
 
 from csd_exp.config import PACKAGE
 from csd_exp.errors import InputError
 from csd_exp.images import write_png
-from csd_exp.videos import Frames, side_by_side, write_gif, write_mp4
+from csd_exp.videos import Frames, Sound, side_by_side, write_gif, write_mp4
 
 FPS = Fraction(30000, 1001)
 CITY = PACKAGE / "assets/city.mp4"
@@ -131,6 +132,46 @@ def test_a_rotated_video_is_shown_upright(tmp_path, mp4):
                 packet.stream = stream
                 turned.mux(packet)
     assert Frames(tmp_path / "turned.mp4").size == (52, 36)
+
+
+def sounds(path, track: int = 0) -> np.ndarray:
+    """The samples of a track [n] from its time 0 on, at 48 kHz."""
+    with av.open(str(path)) as container:
+        frames = [(frame.time, frame.to_ndarray()[0]) for frame in container.decode(audio=track)]
+    samples = np.concatenate([samples for _, samples in frames])
+    return samples[max(round(-frames[0][0] * 48000), 0) :].astype(float)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "sound"),
+    [("c.mp4", "libx264", "aac"), ("c.mkv", "libx264", "flac"), ("c.webm", "libvpx-vp9", "libopus")],
+)
+def test_sound_is_copied_for_as_long_as_the_chosen_frames(tmp_path, name, codec, sound):
+    options = {"deadline": "realtime"} if name == "c.webm" else {}
+    clip = write_clip(tmp_path / name, numbered(48), codec=codec, sound=sound, options=options)
+    for start, stop in ((0, None), (12, 36)):
+        frames = Frames(clip, start=start, stop=stop)
+        write_mp4(frames, tmp_path / "out.mp4", frames.times, frames.sound)
+        heard, original = sounds(tmp_path / "out.mp4"), sounds(clip)[start * 2000 :]
+        seconds = (stop or 48) / 24 - start / 24
+        assert len(heard) / 48000 == pytest.approx(seconds, abs=0.06)
+        middle = slice(4800, round(seconds * 48000) - 4800)
+        off = [np.abs(heard[middle] - np.roll(original, shift)[middle]).mean() for shift in range(-60, 60)]
+        assert min(off) < 0.02 * np.abs(original).mean()  # in step to about a millisecond
+        assert Frames(tmp_path / "out.mp4").times == frames.times
+
+
+def test_sound_that_cannot_be_kept_is_left_out_with_a_word(tmp_path, capsys):
+    clip = write_clip(tmp_path / "c.mov", numbered(12), sound="pcm_mulaw")
+    assert Frames(clip).sound is None
+    said = f"csd: modality.path={clip}: its sound is left out, as MP4 cannot hold pcm_mulaw; convert it"
+    assert capsys.readouterr().err.startswith(said)
+    clip = write_clip(tmp_path / "c.mp4", numbered(12), sound="aac")
+    assert Frames(clip, fps=12).sound is None
+    assert "its sound is left out, as modality.fps changes how fast" in capsys.readouterr().err
+    assert Frames(clip, fps=24, stop=6).sound == Sound(clip, Fraction(0), Fraction(1, 4))
+    assert Frames(write_clip(tmp_path / "silent.mp4", numbered(4))).sound is None
+    assert capsys.readouterr().err == ""
 
 
 def test_two_videos_side_by_side():
@@ -263,6 +304,9 @@ def test_folders_that_are_no_video_are_refused(tmp_path):
         ({"step": 0}, "modality.step at least 1"),
         ({"start": 4, "stop": 4}, "modality.stop above it"),
         ({"fps": 0.0}, "modality.fps must be above 0"),
+        ({"fps": float("nan")}, "modality.fps must be above 0"),
+        ({"fps": float("inf")}, "modality.fps must be above 0"),
+        ({"fps": 1e-9}, "modality.fps must be above 0"),
         ({"start": 30}, "has no frame 30, where modality.start begins"),
     ],
 )

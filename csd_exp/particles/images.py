@@ -124,7 +124,8 @@ class Images(WholePictures):
         count, _, height, width = images.shape
         each = prompt if prompts is None else read_prompts(prompts, count)
         super().__init__((height, width), factor, multiple, batch, regions, mask, feather, each, dtype, count)
-        self.pixels, self.files = self.pad(images), image_files(path)
+        self.pixels = self.pad(images)
+        self.spheres = [read_sphere(file) for file in image_files(path)]
 
     def xmp(self, i: int) -> str | None:
-        return sphere_xmp(read_sphere(self.files[i]))
+        return sphere_xmp(self.spheres[i])
