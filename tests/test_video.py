@@ -25,7 +25,7 @@ from csd_exp.priors.analytic import GaussianMixture
 from csd_exp.report import write_report
 from csd_exp.schedules import Draw
 from csd_exp.svgd import RBF, NoKernel
-from csd_exp.videos import Frames, write_mp4
+from csd_exp.videos import Frames, Sound, write_mp4
 
 FPS = Fraction(30000, 1001)
 SIZE = (11, 18)  # height and width, a multiple of nothing
@@ -203,6 +203,22 @@ def test_an_edit_keeps_the_times_and_the_sound_of_an_uneven_video(build, fit, tm
         with Image.open(tmp_path / f"run/media/{name}.gif") as gif:
             delays = [(gif.seek(i), gif.info["duration"])[1] for i in range(gif.n_frames)]
             assert delays == pytest.approx([30, 40, 1000, 30], abs=10)
+
+
+def test_sound_that_fails_takes_no_picture_along(build, fit, tmp_path, monkeypatch, capsys):
+    clip = write_clip(tmp_path / "clip.mp4", numbered(4, 12, 20), sound="aac")
+
+    def failing(sound, container):
+        raise av.InvalidDataError(1, "Invalid data found")
+        yield
+
+    monkeypatch.setattr(Sound, "copied", failing)
+    fit(build(prior(), video(clip)), 1, callbacks=[Media(tmp_path / "run", every_n_steps=0)])
+    assert probed(tmp_path / "run/media/edited.mp4") == (24, 4, (20, 12))
+    said = capsys.readouterr().err
+    assert (
+        said.count("csd: the sound of the video cannot be copied (Invalid data found), and is left out.") == 1
+    )
 
 
 def test_an_edit_of_more_frames_a_second_than_a_gif_holds_ends_well(build, fit, tmp_path):
