@@ -60,7 +60,7 @@ class Frames:
             )
         if fps is not None and not (isfinite(fps) and 0.01 <= fps <= 1000):
             raise InputError(
-                f"modality.fps must be above 0, in 0.01 to 1000, or null for the input's own, not {fps}."
+                f"modality.fps must be above 0 (0.01 to 1000), or null for the input's own, not {fps}."
             )
         self.rate = None if fps is None else Fraction(fps).limit_denominator(1001)
         if not self.path.exists():

@@ -36,7 +36,8 @@ class Media(L.Callback):
     change, where the particles have them; `pictures.json` and `outside.png` are for metrics.
 
     A video's frames are `source/000000.png` and so on and `edited/000000.png`, played by `source.mp4`,
-    `edited.mp4` and `side_by_side.mp4`, and a `.gif` of each; on the way only its first frame is saved.
+    `edited.mp4` and `side_by_side.mp4`, and a `.gif` of each; on the way only its first frame is saved. They
+    keep the times of the frames and the input's sound, as pictures keep the XMP that particles give them.
     """
 
     def __init__(self, dir: str | Path, every_n_steps: int = 50):
