@@ -97,7 +97,7 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise InputError(f"{run_dir} has no config.yaml, so it is no run directory; give one that csd wrote.")
-    config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"), resolve=True)
     name = config.get("name", run_dir.name)
     page = _template().render(
         title=_title(config, run_dir / "media") or name,

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 import csd_exp
+from csd_exp import cli
 from csd_exp.config import composed, conf_dir
 from csd_exp.errors import InputError
-from csd_exp.run import launch
 
 SIZE = (53, 37)  # width and height, no multiple of anything
 
@@ -136,14 +136,14 @@ def test_two_processes_give_the_result_of_one_also_in_a_multirun(folder: Path) -
 def test_an_existing_folder_is_refused(folder: Path) -> None:
     (folder / "mine").mkdir()
     with pytest.raises(InputError, match=r"hydra\.run\.dir=mine exists already"):
-        launch([*RUN, "hydra.run.dir=mine"])
+        cli.csd([*RUN, "hydra.run.dir=mine"])
 
 
 def test_nothing_to_continue_is_an_error(folder: Path) -> None:
     with pytest.raises(InputError, match="ckpt_path=last finds no"):
-        launch([*RUN, "ckpt_path=last"])
+        cli.csd([*RUN, "ckpt_path=last"])
     with pytest.raises(InputError, match=r"ckpt_path=gone\.ckpt is no file"):
-        launch([*RUN, "ckpt_path=gone.ckpt"])
+        cli.csd([*RUN, "ckpt_path=gone.ckpt"])
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_an_unquoted_prompt_is_answered_with_the_corrected_command(
     folder: Path, words: list[str], meant: str
 ) -> None:
     with pytest.raises(InputError) as e:
-        launch(["prior=analytic", *words, "seed=1"])
+        cli.csd(["prior=analytic", *words, "seed=1"])
     message = str(e.value)
     assert "\n" not in message
     command = shlex.split(message[message.index("csd ") :])
@@ -172,7 +172,7 @@ def test_an_unquoted_prompt_is_answered_with_the_corrected_command(
 
 def test_a_word_that_is_no_override_is_named(folder: Path) -> None:
     with pytest.raises(InputError, match="'seed'"):
-        launch([*RUN, "seed"])
+        cli.csd([*RUN, "seed"])
 
 
 def test_help_is_readable(folder: Path) -> None:
