@@ -7,18 +7,19 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -57,7 +58,7 @@ def _refuse(message: str) -> NoReturn:
 
 def csd(args: Sequence[str]) -> None:
     """Check every run that a command line asks for, then let Hydra start them."""
-    flags = get_args_parser().parse_args(list(args))
+    flags = _parsed(args)
     if flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
         check_choices(flags.overrides)
         return _hydra(args)
@@ -78,7 +79,18 @@ def csd(args: Sequence[str]) -> None:
         _hydra([*_named(name), *overrides, *place.overrides])
 
 
-def _searched(flags: Any) -> list[str]:
+def _parsed(args: Sequence[str]) -> Namespace:
+    """The flags of Hydra's command line, which stand before, among or after the overrides."""
+
+    def unknown(message: str) -> NoReturn:
+        raise InputError(f"{message}; csd --help and csd --hydra-help list what there is.")
+
+    parser = get_args_parser()
+    parser.error = unknown  # type: ignore[method-assign]
+    return parser.parse_intermixed_args(list(args))
+
+
+def _searched(flags: Namespace) -> list[str]:
     """`--config-dir` as the override that means the same, which every process and job can be given."""
     if flags.config_dir is None:
         return []
@@ -112,42 +124,54 @@ def _rank(overrides: Sequence[str], name: str) -> None:
 def _multirun(overrides: Sequence[str], name: str) -> None:
     """Check all jobs of a multirun, make their folders, and let Hydra go through them.
 
-    Of a search, whose jobs nobody knows beforehand, what they have in common is checked, and its folder made.
+    Of a search, whose jobs nobody knows beforehand, what they have in common is checked.
     """
     started = group(lambda: 1)
     if started is not None and started.size > 1:
-        raise InputError(f"-m starts runs one after the other, not in {started.by}; start each by itself.")
-    parser = OverridesParser.create()
-    parsed = parser.parse_overrides(list(overrides))
-    shared = composed([str(o.input_line) for o in parsed if not o.is_sweep_override()], name)
-    sweeper, fixed = shared.hydra.sweeper, _at_one_moment(shared)
-    params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    refuse_allow(params, "hydra.sweeper.params")
-    searches = sweeper._target_ != BasicSweeperConf._target_
-    if searches:
-        parsed = [o for o in parsed if not o.is_sweep_override() or o.is_discrete_sweep()]
-    else:
-        parsed = [*parser.parse_overrides(params), *parsed]
-    common = [*(str(o.input_line) for o in parsed if o.is_hydra_override()), *fixed]
-    (jobs,) = BasicSweeper.split_arguments([o for o in parsed if not o.is_hydra_override()], None)
-    configs = [
-        composed([*common, *job, f"hydra.job.num={number}", f"hydra.job.id={number}"], name)
-        for number, job in enumerate(jobs)
-    ]
+        together(started, lambda: _no_multirun(started.by))
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    common = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+    fixed = _at_one_moment(composed(common, name))
+    shared = composed([*common, *fixed], name)
+    searches = shared.hydra.sweeper._target_ != BasicSweeperConf._target_
+    configs = [composed(job, name) for job in _jobs(parsed, shared.hydra.sweeper, fixed, searches)]
     for config in configs:
         subdir = "0" if searches else config.hydra.sweep.subdir
         config.hydra.run.dir = os.path.join(config.hydra.sweep.dir, subdir)
         check_values(config)
         if config.ckpt_path or config.trainer.get("num_nodes", 1) > 1:
             raise InputError("-m starts new runs on one node; leave out ckpt_path and trainer.num_nodes.")
-    folder, runs = Path(shared.hydra.sweep.dir), [Path(config.hydra.run.dir) for config in configs]
-    _check_folders(folder, runs, searches)
+    sweep_dir = Path(shared.hydra.sweep.dir)
+    runs = [] if searches else [Path(config.hydra.run.dir) for config in configs]
+    _check_folders(sweep_dir, runs, searches)
     from csd_exp.run import check_run
 
     for config in configs:
         check_run(config)
-    with made([], search=folder) if searches else made(runs):
+    with made(runs, sweep_dir):
         _hydra(["-m", *_named(name), *overrides, *fixed])
+
+
+def _jobs(
+    parsed: Sequence[Override], sweeper: DictConfig, fixed: Sequence[str], searches: bool
+) -> Iterator[list[str]]:
+    """The overrides of every job, `fixed` among them; of a search those that all jobs have."""
+    params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    refuse_allow(params, "hydra.sweeper.params")
+    if searches:
+        parsed = [o for o in parsed if not o.is_sweep_override() or o.is_discrete_sweep()]
+    else:
+        parsed = [*OverridesParser.create().parse_overrides(params), *parsed]
+    common = [*(str(o.input_line) for o in parsed if o.is_hydra_override()), *fixed]
+    (jobs,) = BasicSweeper.split_arguments([o for o in parsed if not o.is_hydra_override()], None)
+    for number, job in enumerate(jobs):
+        yield [*common, *job, f"hydra.job.num={number}", f"hydra.job.id={number}"]
+
+
+def _no_multirun(by: str) -> NoReturn:
+    raise InputError(
+        f"-m starts one run after the other, and {by} all at once; start each of them by itself."
+    )
 
 
 def _at_one_moment(config: DictConfig) -> list[str]:
@@ -171,7 +195,7 @@ def _check_folders(sweep_dir: Path, runs: Sequence[Path], searches: bool) -> Non
             raise InputError(
                 f"hydra.sweep.dir and subdir name {run}, which exists already; give new folders."
             )
-    for first, second in [] if searches else pairwise(sorted(run.resolve() for run in runs)):
+    for first, second in pairwise(sorted(run.resolve() for run in runs)):
         if second.is_relative_to(first):
             raise InputError(
                 f"hydra.sweep.subdir gives two jobs the folder {_short(first)}; name it by what they differ "

@@ -118,7 +118,7 @@ def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
             key = f"{unknown[1]}.{unknown[2]}"
             raise InputError(f"{key} takes a new entry as +{key}.NAME=VALUE.") from e
         raise InputError(_unknown_key(unknown[1], unknown[2], [str(k) for k in known or ()])) from e
-    if own:
+    if any(map(is_allow, overrides)):
         composed([o for o in overrides if not is_allow(o)], config_name)  # refuses a file's own
     if list(config.get("allow") or ()) != own:
         raise InputError("allow may be given on the command line alone, not by a configuration file.")

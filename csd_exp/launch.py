@@ -97,27 +97,33 @@ def check_folder(config: DictConfig) -> None:
 
 
 @contextmanager
-def made(runs: Sequence[Path], search: Path | None = None) -> Iterator[None]:
+def made(runs: Sequence[Path], sweep: Path | None = None) -> Iterator[None]:
     """Make the folders of runs; afterwards remove those in which none has started, and nothing else.
 
-    search: a folder in which any number of runs make folders of their own. Parents that were made too go
-    where nothing is left in them. Raises InputError for a folder that is there or cannot be made.
+    sweep: the folder of a multirun, made where it is not there; its jobs may make more in it. It goes where
+    no run is left in it, and so do parents that were made too and are empty. Raises InputError for the folder
+    of a run that is there or cannot be made.
     """
     inner: list[Path] = []
     outer: list[Path] = []
     try:
-        for folder in [*runs, *([search] if search else [])]:
-            _make(folder, inner if folder in runs else outer, outer)
+        if sweep is not None and not sweep.exists():
+            _make(sweep, outer, outer)
+        for run in runs:
+            _make(run, inner, outer)
         yield
     finally:
-        if search is not None and search in outer:
-            inner += [folder for folder in search.iterdir() if folder.is_dir()]
         for folder in inner:
             if not (folder / "config.yaml").exists():
                 shutil.rmtree(folder, ignore_errors=True)
         for folder in reversed(outer):
-            if {file.name for file in folder.glob("*")} <= {"multirun.yaml"}:  # Hydra's, of a sweep
+            if not any(_runs_in(folder) if folder == sweep else folder.glob("*")):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs_in(folder: Path) -> Iterator[Path]:
+    """What runs have left in the folder of a multirun, Hydra's own records aside."""
+    return (file for file in folder.rglob("config.yaml") if file.parent.name != ".hydra")
 
 
 def _make(folder: Path, mine: list[Path], parents: list[Path]) -> None:
@@ -197,8 +203,10 @@ def together(started: Group | None, prepare: Callable[[], Place]) -> Place:
     """
     if started is None or started.size == 1:
         return prepare()
-    store = _store(*_meeting(started.by))
-    key = f"csd_exp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_calls)}"
+    store, number = _store(*_meeting(started.by)), next(_calls)
+    if number and started.by == "NODE_RANK":
+        raise InputError("csd makes one run on several nodes; start it anew for the next.")
+    key = f"csd_exp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{number}"
     if not is_first():
         try:
             told = json.loads(store.get(key))
@@ -250,11 +258,13 @@ def _linger(done: Callable[[], bool]) -> None:
 def relaunchable(command: Sequence[str], run_dir: Path) -> Iterator[None]:
     """Let Lightning start DDP's other processes as this very run, and leave no trace for the next one.
 
-    Lightning relaunches `sys.argv`, which in a multirun names every job, in a folder of its own.
+    Lightning relaunches `sys.argv`, which in a multirun names every job, in a folder of its own. Processes
+    that something else has started go on, and so does their process group.
     command: the words after `csd`.
     """
     from torch import distributed
 
+    started = group(lambda: 1)
     main_module = sys.modules["__main__"]
     argv, spec, environ = sys.argv, main_module.__spec__, dict(os.environ)
     hydra_config = HydraConfig.instance().cfg
@@ -269,7 +279,7 @@ def relaunchable(command: Sequence[str], run_dir: Path) -> Iterator[None]:
     finally:
         sys.argv, main_module.__spec__ = argv, spec
         HydraConfig.instance().cfg = hydra_config
-        if distributed.is_initialized():
+        if distributed.is_initialized() and (started is None or started.by == "NODE_RANK"):
             distributed.destroy_process_group()
         os.environ.clear()
         os.environ.update(environ)

@@ -71,7 +71,6 @@ def run(config: DictConfig, run_dir: Path, command: Sequence[str]) -> Result:
     command: the words after `csd` that ask for it. Under DDP every rank returns the result and rank zero
     alone writes. Raises InputError for a configuration that cannot be used.
     """
-    silence_lightning()
     config.dir = literal(str(run_dir))
     check(config)
     read = inputs(config) if is_first() else {}
@@ -103,6 +102,7 @@ def run(config: DictConfig, run_dir: Path, command: Sequence[str]) -> Result:
 
 
 def _trainer(node: DictConfig, **arguments) -> Trainer:
+    silence_lightning()
     try:
         return constructed(node, **arguments)
     except (MisconfigurationException, ValueError) as e:
