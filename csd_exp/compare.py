@@ -25,10 +25,11 @@ from torch import Tensor
 from csd_exp import metrics
 from csd_exp.answers.edits import EDITS, style_of
 from csd_exp.build import build_module, constructed, silence_lightning
-from csd_exp.config import RunConfig, check, composed, scientific
+from csd_exp.config import RunConfig, check, composed, refuse_allow
 from csd_exp.errors import InputError
 from csd_exp.figures.equal_strength import Curve, Point, markdown, nearest, plot, strip, summary, table
 from csd_exp.files import write_whole
+from csd_exp.identity import scientific
 from csd_exp.images import as_saved, read_image, write_png
 from csd_exp.module import ParticleModule
 from csd_exp.priors import Prior
@@ -276,6 +277,7 @@ def _jobs(config: DictConfig, overrides: Sequence[str]) -> Iterator[Job]:
     if not (config.seeds and config.strengths and config.methods):
         raise InputError("seeds, strengths and methods must each hold at least one.")
     for name, method in config.methods.items():
+        refuse_allow(method.overrides, f"methods.{name}.overrides")
         changed = composed([*overrides, *method.overrides], "compare")
         check(changed)
         if changed.prior != config.prior or changed.modality.path != config.modality.path:

@@ -8,9 +8,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-from csd_exp.config import check, check_same_science, check_targets, composed, conf_dir, prompt_of
+from csd_exp.config import check, check_targets, composed, conf_dir, prompt_of, quoted
 from csd_exp.errors import InputError
-from csd_exp.run import check_run, quoted
+from csd_exp.run import check_run
 
 
 @pytest.fixture
@@ -110,8 +110,8 @@ def test_missing_path_is_named() -> None:
         "builtins.eval",
         "subprocess.run",
         # Re-exports: inside an allowed package, but the object is at home elsewhere.
-        "csd_exp.run.os.system",
-        "csd_exp.run.shutil.rmtree",
+        "csd_exp.launch.os.system",
+        "csd_exp.launch.shutil.rmtree",
         "torch.optim.lr_scheduler.partial",
         "torchmetrics.functional.torch.hub.load",
         # Ways around a plain name.
@@ -243,12 +243,4 @@ def test_prompt_file_takes_any_text(picture: str, tmp_path: Path) -> None:
 )
 def test_quoted_survives_hydras_grammar(picture: str, value: str) -> None:
     config = composed([f"negative_prompt={quoted(value)}", "prior=analytic"])
-    assert config._get_node("negative_prompt")._value() in (value, value.replace("${", "\\${"))
-
-
-def test_resume_refuses_another_science_and_allows_another_machine(picture: str) -> None:
-    saved = run_config(picture)
-    check_same_science(saved, run_config(picture, "trainer.max_steps=3", "logger=csv", "prior.row_chunk=2"))
-    for override in ("seed=4", "kernel.normalize=rowsum", "prompt=y", "optimizer.lr=0.5", "steps=7"):
-        with pytest.raises(InputError, match=override.split("=")[0].replace(".", r"\.")):
-            check_same_science(saved, run_config(picture, override))
+    assert config.negative_prompt == value

@@ -1,7 +1,6 @@
 """`csd-figure`: a figure or table of the paper from runs of csd, of which only the missing ones are run."""
 
 import csv
-import hashlib
 import io
 import json
 import shutil
@@ -18,18 +17,19 @@ from hydra.core.config_store import ConfigStore
 from matplotlib.figure import Figure
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from csd_exp import identity
 from csd_exp.answers.photos import DATA, load
 from csd_exp.build import constructed, silence_lightning
-from csd_exp.config import check_targets, composed, scientific
+from csd_exp.config import allowed, check_targets, composed, is_allow, quoted, refuse_allow
 from csd_exp.errors import InputError
 from csd_exp.evaluate import evaluate, settings_of
 from csd_exp.figures.drawing import captioned
 from csd_exp.figures.equal_strength import Point
 from csd_exp.figures.results import Equal, Record, Results
 from csd_exp.figures.tables import latex, lines, records_csv, table_csv
-from csd_exp.files import sha256, write_whole
+from csd_exp.files import write_whole
 from csd_exp.images import image_files, write_png
-from csd_exp.run import check_run, edit, quoted
+from csd_exp.run import check_run, edit
 
 USAGE = """csd-figure figure=NAME [figure.size=full] [figure.scale=paper] [KEY=VALUE ...]
 
@@ -169,7 +169,7 @@ def make(overrides: Sequence[str]) -> int:
     figure = config.figure
     if OmegaConf.is_missing(figure, "name"):
         raise InputError(f"{own[0]} is no figure; csd-figure --help lists them.")
-    check_targets(OmegaConf.create({"draw": figure.draw}))
+    check_targets(OmegaConf.create({"draw": figure.draw, "allow": allowed(others)}))
     folder = Path(config.dir) / figure.name
     planned = list(cells(figure, others, Path(config.dir)))
     nowhere = f"hydra.run.dir={quoted(folder / 'planned')}"
@@ -198,7 +198,7 @@ def make(overrides: Sequence[str]) -> int:
 def cells(figure: DictConfig, others: Sequence[str], folder: Path) -> Iterator[Cell]:
     """The runs of a figure: every combination of what is chosen of its axes, with every seed."""
     chosen = [chosen_of(figure, "scale"), chosen_of(figure, "size")]
-    shared = [*figure.overrides, *chosen[0].overrides, *chosen[1].overrides, *others]
+    listed = [*figure.overrides, *chosen[0].overrides, *chosen[1].overrides]
     axes = {name: _chosen(values, name, chosen, figure) for name, values in figure.axes.items()}
     if pictures := picture_axis(figure, chosen, others, folder / "pictures"):
         axes = {"picture": pictures} | axes
@@ -210,9 +210,10 @@ def cells(figure: DictConfig, others: Sequence[str], folder: Path) -> Iterator[C
             for axis, name in zip(joint.split("-"), names.split(" / "), strict=True)
         }
         special = [override for _, own in values for override in own]
+        refuse_allow([*listed, *special], f"figure={figure.name}")
         for seed in seeds:
             # Hydra composes both where a group is chosen twice.
-            last = {o.partition("=")[0]: o for o in [*QUIET, *shared, *special, f"seed={seed}"]}
+            last = {o.partition("=")[0]: o for o in [*QUIET, *listed, *others, *special, f"seed={seed}"]}
             yield Cell(place, seed, list(last.values()))
 
 
@@ -275,7 +276,7 @@ def record(cell: Cell, config: DictConfig, folder: Path, names: Sequence[str]) -
         shutil.rmtree(run, ignore_errors=True)  # what an interruption left
         edit(*cell.overrides, f"hydra.run.dir={quoted(run)}")
     elif not _same_metrics(config, measured, names):
-        evaluate(run, [o for o in cell.overrides if o.startswith(METRICS)])
+        evaluate(run, [o for o in cell.overrides if o.startswith(METRICS) or is_allow(o)])
     entries = json.loads(measured.read_text(encoding="utf-8"))
     values = {name: entry["value"] for name, entry in entries.items() if entry["value"] is not None}
     return Record(cell.place, cell.seed, values, path(run / "metrics.csv"), run)
@@ -293,11 +294,8 @@ def _same_metrics(config: DictConfig, measured: Path, names: Sequence[str]) -> b
 
 
 def digest(config: DictConfig) -> str:
-    """Names the folder of a run: by all that touches its numbers, its weights and its pictures included."""
-    settings = scientific(config)
-    path = settings.pop("modality.path", None)
-    described = repr((sorted(settings.items()), fingerprint(config.prior), _contents(path)))
-    return hashlib.sha256(described.encode()).hexdigest()[:16]
+    """Names the folder of a run: by all that touches its numbers, its weights and its files included."""
+    return identity.digest(config, fingerprint(config.prior))
 
 
 def fingerprint(prior: DictConfig) -> str:
@@ -311,13 +309,6 @@ def fingerprint(prior: DictConfig) -> str:
 @cache
 def _fingerprint(weights: str) -> str:
     return constructed(OmegaConf.create(json.loads(weights))).fingerprint
-
-
-def _contents(path: Any) -> list[str]:
-    """Checksums of the files that a modality reads."""
-    files = [Path(one) for one in ([path] if isinstance(path, str) else path or [])]
-    inside = [file for one in files for file in (sorted(one.iterdir()) if one.is_dir() else [one])]
-    return [sha256(file) for file in inside if file.is_file()]
 
 
 def path(file: Path) -> list[Point]:
