@@ -140,6 +140,15 @@ def test_target_of_a_nested_or_listed_node_is_checked(picture: str) -> None:
         check_targets(config)
 
 
+def test_target_that_an_interpolation_makes_is_checked(picture: str, tmp_path: Path) -> None:
+    made = "${oc.create:{_target_: torch.hub.load}}"
+    assert "callbacks.x._target_=torch.hub.load" in refusal(picture, f"+callbacks.x='{made}'")
+    (tmp_path / "preset").mkdir()
+    (tmp_path / "preset/theirs.yaml").write_text(f'# @package _global_\nkernel: "{made}"\n')
+    message = refusal(picture, "preset=theirs", f"hydra.searchpath=[file://{tmp_path}]")
+    assert "kernel._target_=torch.hub.load" in message
+
+
 def test_hydras_own_targets_are_checked(picture: str) -> None:
     assert "hydra.launcher._target_" in refusal(picture, "hydra.launcher._target_=os.system")
     assert "()" in refusal(picture, "+hydra.job_logging.handlers.x={'()':os.system}")

@@ -370,6 +370,10 @@ class TestRuns:
             ("figure.pictures=nowhere.png", "nowhere.png is no file"),
             ("kernel.normalise=n", "kernel.normalise is no key, did you mean normalize"),
             ("figure.draw._target_=os.system", "is not accepted"),
+            (
+                "figure.overrides=['allow=[mine]']",
+                "figure=fig8 sets allow, which may be given on the command",
+            ),
             ("figure=nope", "figure=nope does not exist"),
             ("figure=curves", "figure=curves is no figure"),
         ],
