@@ -14,7 +14,7 @@ from PIL import Image
 
 from csd_exp.config import check, composed, conf_dir
 from csd_exp.errors import InputError
-from csd_exp.figures import engine
+from csd_exp.figures import cache, engine, plan
 from csd_exp.figures.drawing import Bars, Curves, Pictures, captioned
 from csd_exp.figures.results import Equal, Record, Results, summary
 from csd_exp.figures.tables import END, QUOTED, escaped, latex, lines, methods, table_csv
@@ -196,7 +196,7 @@ def narrowed(figure, scale, size):
     """Cells of a figure, so that each value of each axis is in one."""
     config = composed([f"figure={figure}", f"figure.scale={scale}", f"figure.size={size}"], "figure")
     seen, kept = set(), []
-    for cell in engine.cells(config.figure, [], Path("unused")):
+    for cell in plan.cells(config.figure, [], Path("unused")):
         if not set(cell.place.items()) <= seen:
             seen |= set(cell.place.items())
             kept.append(cell)
@@ -205,7 +205,7 @@ def narrowed(figure, scale, size):
 
 @pytest.fixture
 def no_strips(monkeypatch):
-    monkeypatch.setattr(engine, "_strip", lambda strip, file: file)
+    monkeypatch.setattr(plan, "_strip", lambda strip, file: file)
 
 
 @pytest.mark.parametrize("figure", FIGURES)
@@ -232,7 +232,7 @@ def test_every_run_of_every_figure_is_accepted(figure, no_strips):
 
 def test_all_names_every_figure():
     assert sorted(composed(["figure=all"], "figure").figure.parts) == FIGURES
-    made = engine.parts(["figure=all", "figure.size=full", "trainer=gpu"])
+    made = plan.parts(["figure=all", "figure.size=full", "trainer=gpu"])
     assert made[0] == ["figure=fig2", "figure.size=full", "trainer=gpu"]
 
 
@@ -264,13 +264,13 @@ class TestRuns:
     @pytest.fixture
     def counted(self, monkeypatch):
         calls = []
-        edit = engine.edit
+        edit = cache.edit
 
         def counting(*overrides):
             calls.append(overrides)
             return edit(*overrides)
 
-        monkeypatch.setattr(engine, "edit", counting)
+        monkeypatch.setattr(cache, "edit", counting)
         return calls
 
     def test_made_reused_and_continued(self, overrides, counted, tmp_path, monkeypatch):
@@ -310,7 +310,7 @@ class TestRuns:
             counted.append(given)
             raise OSError("no space left")
 
-        monkeypatch.setattr(engine, "edit", never)
+        monkeypatch.setattr(cache, "edit", never)
         with pytest.raises(InputError, match="no run that finished; the first: no space left"):
             engine.make([*overrides, "steps=3"])
         assert len(counted) == 4  # another number of steps is another run
@@ -325,14 +325,14 @@ class TestRuns:
         assert (folder / "fig8_full.csv").read_bytes() == before
 
     def test_a_run_that_fails_says_so_and_the_others_go_on(self, overrides, monkeypatch, tmp_path, capsys):
-        edit = engine.edit
+        edit = cache.edit
 
         def failing(*given):
             if "seed=1" in given:
                 raise FloatingPointError("The residual is not finite at step 1.")
             return edit(*given)
 
-        monkeypatch.setattr(engine, "edit", failing)
+        monkeypatch.setattr(cache, "edit", failing)
         assert engine.make([*overrides, ONE_METHOD]) == 1
         assert "seed 1 failed: The residual is not finite at step 1." in capsys.readouterr().err
         rows = list(csv.DictReader((tmp_path / "figures/fig8/fig8.csv").open()))
@@ -385,10 +385,10 @@ class TestRuns:
 
 def test_strips_are_cut_from_shipped_pictures(tmp_path):
     figure = composed(["figure=fig8"], "figure").figure
-    axis = engine.picture_axis(figure, [], [], tmp_path)
+    axis = plan.picture_axis(figure, [], [], tmp_path)
     assert len(axis) == 8
     for name, strip in figure.pictures.items():
-        whole = np.array(Image.open(engine.DATA / strip.file).convert("RGB"))
+        whole = np.array(Image.open(plan.DATA / strip.file).convert("RGB"))
         assert np.array_equal(np.array(Image.open(tmp_path / f"{name}.png")), whole[slice(*strip.rows)])
         assert strip.rows[1] - strip.rows[0] == 128
 

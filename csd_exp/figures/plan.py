@@ -1,0 +1,169 @@
+"""What a figure asks for: runs of csd, each a combination of named lists of overrides, with every seed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig
+
+from csd_exp.answers.photos import DATA, load
+from csd_exp.config import composed
+from csd_exp.errors import InputError
+from csd_exp.images import image_files, write_png
+from csd_exp.run import quoted
+
+QUIET = ("callbacks=none", "logger=csv", "+trainer.enable_progress_bar=false")
+
+
+@dataclass
+class Choice:
+    """overrides: of csd, for all runs. choose: of an axis the values that are taken; of other axes all."""
+
+    overrides: list[str] = field(default_factory=list)
+    choose: dict[str, list[str]] = field(default_factory=dict)
+    seeds: list[int] | None = None
+
+
+@dataclass
+class FigureConfig:
+    """A figure of the paper: its runs, what is measured on them, how it is drawn.
+
+    overrides: of csd, for all runs. axes: each a set of named lists of overrides; there is a run for every
+    combination, with every seed. Axes whose values do not combine freely are one: `step-method`, with values
+    such as `official / full`. pictures: named strips of the shipped photographs, each a `file` and its
+    `rows` of pixels, or a file or folder of yours; they become the axis `picture`. size, scale: which of
+    `sizes` and `scales` is taken; both narrow the axes and add overrides.
+    rows: axes by which lines of the table are told apart; others are averaged over. columns: the metrics of
+    the table and their headings. equal: see `csd_exp.figures.results.Equal`; null compares at the end only.
+    paper: the paper's numbers, a list of rows by axis and metric, and their source.
+    draw: one of `csd_exp.figures.drawing`. parts: figures to make one by one in place of this one.
+    """
+
+    name: str = MISSING
+    caption: str = ""
+    overrides: list[str] = field(default_factory=list)
+    axes: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    pictures: Any = None
+    size: str = "quick"
+    sizes: dict[str, Choice] = field(default_factory=dict)
+    scale: str = "embedded"
+    scales: dict[str, Choice] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    rows: list[str] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
+    equal: Any = None
+    paper: list[Any] = field(default_factory=list)
+    draw: Any = None
+    parts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class FigureRoot:
+    """dir: the folder of all figures and of their runs."""
+
+    figure: FigureConfig = MISSING
+    dir: str = "outputs/figures"
+
+
+ConfigStore.instance().store("figure_schema", FigureRoot)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a figure: its value on each axis, its seed, and its overrides of csd."""
+
+    place: Mapping[str, str]
+    seed: int
+    overrides: Sequence[str]
+
+    def __str__(self) -> str:
+        return ", ".join([*self.place.values(), f"seed {self.seed}"])
+
+
+def parts(overrides: Sequence[str]) -> list[list[str]]:
+    """The command lines of single figures that one asks for."""
+    own, others = divided(overrides)
+    named = composed(own, "figure").figure.parts
+    rest = [override for override in own if not override.startswith("figure=")]
+    return [[f"figure={name}", *rest, *others] for name in named] if named else [list(overrides)]
+
+
+def divided(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of the figure, and those that go to every run of csd."""
+    own = [o for o in overrides if o.lstrip("+~").startswith(("figure=", "figure.", "dir="))]
+    return own, [o for o in overrides if o not in own]
+
+
+def cells(figure: DictConfig, others: Sequence[str], folder: Path) -> Iterator[Cell]:
+    """The runs of a figure: every combination of what is chosen of its axes, with every seed."""
+    chosen = [chosen_of(figure, "scale"), chosen_of(figure, "size")]
+    shared = [*figure.overrides, *chosen[0].overrides, *chosen[1].overrides, *others]
+    axes = {name: _chosen(values, name, chosen, figure) for name, values in figure.axes.items()}
+    if pictures := picture_axis(figure, chosen, others, folder / "pictures"):
+        axes = {"picture": pictures} | axes
+    seeds = next((c.seeds for c in reversed(chosen) if c.seeds is not None), figure.seeds)
+    for values in product(*(axis.items() for axis in axes.values())):
+        place = {
+            axis: name
+            for joint, (names, _) in zip(axes, values, strict=True)
+            for axis, name in zip(joint.split("-"), names.split(" / "), strict=True)
+        }
+        special = [override for _, own in values for override in own]
+        for seed in seeds:
+            # Hydra composes both where a group is chosen twice.
+            last = {o.partition("=")[0]: o for o in [*QUIET, *shared, *special, f"seed={seed}"]}
+            yield Cell(place, seed, list(last.values()))
+
+
+def chosen_of(figure: DictConfig, what: str) -> DictConfig:
+    """What `figure.size` or `figure.scale` names."""
+    named = figure[f"{what}s"]
+    if figure[what] not in named:
+        raise InputError(f"figure.{what} must be one of {', '.join(named)}, not {figure[what]!r}.")
+    return named[figure[what]]
+
+
+def _chosen(
+    axis: Mapping[str, Any], name: str, choices: Sequence[DictConfig], figure: DictConfig
+) -> dict[str, Any]:
+    """The values of an axis that size and scale choose, all where neither does."""
+    for choice in choices:
+        names = choice.choose.get(name, axis)
+        if unknown := [one for one in names if one not in axis]:
+            raise InputError(
+                f"figure={figure.name} has no {unknown[0]!r} to choose as {name}; "
+                f"accepted are {', '.join(axis)}."
+            )
+        axis = {one: axis[one] for one in names}
+    return dict(axis)
+
+
+def picture_axis(
+    figure: DictConfig, choices: Sequence[DictConfig], others: Sequence[str], folder: Path
+) -> dict[str, list[str]]:
+    """The axis of pictures by name, written into `folder` where they are strips of shipped ones.
+
+    Yours are all taken; one that is given by `modality.path` is the only one.
+    """
+    pictures: Any = figure.pictures
+    given = [override.partition("=")[2] for override in others if override.startswith("modality.path=")]
+    if pictures is None:
+        return {}
+    if given:
+        return {Path(given[-1].strip("\"'")).stem: []}
+    if isinstance(pictures, DictConfig):
+        strips = _chosen(pictures, "picture", choices, figure)
+        files = {name: _strip(strip, folder / f"{name}.png") for name, strip in strips.items()}
+    else:
+        files = {file.stem: file for file in image_files(pictures, "figure.pictures")}
+    return {name: [f"modality.path={quoted(file)}"] for name, file in files.items()}
+
+
+def _strip(strip: DictConfig, file: Path) -> Path:
+    if not file.is_file():
+        top, bottom = strip.rows
+        write_png(load(DATA / strip.file)[:, top:bottom], file)
+    return file
