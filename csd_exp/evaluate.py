@@ -58,8 +58,8 @@ def measured(metrics: Mapping[str, Metric], edited: Iterable[Tensor], media: Pat
     takes = {name: signature(metric.update).parameters.values() for name, metric in metrics.items()}
     for metric in metrics.values():
         metric.reset()
-    for image, known in zip(edited, _known(media), strict=False):  # pictures from noise have no sources
-        facts = {"edited": image} | known
+    for image, of_it in zip(edited, known(media), strict=False):  # pictures from noise have no sources
+        facts = {"edited": image} | of_it
         for name, metric in metrics.items():
             if all(p.name in facts or p.default is not p.empty for p in takes[name]):
                 metric.update(**{p.name: facts[p.name] for p in takes[name] if p.name in facts})
@@ -83,7 +83,7 @@ def write_known(particles: Particles, media: Path) -> None:
             write_png(one.float().expand(3, -1, -1), media / name)
 
 
-def _known(media: Path) -> Iterator[dict[str, Any]]:
+def known(media: Path) -> Iterator[dict[str, Any]]:
     """What is known of each edited picture; see `csd_exp.metrics.MeanMetric`."""
     file = media / "pictures.json"
     saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

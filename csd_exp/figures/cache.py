@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from csd_exp.build import constructed
 from csd_exp.config import scientific
 from csd_exp.evaluate import evaluate, settings_of
-from csd_exp.figures.equal_strength import Point
 from csd_exp.figures.plan import Cell
 from csd_exp.figures.results import Record
+from csd_exp.figures.strength import Point
 from csd_exp.files import sha256
 from csd_exp.run import edit, quoted
 
@@ -27,14 +27,17 @@ def record(cell: Cell, config: DictConfig, folder: Path, names: Sequence[str]) -
     """A cell's run, made where it is missing, measured again where the named metrics had other settings."""
     run = folder / digest(config)
     measured = run / "metrics.json"
-    if not measured.is_file():
+    if not measured.is_file() or not _followed(config, run, names):
         shutil.rmtree(run, ignore_errors=True)  # what an interruption left
         edit(*cell.overrides, f"hydra.run.dir={quoted(run)}")
     elif not _same_metrics(config, measured, names):
         evaluate(run, [o for o in cell.overrides if o.startswith(METRICS)])
     entries = json.loads(measured.read_text(encoding="utf-8"))
     values = {name: entry["value"] for name, entry in entries.items() if entry["value"] is not None}
-    return Record(cell.place, cell.seed, values, path(run / "metrics.csv"), run)
+    end = logged(run / "metrics.csv")[-1]
+    values |= {"step": end["step"], "rows": end["rows"]}
+    path = [point for point in _path(run) if point["step"] < end["step"]]
+    return Record(cell.place, cell.seed, values, [*path, values] if path else [], run)
 
 
 def _same_metrics(config: DictConfig, measured: Path, names: Sequence[str]) -> bool:
@@ -45,6 +48,19 @@ def _same_metrics(config: DictConfig, measured: Path, names: Sequence[str]) -> b
         name in entries and entries[name]["settings"] == settings_of(group[name])
         for name in names
         if name in group
+    )
+
+
+def _followed(config: DictConfig, run: Path, names: Sequence[str]) -> bool:
+    """Whether a run was measured after all steps asked for, its named metrics with the settings asked for."""
+    node = OmegaConf.select(config, "callbacks.metrics")
+    if node is None:
+        return True
+    asked, found = constructed(node).steps, {point["step"] for point in _path(run)}
+    before, now = OmegaConf.load(run / "config.yaml").metrics or {}, config.metrics or {}
+    named = [name for name in names if name in now]
+    return all(step in found for step in range(config.trainer.max_steps) if step in asked) and all(
+        name in before and settings_of(before[name]) == settings_of(now[name]) for name in named
     )
 
 
@@ -76,15 +92,20 @@ def _contents(path: Any) -> list[str]:
     return [sha256(file) for file in inside if file.is_file()]
 
 
-def path(file: Path) -> list[Point]:
-    """The metrics along the steps of a run by name, with `step`, from its metrics.csv."""
-    if not file.is_file():
-        return []
-    with file.open(newline="") as opened:
-        rows = list(csv.DictReader(opened))
-    points = [
-        {key.removeprefix("metrics/"): float(v) for key, v in row.items() if key.startswith("metrics/") and v}
-        | {"step": float(row["step"]) + 1}
-        for row in rows
-    ]
-    return [point for point in points if len(point) > 1]
+def _path(run: Path) -> list[Point]:
+    """What was measured along the steps of a run."""
+    return [point for point in logged(run / "metrics.csv") if point.keys() > {"step", "rows"}]
+
+
+def logged(file: Path) -> list[Point]:
+    """What metrics.csv has after each step of a run: `step`, the network `rows` spent, metrics by name."""
+    points: dict[float, Point] = {}
+    with file.open(newline="", encoding="utf-8") as opened:
+        for row in csv.DictReader(opened):
+            step = float(row["step"]) + 1
+            point = points.setdefault(step, {"step": step, "rows": 0.0})
+            point |= {
+                key.removeprefix("metrics/"): float(v) for key, v in row.items() if v and "metrics/" in key
+            }
+            point["rows"] = float(row.get("step/rows") or point["rows"])
+    return [points[step] for step in sorted(points)]

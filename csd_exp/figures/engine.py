@@ -1,22 +1,18 @@
 """`csd-figure`: a figure or table of the paper from runs of csd, of which only the missing ones are run."""
 
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 
-from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from csd_exp.build import constructed, silence_lightning
 from csd_exp.config import check_targets, composed
 from csd_exp.errors import InputError
 from csd_exp.figures.cache import record
-from csd_exp.figures.drawing import captioned
-from csd_exp.figures.plan import Cell, cells, divided, parts
-from csd_exp.figures.results import Equal, Record, Results
-from csd_exp.figures.tables import latex, lines, records_csv, table_csv
+from csd_exp.figures.plan import Cell, divided, equal_of, parts, planned
+from csd_exp.figures.results import Record, Results
 from csd_exp.files import write_whole
 from csd_exp.run import check_run, quoted
 
@@ -77,42 +73,53 @@ def make(overrides: Sequence[str]) -> int:
     figure = config.figure
     if OmegaConf.is_missing(figure, "name"):
         raise InputError(f"{own[0]} is no figure; csd-figure --help lists them.")
-    check_targets(OmegaConf.create({"draw": figure.draw}))
-    folder = Path(config.dir) / figure.name
-    planned = list(cells(figure, others, Path(config.dir)))
-    nowhere = f"hydra.run.dir={quoted(folder / 'planned')}"
-    configs = [composed([*cell.overrides, nowhere]) for cell in planned]
+    check_targets(OmegaConf.create({"draw": figure.draw, "form": figure.form}))
+    folder, form, equal = Path(config.folder), constructed(figure.form), equal_of(figure)
+    cells = planned(figure, others, Path(config.dir))
+    configs = [composed([*cell.overrides, f"hydra.run.dir={quoted(folder / 'planned')}"]) for cell in cells]
     for run_config in configs:
         check_run(run_config)
-    names = [*figure.columns, *([figure.equal.strength] if figure.equal else [])]
+    form.check(figure, cells, configs)
+    columns = [*figure.columns, *([equal.strength] if equal else [])]
+    records, reasons = _records(figure.name, cells, configs, folder, columns)
+    if len(reasons) == len(cells):
+        raise InputError(f"figure={figure.name} has no run that finished; the first: {reasons[0]}")
+    about = caption(figure, configs, cells, len(reasons))
+    results = Results(records, list(figure.rows), equal)
+    for name, content in form(figure, results, configs[0], about).items():
+        write_whole(folder / name, content)
+        print(folder / name)
+    return len(reasons)
+
+
+def _records(
+    name: str, cells: Sequence[Cell], configs: Sequence[DictConfig], folder: Path, columns: Sequence[str]
+) -> tuple[list[Record], list[str]]:
+    """Every run, made where it is missing, and why those that failed did."""
     records, reasons = [], []
-    for number, (cell, run_config) in enumerate(zip(planned, configs, strict=True), 1):
-        began, progress = monotonic(), f"[{number}/{len(planned)}] {figure.name}: {cell}"
+    for number, (cell, config) in enumerate(zip(cells, configs, strict=True), 1):
+        began, progress = monotonic(), f"[{number}/{len(cells)}] {name}: {cell}"
         try:
-            records.append(record(cell, run_config, folder, names))
+            records.append(record(cell, config, folder, columns))
             print(f"{progress}: {monotonic() - began:.0f} s", flush=True)
         except DIVERGED as e:
             reasons.append(" ".join(str(e).split()))
             records.append(Record(cell.place, cell.seed, {}))
             print(f"{progress} failed: {reasons[-1]}", file=sys.stderr, flush=True)
-    if len(reasons) == len(planned):
-        raise InputError(f"figure={figure.name} has no run that finished; the first: {reasons[0]}")
-    about = caption(figure, configs, planned, len(reasons))
-    for written in write(figure, records, about, folder):
-        print(written)
-    return len(reasons)
+    return records, reasons
 
 
-def caption(figure: DictConfig, configs: Sequence[DictConfig], planned: Sequence[Cell], failed: int) -> str:
+def caption(figure: DictConfig, configs: Sequence[DictConfig], cells: Sequence[Cell], failed: int) -> str:
     """The figure's own words, then what was run: size, scale, prior, and everything on each axis."""
-    axes = {axis: dict.fromkeys(cell.place[axis] for cell in planned) for axis in planned[0].place}
-    seeds = dict.fromkeys(str(cell.seed) for cell in planned)
+    on = dict.fromkeys(axis for cell in cells for axis in cell.place)
+    axes = {axis: dict.fromkeys(cell.place[axis] for cell in cells if axis in cell.place) for axis in on}
+    seeds = dict.fromkeys(str(cell.seed) for cell in cells)
     steps = dict.fromkeys(str(config.trainer.max_steps) for config in configs)
     prompts = dict.fromkeys(config.prompt for config in configs if config.prompt)
-    each = len(planned) // len({tuple(cell.place[axis] for axis in figure.rows) for cell in planned})
+    each = len(cells) // len({tuple(cell.place[axis] for axis in figure.rows) for cell in cells})
     facts = [
         f"Size {figure.size}, scale {figure.scale}, prior {configs[0].prior._target_.rpartition('.')[2]}",
-        f"edits behind each line of the table: {each}, in all {len(planned)}",
+        f"edits behind each line of the table: {each}, in all {len(cells)}",
         *(f"{axis}: {', '.join(values)}" for axis, values in axes.items() if axis not in figure.rows),
         *([f"prompts: {', '.join(map(repr, prompts))}"] if prompts else []),
         f"steps: {', '.join(steps)}",
@@ -120,30 +127,3 @@ def caption(figure: DictConfig, configs: Sequence[DictConfig], planned: Sequence
         *([f"{failed} runs failed and are left out"] if failed else []),
     ]
     return f"{' '.join(figure.caption.split())} {'; '.join(facts)}."
-
-
-def write(figure: DictConfig, records: Sequence[Record], about: str, folder: Path) -> list[Path]:
-    """Write what a figure is made into; returns the files, whose names tell another size and scale."""
-    equal = None if figure.equal is None else Equal(**figure.equal)
-    results = Results(records, list(figure.rows), equal)
-    columns = {str(name): title for name, title in figure.columns.items()}
-    found = lines(results, list(columns), list(figure.paper))
-    drawn = captioned(constructed(figure.draw)(results, found, columns), about)
-    other = [what for what in (figure.size, figure.scale) if what not in ("quick", "embedded")]
-    name = "_".join([figure.name, *other])
-    contents: dict[str, str | bytes] = {
-        f"{name}.png": _image(drawn, "png"),
-        f"{name}.pdf": _image(drawn, "pdf"),
-        f"{name}.csv": records_csv(results, list(columns)),
-        f"{name}_table.csv": table_csv(found, list(figure.rows), list(columns)),
-        f"{name}.tex": latex(found, list(figure.rows), columns, about, f"fig:{name}"),
-    }
-    for name, content in contents.items():
-        write_whole(folder / name, content)
-    return [folder / name for name in contents]
-
-
-def _image(figure: Figure, kind: str) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format=kind, dpi=150)
-    return content.getvalue()

@@ -63,14 +63,23 @@ class Answers:
 
     def pictures(self, source: Tensor) -> list[Tensor]:
         """Every answer on the whole picture, [3, H, W] in [0, 1] each."""
-        return [_answered(function, source) for function in self.functions]
+        return [self.picture(k, source) for k in range(len(self.functions))]
+
+    def picture(self, k: int, source: Tensor) -> Tensor:
+        """The answer k on the whole picture."""
+        return _answered(self.functions[k], source)
+
+    def side_on(self, source: Tensor, window: int | None = None) -> int:
+        """The side of the windows in pixels, where the prior saw the source in windows of side `window`."""
+        height, width = source.shape[-2:]
+        return min(self.side or window or max(height, width), height, width)
 
     def fit(self, edited: Tensor, source: Tensor, window: int | None = None) -> Fit:
         """`edited` against every answer on `source`, both [3, H, W] in [0, 1].
 
         window: side in pixels of the prior's windows; None where it saw whole pictures.
         """
-        side = self.side or window or min(source.shape[-2:])
+        side = self.side_on(source, window)
         start, changes, overlap = _changes(self.functions, self.embed, side, _Pixels(source))
         change = _embedded(self.embed, edited, side) - start
         # An answer may leave a window as it is.
