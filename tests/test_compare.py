@@ -389,6 +389,7 @@ class TestCommand:
         keys = ("dir", "prompt", "edit", "steps", "seeds", "strengths", "methods")
         assert all(f"\n{key}:" in shown for key in keys)
         assert f"csd_edit: {TITLE}" in shown
+        assert composed(["figure=compare"], "figure").folder == "outputs/figures/compare"
 
 
 def test_reference_rows(tmp_path):

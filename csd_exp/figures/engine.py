@@ -37,7 +37,7 @@ def main() -> None:
     """
     silence_lightning()
     if {"-h", "--help"} & set(sys.argv):
-        print(USAGE + ", ".join(["all", *composed(["figure=all"], "figure").figure.parts]))
+        print(USAGE + ", ".join(["all", "compare", *composed(["figure=all"], "figure").figure.parts]))
         return
     code = 0
     try:

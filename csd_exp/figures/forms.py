@@ -123,12 +123,12 @@ def _shown(
     assert first.run is not None
     pictures = {f"source, {prompt!r}": saved_pictures(first.run / "media", "source")[0]}
     for method, records in methods.items():
-        for own in [own for seed, own in by_seed(records).items() if seed == first.seed]:
-            kept = [
-                (point, file)
-                for point, record in results.points(own)
-                if (file := record.picture(point["step"])) is not None
-            ]
+        kept = [
+            (point, file)
+            for point, record in results.points(by_seed(records).get(first.seed, []))
+            if (file := record.picture(point["step"])) is not None
+        ]
+        if kept:
             point, file = min(kept, key=lambda of: abs(of[0]["strength"] - middle))
             caption = f"{method}: strength {point['strength']:.2f}, {column} {point[column]:.3f}"
             pictures[caption] = read_image(file)

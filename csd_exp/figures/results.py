@@ -136,7 +136,7 @@ class Results:
 
     def points(self, records: Sequence[Record]) -> list[tuple[Point, Record]]:
         """The curve of one seed's runs, each point with the first of the runs that it is the mean of."""
-        if self.equal is None:
+        if self.equal is None or not records:
             return []
         if self.equal.along == "step" or self.equal.along not in records[0].place:
             along = zip(*(record.path for record in records), strict=True)
