@@ -394,8 +394,8 @@ def _found(path: str, name: str, prefixes: tuple[str, ...], exact: tuple[str, ..
 
 
 def located(target: str) -> Any:
-    """The object that a dotted name says, None where there is none."""
-    parts = target.split(".")
+    """The object that a dotted name, or an old one of RENAMED, says; None where there is none."""
+    parts = RENAMED.get(target, target).split(".")
     for split in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:split])
         try:

@@ -37,10 +37,14 @@ class Place:
     ckpt_path: str | None = None
 
     @property
+    def continued(self) -> list[str]:
+        """The override that continues it, where it does."""
+        return [] if self.ckpt_path is None else [f"ckpt_path={quoted(self.ckpt_path)}"]
+
+    @property
     def overrides(self) -> list[str]:
         """What makes any command line one of this very run."""
-        continued = [] if self.ckpt_path is None else [f"ckpt_path={quoted(self.ckpt_path)}"]
-        return [*continued, f"hydra.run.dir={quoted(self.run_dir)}"]
+        return [*self.continued, f"hydra.run.dir={quoted(self.run_dir)}"]
 
     @property
     def new(self) -> list[Path]:
@@ -181,7 +185,7 @@ def is_child() -> bool:
 
 def is_first() -> bool:
     """Whether this is the one process of a run that checks, makes folders and speaks."""
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not is_child():
         return os.environ["RANK"] == "0"
     if _in_slurm():
         return os.environ["SLURM_PROCID"] == "0"
@@ -265,13 +269,15 @@ def relaunchable(command: Sequence[str], run_dir: Path) -> Iterator[None]:
     from torch import distributed
 
     started = group(lambda: 1)
+    relaunches = started is None or started.by == "NODE_RANK"
     main_module = sys.modules["__main__"]
     argv, spec, environ = sys.argv, main_module.__spec__, dict(os.environ)
     hydra_config = HydraConfig.instance().cfg
     sys.argv = ["csd", *command, *Place(str(run_dir)).overrides]
     main_module.__spec__ = find_spec("csd_exp.__main__")
     HydraConfig.instance().cfg = None
-    os.environ[CHILD] = str(run_dir)
+    if relaunches:
+        os.environ[CHILD] = str(run_dir)
     if any(map(is_allow, command)):  # they have to find the user's package where this process does
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     try:
@@ -279,7 +285,7 @@ def relaunchable(command: Sequence[str], run_dir: Path) -> Iterator[None]:
     finally:
         sys.argv, main_module.__spec__ = argv, spec
         HydraConfig.instance().cfg = hydra_config
-        if distributed.is_initialized() and (started is None or started.by == "NODE_RANK"):
+        if relaunches and distributed.is_initialized():
             distributed.destroy_process_group()
         os.environ.clear()
         os.environ.update(environ)

@@ -56,9 +56,8 @@ def edit(*overrides: str, **values: object) -> Result:
 
     place = together(group(lambda: composed(given).trainer.get("num_nodes", 1)), prepared)
     config = composed([*given, *place.overrides])
-    continued = place.overrides[:-1]
     with made(place.new if is_first() else []):
-        return run(config, Path(place.run_dir), [*given, *continued])
+        return run(config, Path(place.run_dir), [*given, *place.continued])
 
 
 def run(config: DictConfig, run_dir: Path, command: Sequence[str]) -> Result:

@@ -157,6 +157,7 @@ MISTAKES = {
     "nothing to continue": ["ckpt_path=last"],
     "sweep": ["-m", "seed=0,1", "hydra.sweep.subdir=same"],
     "sweep of a mistake": ["-m", "steps=0,1"],
+    "mode": ["hydra.mode=MULTIRUN"],
 }
 
 

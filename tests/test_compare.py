@@ -396,8 +396,8 @@ def test_reference_rows(tmp_path):
     generator = torch.Generator().manual_seed(0)
     source = torch.nn.functional.interpolate(torch.rand(1, 3, 8, 16, generator=generator), scale_factor=4)[0]
     write_png(source, tmp_path / "media/source.png")
-    windows = {"side": 16, "rows": [], "columns": []}
-    (tmp_path / "media/pictures.json").write_text(json.dumps({"windows": windows}))
+    facts = {"prompt": "tint it", "window": 16, "borders": [[], []]}
+    (tmp_path / "media/pictures.json").write_text(json.dumps({"pictures": [facts]}))
     start = {"step": 0.0, "rows": 0.0, "strength": -0.1, "ssim": 0.5}
     end = {"step": 4.0, "rows": 9.0, "strength": 0.3, "ssim": 0.3}
     records = [Record({"method": "a"}, seed, end, [start, end], tmp_path) for seed in (0, 1, 2)]
