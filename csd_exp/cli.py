@@ -3,6 +3,7 @@
 It imports nothing that takes time, so that help and what composition can refuse are there at once.
 """
 
+import gc
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from importlib import import_module
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import NoReturn, cast
@@ -42,6 +44,7 @@ PROMPTS = ("prompt", "source_prompt", "negative_prompt")
 def main() -> None:
     """The command line `csd`: exit code 2 and one sentence on stderr for anything a user got wrong."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handler below instead of Hydra's own
+    gc.set_threshold(50_000)  # imports leave a million objects, which need not be searched over and over
     try:
         csd(sys.argv[1:])
     except (InputError, FloatingPointError) as e:
@@ -107,10 +110,18 @@ def _named(name: str | None) -> list[str]:
 
 def _prepared(overrides: Sequence[str], name: str) -> Place:
     config, place = placed(overrides, name)
+    _import_loggers(config)
     from csd_exp.run import check_run  # torch takes seconds, which no mistake above should cost
 
     check_run(config)
     return place
+
+
+def _import_loggers(config: DictConfig) -> None:
+    """Import W&B where it logs: it searches all loaded modules, which are many times more after torch."""
+    targets = [str(logger.get("_target_")) for logger in (config.logger or {}).values() if logger]
+    if any(target.endswith(".Wandb") for target in targets):
+        import_module("wandb.apis.public")
 
 
 def _rank(overrides: Sequence[str], name: str) -> None:
