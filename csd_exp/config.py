@@ -76,8 +76,18 @@ class RunConfig:
 
 
 ConfigStore.instance().store("run_schema", RunConfig)
-# Lightning says gpu where torch says cuda.
-OmegaConf.register_new_resolver("device", lambda name: "cuda" if name == "gpu" else name, replace=True)
+
+
+def _device(accelerator: str) -> str:
+    """Lightning says gpu where torch says cuda, and auto where torch has no word."""
+    if accelerator == "auto":
+        import torch  # seconds that a sentence about a typo should not take
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if accelerator == "gpu" else accelerator
+
+
+OmegaConf.register_new_resolver("device", _device, replace=True)
 # Without --svgd the public code drops w(t) for images and keeps it for videos.
 OmegaConf.register_new_resolver(
     "nosvgd_weight", lambda modality: "sigma2" if modality.endswith(".Video") else "one", replace=True

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -153,6 +154,7 @@ def test_wandb_is_offline_silent_and_goes_on_in_the_same_run(panorama, fit, run,
     monkeypatch.delenv("WANDB_MODE", raising=False)
     ids = []
     for steps, checkpoint in ((2, None), (4, run / "last.ckpt")):
+        time.sleep(1 if ids else 0)  # W&B's folders are named by the second
         logger = Wandb(run)
         callbacks = [
             Provenance(run, "seed: 1\nkernel:\n  space: x_t\n", ["csd"]),

@@ -452,7 +452,7 @@ class TestFromPython:
         assert kept["modality"]["regions"][0]["box"] == [0, 0, 0.5, 1]
         assert kept["prior"]["prompts"] == {"a, b": [1, 0]}
         known = json.loads((result.run_dir / "media/pictures.json").read_text())
-        assert known["prompts"] == [self.PROMPT]
+        assert [facts["prompt"] for facts in known["pictures"]] == [self.PROMPT]
         command = shlex.split((result.run_dir / "command.txt").read_text())
         assert composed(command[1:]).modality.regions[0].prompt == self.PROMPT
 
@@ -460,7 +460,7 @@ class TestFromPython:
         (folder / "prompt.txt").write_text(self.PROMPT)
         result = csd_exp.edit(*RUN[:4], "modality.path=picture.png", prompt_file="prompt.txt", steps=1)
         known = json.loads((result.run_dir / "media/pictures.json").read_text())
-        assert known["prompts"] == [self.PROMPT]
+        assert [facts["prompt"] for facts in known["pictures"]] == [self.PROMPT]
 
     @pytest.mark.parametrize("value", [object(), b"x", {"it's": 1}, {1.5: 2, "null": 3}, [{"a": {1}}]])
     def test_what_the_grammar_cannot_carry_is_refused(self, value) -> None:

@@ -113,7 +113,7 @@ def test_devices_chunks_and_logs_do_not(override: str) -> None:
 
 
 def test_the_device_of_features_does_not_count() -> None:
-    clip = ["features=clip", "+prior.device=cpu"]
+    clip = ["features=clip"]
     assert name(*clip, "features.device=cpu") == name(*clip, "features.device=cuda:1")
     assert name(*clip) != name(*clip, "features.model=ViT-B-32")
 
