@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import isabstract
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from hydra.utils import get_class, get_object
+from hydra.utils import get_object
 from lightning import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +26,7 @@ from csd_exp.methods import needs_source
 from csd_exp.particles import Particles
 from csd_exp.priors import Prior
 from csd_exp.report import write_report
+from csd_exp.svgd import Kernel
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ def check_run(config: DictConfig) -> None:
 
 def check_parts(config: DictConfig) -> None:
     """Each part checks its own configuration, and that it goes with the others."""
-    modality = cast(type[Particles], get_class(config.modality._target_))
-    prior = cast(type[Prior], get_class(config.prior._target_))
+    modality, prior = _part(config, "modality", Particles), _part(config, "prior", Prior)
+    _part(config, "kernel", Kernel)
     modality.check(config.modality)
     method = "sampler" if "sampler" in config.method else "residual"
     target = config.method[method]._target_
@@ -128,6 +130,18 @@ def check_parts(config: DictConfig) -> None:
     for name, metric in metric_classes(config.metrics).items():
         check_known(name, metric, modality.has_source)
     prior.check(config.prior)
+
+
+def _part(config: DictConfig, group: str, kind: Any) -> Any:
+    """The class that a group names, which must be of its kind and no mere beginning of one."""
+    target = config[group]._target_
+    part = get_object(target)
+    if not (isinstance(part, type) and issubclass(part, kind)) or part is kind or isabstract(part):
+        raise InputError(
+            f"{group}._target_={target} is no {group} that can be run; it must be a class that derives from "
+            f"{kind.__module__}.{kind.__name__}."
+        )
+    return part
 
 
 def _check_processes(config: DictConfig) -> None:

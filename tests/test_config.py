@@ -10,7 +10,7 @@ from PIL import Image
 
 from csd_exp.config import check, check_targets, composed, conf_dir, prompt_of, quoted
 from csd_exp.errors import InputError
-from csd_exp.run import check_run
+from csd_exp.run import check_parts, check_run
 
 
 @pytest.fixture
@@ -165,6 +165,27 @@ def test_re_exported_function_does_not_slip_in_by_a_module_attribute(picture: st
     config.kernel = {"_target_": "csd_exp.svgd.harmless"}
     with pytest.raises(InputError, match=r"kernel\._target_=csd_exp\.svgd\.harmless"):
         check_targets(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "kind"),
+    [
+        ("modality._target_=csd_exp.svgd.RBF", "csd_exp.particles.base.Particles"),
+        ("modality._target_=csd_exp.particles.Particles", "csd_exp.particles.base.Particles"),
+        ("prior._target_=csd_exp.priors.Prior", "csd_exp.priors.base.Prior"),
+        ("prior._target_=csd_exp.priors.RectifiedFlow", "csd_exp.priors.base.Prior"),
+        ("kernel._target_=csd_exp.methods.sds", "csd_exp.svgd.Kernel"),
+        ("kernel._target_=csd_exp.svgd.Kernel", "csd_exp.svgd.Kernel"),
+    ],
+)
+def test_a_class_of_another_kind_is_refused(picture: str, override: str, kind: str) -> None:
+    group = override.partition(".")[0]
+    config = run_config(picture, override)
+    OmegaConf.set_struct(config, False)
+    for key in [key for key in config[group] if key not in ("_target_", "path")]:
+        del config[group][key]
+    with pytest.raises(InputError, match=rf"{group}\._target_=.* derives from {kind}\."):
+        check_parts(config)
 
 
 METHODS = {
