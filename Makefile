@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/csd experiment=demo
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

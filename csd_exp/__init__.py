@@ -8,6 +8,6 @@ if TYPE_CHECKING:
 
 def edit(*overrides: str, **values: object) -> "Result":
     """Run once with the command line's overrides; see `csd_exp.run.edit`."""
-    from csd_exp import run  # the import of torch and Hydra takes seconds
+    from csd_exp import run  # torch takes seconds to import
 
     return run.edit(*overrides, **values)

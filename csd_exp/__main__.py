@@ -1,5 +1,5 @@
 """`python -m csd_exp` is `csd`."""
 
-from csd_exp.run import main
+from csd_exp.cli import main
 
 main()

@@ -2,13 +2,12 @@
 
 import logging
 import warnings
+from functools import partial
 from typing import Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from csd_exp.errors import InputError
+from csd_exp.config import KEYWORDS, located
 from csd_exp.module import CSDModule, ParticleModule
 from csd_exp.particles import Particles
 from csd_exp.priors import Prior
@@ -16,13 +15,24 @@ from csd_exp.samplers import SamplingModule
 
 
 def constructed(node: DictConfig, **arguments) -> Any:
-    """What a configuration node names; a user's mistake comes out as the InputError that it is."""
-    try:
-        return instantiate(node, **arguments)
-    except InstantiationException as e:
-        if isinstance(e.__cause__, InputError):
-            raise e.__cause__ from None
-        raise
+    """What a checked configuration node names, called with its other keys as plain Python values.
+
+    Nodes inside it are constructed first; `_partial_: true` binds the keys and does not call. arguments: more
+    keys, of the outermost.
+    """
+    return _constructed(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), arguments)
+
+
+def _constructed(value: Any, arguments: dict[str, Any]) -> Any:
+    if isinstance(value, list):
+        return [_constructed(child, {}) for child in value]
+    if not isinstance(value, dict):
+        return value
+    keys = {key: _constructed(child, {}) for key, child in value.items() if key not in KEYWORDS}
+    if "_target_" not in value:
+        return keys
+    called = partial(located(value["_target_"]), **keys | arguments)
+    return called if value.get("_partial_") else called()
 
 
 def build_particles(config: DictConfig, prior: Prior) -> Particles:

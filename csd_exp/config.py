@@ -1,19 +1,29 @@
-"""The typed root configuration, and every check that a run passes before it makes a folder."""
+"""The typed root configuration: how it is composed, and what it alone says of whether a run can be.
+
+Nothing here imports torch, so that what composition can refuse is refused at once; only `check_targets`
+imports what a configuration names.
+"""
 
 import difflib
 import inspect
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
+from hydra.version import VersionBase
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
@@ -36,7 +46,8 @@ class RunConfig:
     name: names outputs/NAME. prompt: the instruction; prompt_file: a file that holds it instead.
     source_prompt, negative_prompt: text of the baseline and of the null conditioning. steps: optimisation
     steps. ckpt_path: `last`, or a checkpoint to continue, in its own folder. optimized_metric: what a
-    hyper-parameter search reads. dir: the run directory, filled in at the start.
+    hyper-parameter search reads. allow: packages of your own, see `check_targets`. dir: the run directory,
+    filled in at the start.
     """
 
     name: str = "run"
@@ -60,12 +71,23 @@ class RunConfig:
     ckpt_path: str | None = None
     optimized_metric: str | None = None
     tags: list[str] = field(default_factory=list)
+    allow: list[str] = field(default_factory=list)
     dir: str | None = None
 
 
 ConfigStore.instance().store("run_schema", RunConfig)
-# Lightning says gpu where torch says cuda.
-OmegaConf.register_new_resolver("device", lambda name: "cuda" if name == "gpu" else name, replace=True)
+
+
+def _device(accelerator: str) -> str:
+    """Lightning says gpu where torch says cuda, and auto where torch has no word."""
+    if accelerator == "auto":
+        import torch  # seconds that a sentence about a typo should not take
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if accelerator == "gpu" else accelerator
+
+
+OmegaConf.register_new_resolver("device", _device, replace=True)
 # Without --svgd the public code drops w(t) for images and keeps it for videos.
 OmegaConf.register_new_resolver(
     "nosvgd_weight", lambda modality: "sigma2" if modality.endswith(".Video") else "one", replace=True
@@ -87,32 +109,19 @@ ALLOWED_EXACT = (
 )
 ALLOWED_HYDRA_PREFIXES = ("hydra._internal.", "hydra_plugins.", "hydra.experimental.callbacks.")
 
-# Keys that a resumed run may change: they do not touch the numbers.
-NOT_SCIENTIFIC = (
-    "callbacks",
-    "ckpt_path",
-    "dir",
-    "logger",
-    "metrics",
-    "name",
-    "optimized_metric",
-    "prompt_file",
-    "tags",
-    "trainer",
-    "prior.device",
-    "prior.row_chunk",
-    "prior.compile",
-    "prior.channels_last",
-)
+KEYWORDS = ("_target_", "_partial_")  # of a node, for how it is constructed; see `csd_exp.build.constructed`
+
+# What classes were called before: an old `_target_` is accepted and means the new one.
+RENAMED = {"csd_exp.bench.random_sd15": "csd_exp.priors.random.RandomInstructPix2Pix"}
 
 
 def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
     """The configuration of these overrides, `hydra` node included; raises InputError in one sentence."""
     check_choices(overrides)
-    GlobalHydra.instance().clear()
+    own = allowed(overrides)
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="csd"):
-            return compose(config_name, list(overrides), return_hydra_config=True)
+        with _own_hydra():
+            config = compose(config_name, list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as e:
         unknown = re.match(r"Could not override '([^']+)\.([^.']+)'", str(e))
         others = [o for o in overrides if unknown and o.split("=")[0] != f"{unknown[1]}.{unknown[2]}"]
@@ -123,6 +132,92 @@ def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
             key = f"{unknown[1]}.{unknown[2]}"
             raise InputError(f"{key} takes a new entry as +{key}.NAME=VALUE.") from e
         raise InputError(_unknown_key(unknown[1], unknown[2], [str(k) for k in known or ()])) from e
+    if any(map(is_allow, overrides)):
+        composed([o for o in overrides if not is_allow(o)], config_name)  # refuses a file's own
+    if list(config.get("allow") or ()) != own:
+        raise InputError("allow may be given on the command line alone, not by a configuration file.")
+    return config
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Hydra is global; that of a program which embeds us is afterwards as it was."""
+    theirs, version, job = GlobalHydra.instance(), VersionBase.instance(), JobRuntime.instance()
+    hydra, base, name = theirs.hydra, version.version_base, job.get("name")
+    theirs.clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="csd"):
+            yield
+    finally:
+        GlobalHydra.set_instance(theirs)
+        theirs.hydra, version.version_base = hydra, base
+        job.set("name", name)
+
+
+def is_allow(override: str) -> bool:
+    """Whether an override names packages of the user's own, see `check_targets`."""
+    return re.fullmatch(r"[+~]*allow(\.\w+)*", override.partition("=")[0]) is not None
+
+
+def refuse_allow(overrides: Sequence[str], where: str) -> None:
+    """Raises InputError where overrides that a shared file lists allow a package of the user's own."""
+    if any(map(is_allow, overrides)):
+        raise InputError(f"{where} sets allow, which may be given on the command line alone.")
+
+
+def allowed(overrides: Sequence[str]) -> list[str]:
+    """The packages that a command line allows, see `check_targets`."""
+    given = [override for override in overrides if is_allow(override)]
+    if not given:
+        return []
+    try:
+        names: Any = OverridesParser.create().parse_override(given[-1]).value()
+    except HydraException:
+        names = None
+    plain = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*")
+    if not isinstance(names, list) or not all(isinstance(n, str) and plain.fullmatch(n) for n in names):
+        raise InputError(f"{given[-1]} is not accepted; it must list packages, as in allow=[my_package].")
+    return names
+
+
+def literal(value: Any) -> Any:
+    """A value whose text, however deep inside, stays as it is where OmegaConf would interpolate."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {key: literal(child) for key, child in value.items()}
+    return [literal(child) for child in value] if isinstance(value, list) else value
+
+
+def quoted(value: object) -> str:
+    """A value in Hydra's override grammar, such that what is composed is this very value.
+
+    Lists and dictionaries may hold each other, numbers, true and false, None, paths and text, to the letter.
+    Raises InputError for anything else, and for a key of a dictionary that the grammar has no word for.
+    """
+    if isinstance(value, str | Path):
+        return QuotedString(literal(str(value)), Quote.double).with_quotes()
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_quoted_key(key)}: {quoted(child)}' for key, child in value.items())}}}"
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return f"[{', '.join(map(quoted, value))}]"
+    if value is None:
+        return "null"
+    if isinstance(value, Real):
+        return str(value)
+    raise InputError(
+        f"{value!r} is of type {type(value).__name__}; accepted are text, numbers, true and false, null, "
+        "paths, and lists and dictionaries of them."
+    )
+
+
+def _quoted_key(key: object) -> str:
+    text = re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", str(key))
+    with suppress(HydraException):
+        (read,) = cast(dict, OverridesParser.create().parse_override(f"key={{{text}: 0}}").value())
+        if type(read) is type(key) and read == key:
+            return text
+    raise InputError(f"{key!r} cannot be a key of a dictionary here; accepted are words of letters.")
 
 
 def check_choices(overrides: Sequence[str]) -> None:
@@ -171,14 +266,25 @@ def _closest(word: str, known: Sequence[str]) -> str:
 
 def check(config: DictConfig) -> None:
     """Everything about a composed run that can be wrong before a weight is loaded; raises InputError."""
+    check_values(config)
+    check_targets(config)
+
+
+def check_values(config: DictConfig) -> None:
+    """The part of `check` that no class is needed for, and which takes no time."""
     for group in ("prior", "modality", "method", "kernel", "schedule", "optimizer", "trainer"):
         node = None if OmegaConf.is_missing(config, group) else config.get(group)
         if not isinstance(node, DictConfig) or (
             "_target_" not in node and group not in ("method", "schedule")
         ):
             raise InputError(f"{group} is missing; choose one with {group}=NAME, csd --help lists them.")
-    config.prompt = prompt_of(config)
-    check_targets(config)
+    config.prompt = literal(prompt_of(config))
+    for path, node in _nodes(config):
+        if "_target_" in node:
+            _check_name(path, node, config)
+            for key in map(str, node):
+                if OmegaConf.is_missing(node, key) and not _in_hydra(path):
+                    raise InputError(f"{path}.{key} is missing; give {path}.{key}=VALUE.")
     if not re.fullmatch(r"[\w][\w.-]*", config.name):
         raise InputError(
             f"name={config.name} must be letters, digits, '.', '_' and '-', since it names a folder."
@@ -211,66 +317,103 @@ def prompt_of(config: DictConfig) -> str:
 
 
 def check_targets(config: DictConfig) -> None:
-    """Refuse any `_target_` off the allow-list, and any key or type that its target does not take."""
+    """Refuse any `_target_` off the allow-list, and any key or type that its target does not take.
+
+    A configuration may be shared, and a `_target_` runs code: it may name what ALLOWED_PREFIXES lists, and
+    what the user allows by `allow=[my_package, ...]`, a key that only a command line may give, or `edit` by
+    keyword; a file that sets it is refused by `composed`. Then `_target_: my_package.Mine` is accepted where
+    the class is at home in my_package, and the working folder is searched for it after everything installed.
+    It holds for that command alone: csd, csd -m, csd-bench, csd-figure and csd-eval each take it, also to
+    continue a run. Old names become new ones, see RENAMED.
+    """
     for path, node in _nodes(config):
-        in_hydra = path.split(".")[0] == "hydra"
         if "_target_" in node:
-            target = cast(dict, OmegaConf.to_container(node, resolve=False))["_target_"]
-            if in_hydra:
-                _resolved(f"{path}._target_", target, ALLOWED_HYDRA_PREFIXES, ())
-            else:
-                _check_call(
-                    path, node, _resolved(f"{path}._target_", target, ALLOWED_PREFIXES, ALLOWED_EXACT)
-                )
-        if in_hydra and ("()" in node or "ext://" in str(node.get("class", ""))):
+            name, prefixes, exact = _check_name(path, node, config)
+            target = _found(path, name, prefixes, exact)
+            if not _in_hydra(path):
+                if node._target_ != name:
+                    node._target_ = name
+                _check_call(path, node, target)
+        if _in_hydra(path) and ("()" in node or "ext://" in str(node.get("class", ""))):
             raise InputError(f"{path} builds an object by logging's '()' key, which is not accepted.")
 
 
-def _nodes(config: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]]:
-    if path:
-        yield path, config
-    for key in map(str, config):
-        child = config._get_node(key)
-        name = f"{path}.{key}" if path else key
-        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-            yield from _nodes(child, name)
-        elif isinstance(child, ListConfig) and not child._is_none() and not child._is_missing():
-            for i, item in enumerate(child._iter_ex(resolve=False)):
-                if isinstance(item, DictConfig):
-                    yield from _nodes(item, f"{name}.{i}")
+def _in_hydra(path: str) -> bool:
+    return path.split(".")[0] == "hydra"
 
 
-def _resolved(key: str, target: Any, prefixes: tuple[str, ...], exact: tuple[str, ...]) -> Any:
-    """The object that a `_target_` names, if the name and the object itself are on the allow-list."""
-    refusal = InputError(
-        f"{key}={target} is not accepted: a configuration may construct only classes and functions of "
-        f"{', '.join(p.rstrip('.') for p in prefixes)}."
+def _nodes(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
+    """Every dictionary below a configuration with its path, once, those that interpolations make included."""
+    seen: dict[int, Any] = {}
+    waiting: list[tuple[str, Any]] = [("", config)]
+    while waiting:
+        path, node = waiting.pop(0)
+        if node._is_interpolation():
+            node = node._maybe_dereference_node(throw_on_resolution_failure=False)
+        is_container = isinstance(node, DictConfig | ListConfig)
+        if not is_container or node._is_none() or node._is_missing() or id(node) in seen:
+            continue
+        seen[id(node)] = node  # kept, so that no other node gets its id
+        if path and isinstance(node, DictConfig):
+            yield path, node
+        keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
+        waiting += [(f"{path}.{key}" if path else str(key), node._get_node(key)) for key in keys]
+
+
+def _check_name(
+    path: str, node: DictConfig, config: DictConfig
+) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The name in a node's `_target_`, by which it is called now, and what it may begin with or be."""
+    target = cast(dict, OmegaConf.to_container(node, resolve=False))["_target_"]
+    name = RENAMED.get(target, target) if isinstance(target, str) else target
+    own = tuple(f"{package}." for package in config.get("allow") or ())
+    prefixes, exact = (
+        (ALLOWED_HYDRA_PREFIXES, ()) if _in_hydra(path) else ((*ALLOWED_PREFIXES, *own), ALLOWED_EXACT)
     )
-    plain = isinstance(target, str) and all(
-        re.fullmatch(r"[A-Za-z]\w*|_internal", p) for p in target.split(".")
+    plain = isinstance(name, str) and all(re.fullmatch(r"[A-Za-z]\w*|_internal", p) for p in name.split("."))
+    if not plain or not (name.startswith(prefixes) or name in exact):
+        raise _refused(path, target, prefixes)
+    return name, prefixes, exact
+
+
+def _refused(path: str, target: Any, prefixes: tuple[str, ...]) -> InputError:
+    return InputError(
+        f"{path}._target_={target} is not accepted: a configuration may construct only classes and functions "
+        f"of {', '.join(p.rstrip('.') for p in prefixes)}; allow=[PACKAGE] on the command line adds one of "
+        "your own."
     )
-    if not plain or not (target.startswith(prefixes) or target in exact):
-        raise refusal
-    found = _located(target)
+
+
+def _found(path: str, name: str, prefixes: tuple[str, ...], exact: tuple[str, ...]) -> Any:
+    """The object of a name, if the object itself is on the allow-list too."""
+    if not name.startswith((*ALLOWED_PREFIXES, *ALLOWED_HYDRA_PREFIXES)) and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = located(name)
+    except Exception as e:  # whatever a module of the user's raises while it is imported
+        raise InputError(f"{path}._target_={name} cannot be imported ({type(e).__name__}: {e}).") from e
     if found is None:
-        raise InputError(f"{key}={target} does not exist.")
+        raise InputError(f"{path}._target_={name} does not exist.")
     # A name inside an allowed module may be another module's object: judge the object by its own home.
     home = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
     if not (inspect.isclass(found) or inspect.isfunction(found)):
-        raise refusal
+        raise _refused(path, name, prefixes)
     if not (home.startswith(prefixes) or home in exact):
-        raise refusal
+        raise _refused(path, name, prefixes)
     return found
 
 
-def _located(target: str) -> Any:
-    parts = target.split(".")
+def located(target: str) -> Any:
+    """The object that a dotted name, or an old one of RENAMED, says; None where there is none."""
+    parts = RENAMED.get(target, target).split(".")
     for split in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:split])
         try:
             __import__(module_name)
-        except ModuleNotFoundError:
-            continue
+        except ModuleNotFoundError as e:
+            if e.name is not None and (module_name == e.name or module_name.startswith(f"{e.name}.")):
+                continue
+            raise
         found: Any = sys.modules[module_name]
         for part in parts[split:]:
             found = getattr(found, part, None)
@@ -297,13 +440,11 @@ def _parameters(target: Any) -> tuple[list[str], dict[str, Any], bool]:
 def _check_call(path: str, node: DictConfig, target: Any) -> None:
     accepted, hints, anything = _parameters(target)
     for key in map(str, node):
-        if key in ("_target_", "_partial_", "_recursive_", "_convert_"):
+        if key in KEYWORDS:
             continue
         if key not in accepted and not anything:
             what = f"{path}.{key} is no key of {target.__name__}{_closest(key, accepted)}"
             raise InputError(f"{what}; accepted are {', '.join(accepted)}.")
-        if OmegaConf.is_missing(node, key):
-            raise InputError(f"{path}.{key} is missing; give {path}.{key}=VALUE.")
         value = node[key]
         if not isinstance(value, DictConfig) or "_target_" not in value:
             _check_type(f"{path}.{key}", value, hints.get(key, Any))
@@ -322,36 +463,14 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
         raise InputError(f"{key}={value} is not accepted: it {' or '.join(reasons)}.") from e
 
 
-def without_hydra(config: DictConfig) -> DictConfig:
-    """A copy that holds the run alone, open to change."""
-    config = config.copy()
-    OmegaConf.set_struct(config, False)
-    OmegaConf.set_readonly(config, False)
-    config.pop("hydra", None)
-    return config
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The run of a configuration alone, every interpolation replaced by its value."""
+    alone = config.copy()
+    OmegaConf.set_struct(alone, False)
+    alone.pop("hydra", None)
+    return cast(dict[str, Any], OmegaConf.to_container(alone, resolve=True))
 
 
-def check_same_science(saved: DictConfig, config: DictConfig) -> None:
-    """Refuse to continue a run under another value of any key that touches its numbers."""
-    before, now = (scientific(c) for c in (saved, config))
-    for key in sorted(before | now):
-        if before.get(key) != now.get(key):
-            raise InputError(
-                f"ckpt_path continues a run that had {key}={before.get(key)}, not {now.get(key)}; "
-                "give the old value, or start a new run without ckpt_path."
-            )
-
-
-def scientific(config: DictConfig) -> dict[str, Any]:
-    """Every resolved key that touches the numbers, `group.key` to its value."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, child in value.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), child)
-        elif not any(prefix == key or prefix.startswith(f"{key}.") for key in NOT_SCIENTIFIC):
-            flat[prefix] = value
-
-    walk("", OmegaConf.to_container(without_hydra(config), resolve=True))
-    return flat
+def resolved(config: DictConfig) -> DictConfig:
+    """The same, as a configuration that is open to change."""
+    return OmegaConf.create(literal(plain(config)))

@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from yaml import YAMLError
 
 from csd_exp.build import constructed, silence_lightning
-from csd_exp.config import check_targets, composed
+from csd_exp.config import allowed, check_targets, composed, is_allow, literal
 from csd_exp.errors import InputError
 from csd_exp.facts import check_known, read_facts
 from csd_exp.files import write_whole
@@ -32,6 +32,7 @@ Measures the saved pictures of a finished run again, writes metrics.json and rep
   csd-eval outputs/demo/2026-01-31_12-00-00_000000                            the run's own metrics
   csd-eval outputs/demo/2026-01-31_12-00-00_000000 metrics=video              those of conf/metrics/video.yaml
   csd-eval outputs/demo/2026-01-31_12-00-00_000000 metrics/perceptual=lpips   another network
+  csd-eval RUN_DIR allow=[my_package]                     metrics of your own, which the run was allowed too
 """
 
 
@@ -100,18 +101,22 @@ def evaluate(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, dict]:
     """Measure the saved pictures of a finished run again; write metrics.json and the report.
 
     overrides: of the group `metrics`, which is then composed anew; without any, the metrics are the run's
-    own. What was measured before under other names is kept. Raises InputError, before anything is written,
-    for a folder that no finished run is in, and for overrides of anything but metrics.
+    own. `allow=[my_package]` may stand beside them, see `csd_exp.config.check_targets`. What was measured
+    before under other names is kept. Raises InputError, before anything is written, for a folder that no
+    finished run is in, and for overrides of anything but metrics.
     """
     config = _config(run_dir)
-    for override in overrides:
+    changes = [override for override in overrides if not is_allow(override)]
+    for override in changes:
         if not override.startswith(("metrics=", "metrics.", "metrics/", "+metrics.", "~metrics.")):
             raise InputError(f"{override} is no key of metrics; csd-eval measures pictures that are there.")
-    if overrides:
+    if changes:
         config.metrics = composed(overrides).metrics
-    config.dir = str(run_dir)
-    group = DictConfig(OmegaConf.to_container(config.get("metrics") or DictConfig({}), resolve=True))
-    check_targets(OmegaConf.create({"metrics": group}))
+    config.dir = literal(str(run_dir))
+    named = literal(OmegaConf.to_container(config.get("metrics") or DictConfig({}), resolve=True))
+    checked = OmegaConf.create({"metrics": named, "allow": allowed(overrides)})
+    check_targets(checked)
+    group = checked.metrics
     found = entries(build_metrics(group), group, _media(run_dir))
     file = run_dir / "metrics.json"
     earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -71,9 +71,11 @@ class OpenClip:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [n, 3, H, W] in [0, 1] to [n, D]; differentiable."""
-        resized = F.interpolate(images, self.side, mode="bicubic", antialias=True, align_corners=False)
-        return self.model.encode_image((resized - self.mean) / self.std, normalize=True)
+        """Images [n, 3, H, W] in [0, 1], on any device, to [n, D] on the same; differentiable."""
+        resized = F.interpolate(
+            images.to(self.device), self.side, mode="bicubic", antialias=True, align_corners=False
+        )
+        return self.model.encode_image((resized - self.mean) / self.std, normalize=True).to(images.device)
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:

@@ -96,7 +96,7 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise InputError(f"{run_dir} has no config.yaml, so it is no run directory; give one that csd wrote.")
-    config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"), resolve=True)
     name = config.get("name", run_dir.name)
     page = _template().render(
         title=_title(config, run_dir / "media") or name,
@@ -158,7 +158,7 @@ def _pairs(media: Path) -> list[tuple[Picture | None, Picture]]:
         _picture(f, "source") for f in saved_pictures(media, "source").files[shown]
     ]
     edited = [_picture(f, "edited") for f in saved_pictures(media, "edited").files[shown]]
-    return list(zip(sources or [None] * len(edited), edited, strict=False))
+    return list(zip(sources, edited, strict=False)) if sources else [(None, picture) for picture in edited]
 
 
 def _video(media: Path) -> Video | None:

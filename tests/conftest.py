@@ -57,7 +57,7 @@ def fit(tmp_path):
             "enable_model_summary": False,
             "default_root_dir": tmp_path,
         }
-        trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=steps, **quiet | trainer)
+        trainer = L.Trainer(max_steps=steps, **{"accelerator": "cpu", "devices": 1} | quiet | trainer)
         trainer.fit(module, loader, ckpt_path=ckpt_path)
         return trainer
 

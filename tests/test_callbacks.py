@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +19,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from csd_exp.callbacks import LastCheckpoint, Media, Progress, Provenance, Throughput, provenance, throughput
+from csd_exp.callbacks import (
+    LastCheckpoint,
+    Media,
+    Metrics,
+    Progress,
+    Provenance,
+    Throughput,
+    provenance,
+    throughput,
+)
+from csd_exp.callbacks.steps import Steps
 from csd_exp.callbacks.throughput import peak_memory
 from csd_exp.errors import InputError
 from csd_exp.images import to_uint8
@@ -102,10 +113,27 @@ def test_media_of_several_images_are_numbered(write_image, build, fit, run):
         np.testing.assert_array_equal(pixels(run / f"media/source_{i:02d}.png"), pixels(file))
 
 
-@pytest.mark.parametrize("make", [lambda run: Media(run, -1), lambda run: LastCheckpoint(run, 0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda run: Media(run, -1),
+        lambda run: Media(run, at=[2, -1]),
+        lambda run: Metrics(run, at=[-1]),
+        lambda run: LastCheckpoint(run, 0),
+    ],
+)
 def test_an_impossible_interval_is_refused(make, run):
     with pytest.raises(InputError, match="must be at least"):
         make(run)
+
+
+def test_steps_are_every_so_many_and_some_besides():
+    steps = Steps("pictures", 3, [0, 4])
+    assert [step for step in range(10) if step in steps] == [0, 3, 4, 6, 9]
+    assert [step for step in range(10) if step in Steps("pictures", 0, [5])] == [5]
+    assert 0 not in Steps("pictures", 2)
+    assert Steps("pictures", 0, [0])
+    assert not Steps("pictures", 0)
 
 
 def test_media_reach_tensorboard(panorama, fit, run):
@@ -126,6 +154,7 @@ def test_wandb_is_offline_silent_and_goes_on_in_the_same_run(panorama, fit, run,
     monkeypatch.delenv("WANDB_MODE", raising=False)
     ids = []
     for steps, checkpoint in ((2, None), (4, run / "last.ckpt")):
+        time.sleep(1 if ids else 0)  # W&B's folders are named by the second
         logger = Wandb(run)
         callbacks = [
             Provenance(run, "seed: 1\nkernel:\n  space: x_t\n", ["csd"]),

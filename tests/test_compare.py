@@ -1,28 +1,44 @@
 """The comparison at equal edit strength: its arithmetic, its exact case, and the command from end to end."""
 
 import csv
+import json
 import sys
+from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from csd_exp import compare, methods
-from csd_exp.config import composed
-from csd_exp.errors import InputError
-from csd_exp.figures.equal_strength import at_strength, markdown, nearest, summary, table
-from csd_exp.images import read_image
-from csd_exp.metrics import AnswerDisagreement, Answers, EditStrength
+from csd_exp import methods
+from csd_exp.config import check, composed
+from csd_exp.figures import cache, compare, plan
+from csd_exp.figures.references import references
+from csd_exp.figures.results import Equal, Record, Results
+from csd_exp.figures.strength import at_strength, table, table_row
+from csd_exp.figures.tables import markdown
+from csd_exp.images import as_saved, read_image, write_png
+from csd_exp.metrics import (
+    SSIM,
+    AnswerDisagreement,
+    AnswerDistance,
+    Answers,
+    EditStrength,
+    StructureSimilarity,
+    WindowSpread,
+)
 from csd_exp.particles import Panorama
 from csd_exp.priors import GaussianMixture
 from csd_exp.schedules import Timesteps
 from csd_exp.svgd import RBF, NoKernel, Uniform
 
+NAMES = ("strength", "disagreement", "colour_spread", "structure", "ssim", "distance", "step", "rows")
+TITLES = {name: name for name in NAMES[1:]}
+
 
 def curve(*points):
-    names = ("strength", "disagreement", "colour_spread", "structure", "ssim", "distance", "step", "rows")
-    return [dict(zip(names, point, strict=True)) for point in points]
+    return [dict(zip(NAMES, point, strict=True)) for point in points]
 
 
 class TestArithmetic:
@@ -46,10 +62,10 @@ class TestArithmetic:
     def test_the_first_crossing_counts(self):
         # Strength 0.2 is passed on the way up (disagreement 0.2) and again on the way down (0.73).
         assert at_strength(self.falling, 0.2)["disagreement"] == pytest.approx(0.2)
-        assert nearest(self.falling, 0.12) == 2
 
     def test_mean_and_sample_deviation_over_the_seeds_that_got_there(self):
-        rows = table({"a": [self.rising, self.falling], "b": [self.falling]}, [0.2, 0.5, 0.9])
+        curves = {"a": {0: self.rising, 1: self.falling}, "b": {0: self.falling}}
+        rows = table(curves, [0.2, 0.5, 0.9], list(TITLES))
         assert [(row["at"], row["method"], row["reached"]) for row in rows] == [
             *(("0.2", "a", 2), ("0.2", "b", 1)),
             *(("0.5", "a", 1), ("0.5", "b", 0)),
@@ -61,19 +77,61 @@ class TestArithmetic:
         assert rows[1]["disagreement_std"] is None
         assert rows[3]["disagreement"] is None
 
+    def test_a_seed_whose_run_failed_did_not_get_there(self):
+        (row,) = table({"a": {0: self.rising, 1: []}}, [0.2], list(TITLES))
+        assert (row["reached"], row["seeds"], row["disagreement_std"]) == (1, 2, None)
+
     def test_markdown_says_what_was_not_reached(self):
-        lines = markdown(
-            table({"a": [self.rising, self.falling], "b": [self.falling]}, [0.2, 0.5])
-        ).splitlines()
+        curves = {"a": {0: self.rising, 1: self.falling}, "b": {0: self.falling}}
+        lines = markdown(table(curves, [0.2, 0.5], list(TITLES)), TITLES).splitlines()
         assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == 10
         assert lines[2].startswith("| 0.2 | a | 0.150 ± 0.071 |")
+        assert lines[2].endswith("| 6 ± 5 | 125 ± 106 |")
         assert lines[4].startswith("| 0.5 | a (1 of 2 seeds) | 0.250 |")
         assert lines[5].startswith("| 0.5 | b | not reached |")
-        lines = markdown(table({"c": [self.rising[1:], self.rising[1:]]}, [0.1])).splitlines()
+        above = {0: self.rising[1:], 1: self.rising[1:]}
+        lines = markdown(table({"c": above}, [0.1], list(TITLES)), TITLES).splitlines()
         assert lines[2].startswith("| 0.1 | c | stronger at its weakest |")
 
     def test_one_point_has_no_spread(self):
-        assert summary(self.rising[1:2], "", "x", 1)["ssim_std"] is None
+        assert table_row(self.rising[1:2], "", "x", 1, list(TITLES))["ssim_std"] is None
+
+
+class TestResults:
+    """Two seeds of a method that optimises and of one that samples, as the engine leaves them."""
+
+    @pytest.fixture
+    def results(self, tmp_path):
+        records = []
+        for seed in (0, 1):
+            end = {"strength": 0.8, "x": 8.0 + seed, "step": 20.0, "rows": 40.0}
+            way = [{"strength": s / 10, "x": s + seed, "step": float(s), "rows": 2.0 * s} for s in (0, 5)]
+            records.append(Record({"method": "steps"}, seed, end, [*way, end], tmp_path / f"steps{seed}"))
+            for scale in ("0", "3"):
+                end = {"strength": 0.1 * int(scale), "x": seed + 10.0 * int(scale), "step": 3.0, "rows": 9.0}
+                place, start = {"method": "samples", "guidance": scale}, {"strength": 0.0, "step": 0.0}
+                records.append(Record(place, seed, end, [start, end], tmp_path / f"samples{seed}{scale}"))
+        return Results(records, ["method"], Equal("strength", "guidance", [0.4]))
+
+    def test_each_method_goes_along_what_makes_its_edits_stronger(self, results):
+        steps, samples = (results.of_seeds(own) for own in results.groups(["method"]).values())
+        assert [point["step"] for point in steps[1]] == [0, 5, 20]
+        assert [point["x"] for point in samples[1]] == [1, 31]
+        assert at_strength(samples[0], 0.15)["x"] == pytest.approx(15)
+        assert at_strength(samples[0], 0.15)["rows"] == 9
+
+    def test_a_seed_with_a_failed_run_has_no_curve(self, results):
+        failed = Record({"method": "samples", "guidance": "5"}, 1, {})
+        own = [*results.groups(["method"])[("samples",)], failed]
+        assert [len(curve) for curve in results.of_seeds(own).values()] == [2, 0]
+
+    def test_a_picture_is_that_of_its_point(self, results):
+        record = results.records[0]
+        for name in ("edited.png", "edited_000000.png"):
+            write_png(torch.zeros(3, 4, 4), record.run / "media" / name)
+        assert record.picture(0.0).name == "edited_000000.png"
+        assert record.picture(5.0) is None
+        assert record.picture(20.0).name == "edited.png"
 
 
 class TestExact:
@@ -81,17 +139,19 @@ class TestExact:
 
     means = ((-0.5, -0.3, 0.4), (0.5, 0.3, -0.4))
 
-    def disagreement(self, build, fit, path, kernel, seed, tmp_path):
+    def disagreement(self, build, fit, path, kernel, seed):
         prior = GaussianMixture(means=self.means, std=0.1, window=8)
         colours = [(torch.tensor(mean)[:, None, None] + 1) / 2 for mean in self.means]
         answers = Answers([lambda source, c=c: c.expand_as(source) for c in colours], side=8)
         metrics = {"strength": EditStrength(answers), "disagreement": AnswerDisagreement(answers)}
-        source = read_image(path)
+        source, points = read_image(path), []
 
-        def measure(image):
-            return {name: float(metric(image, source)) for name, metric in metrics.items()}
+        class Recorder(L.Callback):
+            def on_train_batch_end(self, trainer, module, *_):
+                (image,) = module.images()
+                saved = as_saved(image)
+                points.append({name: float(metric(saved, source)) for name, metric in metrics.items()})
 
-        recorder = compare.Recorder(measure, range(60), tmp_path / "album")
         module = build(
             prior,
             Panorama(path, factor=1, window=8, stride=8),
@@ -102,16 +162,15 @@ class TestExact:
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
             seed=seed,
         )
-        fit(module, 60, callbacks=[recorder])
-        assert len(recorder.points) == 61
-        return at_strength(recorder.points, 0.7)["disagreement"]
+        fit(module, 60, callbacks=[Recorder()])
+        return at_strength(points, 0.7)["disagreement"]
 
     def test_coupled_windows_agree_at_equal_strength(self, build, fit, tmp_path):
         path = tmp_path / "grey.png"
         Image.fromarray(np.full((8, 48, 3), 127, np.uint8)).save(path)
         kernels = {"none": NoKernel(), "rbf": RBF(normalize="rowsum"), "uniform": Uniform()}
         found = {
-            name: np.mean([self.disagreement(build, fit, path, k, seed, tmp_path) for seed in range(3)])
+            name: np.mean([self.disagreement(build, fit, path, k, seed) for seed in range(3)])
             for name, k in kernels.items()
         }
         # Two windows of different colour are 0.41 apart, and half of all pairs are.
@@ -122,102 +181,198 @@ class TestExact:
 
 TINY = (
     *("prior=analytic", "prior.window=8", "++prior.prompts={tint it: [0.1, 0.9]}"),
-    *("modality.stride=8", "steps=4", "measured_at=[1]", "seeds=[0,3]"),
+    *("modality.stride=8", "steps=4", "callbacks.metrics.at=[0,1]", "seeds=[0,3]"),
     *("schedule.timestep.t_max=900", "strengths=[0.01,0.99]", "optimizer.lr=0.5"),
     *("~methods.csd_edit_matched", "~methods.csd_edit_rowsum", "~methods.uncoupled"),
-    "methods.per_window.guidance=[{guidance_scale: 0}, {guidance_scale: 1}]",
+    '+figure.sizes.quick.choose.guidance=["0","1"]',
     "methods.per_window.overrides=['method=per_view','method.sampler.steps=3']",
 )
+TITLE = "CSD-Edit, over n as the public code, lr 5"
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The overrides of a comparison that has been made, and its folder."""
+    folder = tmp_path_factory.mktemp("compared")
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "picture.png")
+    overrides = [*TINY, f"modality.path={folder / 'picture.png'}", f"dir={folder / 'out'}"]
+    table, failed = compare.compare(overrides)
+    assert (table, failed) == (folder / "out/table.md", 0)
+    return overrides, folder / "out"
 
 
 @pytest.fixture
-def overrides(tmp_path):
-    path = tmp_path / "picture.png"
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 48, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return [*TINY, f"modality.path={path}", f"dir={tmp_path / 'out'}"]
+def counted(monkeypatch):
+    """The runs that are made from here on."""
+    calls, edit = [], cache.edit
+    monkeypatch.setattr(cache, "edit", lambda *overrides: calls.append(overrides) or edit(*overrides))
+    return calls
+
+
+def rows_of(file):
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
 
 
 class TestCommand:
-    def test_it_measures_saved_pictures_and_resumes(self, overrides, tmp_path, monkeypatch):
-        written = compare.compare(overrides).read_text()
-        out = tmp_path / "out"
-        assert {p.name for p in out.iterdir()} == {
-            *("curves", "pictures", "curves.csv", "table.csv", "table.md", "figure.png", "pictures.png")
+    def test_what_is_written(self, compared):
+        _, out = compared
+        assert {p.name for p in out.iterdir() if p.is_file()} == {
+            *("curves.csv", "table.csv", "table.md", "figure.png", "pictures.png")
         }
         assert not list(out.rglob("*.part"))
-        with (out / "curves.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        title = "CSD-Edit, over n as the public code, lr 5"
+        rows = rows_of(out / "curves.csv")
         # Two methods of two seeds at the steps 0, 1, 4; a sampler of two seeds at two scales.
         assert [(r["method"], r["seed"], r["step"]) for r in rows[:3]] == [
-            *((title, "0", "0.0"), (title, "0", "1.0"), (title, "0", "4.0")),
+            *((TITLE, "0", "0.0"), (TITLE, "0", "1.0"), (TITLE, "0", "4.0")),
         ]
         assert len(rows) == 2 * 2 * 3 + 2 * 2
         # Twelve windows of 1 row (all weights but the text's vanish at scale 1), three DDIM steps.
         assert [r["rows"] for r in rows if "window by window" in r["method"]][1] == "36.0"
+        assert [r["guidance"] for r in rows if "window by window" in r["method"]] == ["0", "1"] * 2
+        # CSD-Edit spends 4 windows of 2 rows a step, where both guidance scales are 1.
+        assert [r["rows"] for r in rows[:3]] == ["0.0", "8.0", "32.0"]
         assert len({r["strength"] for r in rows if r["step"] == "4.0"}) == 4
         assert all(r["strength"] == rows[0]["strength"] for r in rows if r["step"] == "0.0")
 
-        album = next((out / "pictures").glob("csd_edit-seed3-*"))
-        source = read_image(tmp_path / "picture.png")
-        again = compare.Measure("tint", source, 8)(read_image(album / "002.png"))
-        assert {key: float(rows[5][key]) for key in again} == again
-
-        monkeypatch.setattr(compare.Job, "run", lambda *_: pytest.fail("a finished curve was run again"))
-        assert compare.compare(overrides).read_text() == written
-        table_only = ["strengths=[0.05]", "methods.sds.title=Dreams", "~methods.per_window"]
-        assert "| 0.05 | Dreams |" in compare.compare([*overrides, *table_only]).read_text()
-        with pytest.raises(pytest.fail.Exception):
-            compare.compare([*overrides, "optimizer.lr=0.4"])
-
-    def test_reference_rows(self, tmp_path):
-        generator = torch.Generator().manual_seed(0)
-        source = torch.nn.functional.interpolate(
-            torch.rand(1, 3, 8, 16, generator=generator), scale_factor=4
-        )[0]
-        measure = compare.Measure("tint", source, 16)
-        rows = measure.references([0, 1, 2], 0.5 * source)
-        unedited, start, one, mixed = rows
-        assert (unedited["strength"], unedited["disagreement"], unedited["ssim"]) == pytest.approx(
-            (0, 0, 1), abs=1e-3
+    def test_numbers_are_those_of_saved_pictures(self, compared, tmp_path):
+        _, out = compared
+        rows = rows_of(out / "curves.csv")
+        (row,) = (r for r in rows if (r["method"], r["seed"], r["step"]) == ("SDS, lr 2", "3", "1.0"))
+        (run,) = (
+            folder
+            for folder in out.iterdir()
+            if folder.is_dir() and "method=sds" in (command := (folder / "command.txt").read_text())
+            if "seed=3" in command
         )
-        assert start["ssim"] < 0.95
-        assert one["strength"] == pytest.approx(1, abs=0.02)
-        assert one["disagreement"] == pytest.approx(0, abs=1e-3)
-        assert mixed["strength"] == pytest.approx(1, abs=0.02)
-        assert mixed["disagreement"] > 0.1
+        answers, source = Answers("tint", side=8), read_image(out.parent / "picture.png")
+        metrics = {
+            "strength": EditStrength(answers),
+            "disagreement": AnswerDisagreement(answers),
+            "distance": AnswerDistance(answers),
+            "colour_spread": WindowSpread(8),
+            "structure": StructureSimilarity(),
+            "ssim": SSIM(),
+        }
+        edited = read_image(run / "media/edited_000001.png")
+        for name, metric in metrics.items():
+            metric.update(edited, source)
+            assert float(row[name]) == float(metric.compute())
+
+    def test_the_table_is_read_off_the_curves(self, compared):
+        _, out = compared
+        rows, curves = rows_of(out / "table.csv"), rows_of(out / "curves.csv")
+        assert [row["at"] for row in rows[4:]] == ["0.01"] * 3 + ["0.99"] * 3
+        assert rows[1]["method"] == "source, encoded and decoded"
+        assert rows[1]["strength"] == curves[0]["strength"]
+        points = [
+            at_strength(
+                [
+                    {key: float(r[key]) for key in NAMES}
+                    for r in curves
+                    if (r["method"], r["seed"]) == ("SDS, lr 2", seed)
+                ],
+                0.01,
+            )
+            for seed in ("0", "3")
+        ]
+        row = next(row for row in rows[4:] if row["method"] == "SDS, lr 2")
+        for name in NAMES:
+            values = [point[name] for point in points]
+            assert float(row[name]) == pytest.approx(np.mean(values))
+            assert float(row[f"{name}_std"]) == pytest.approx(np.std(values, ddof=1))
+        assert {row["note"] for row in rows[7:]} == {"not reached"}
+
+    def test_what_is_there_is_reused(self, compared, counted):
+        overrides, out = compared
+        before = (out / "table.md").read_bytes()
+        assert compare.compare(overrides) == (out / "table.md", 0)
+        assert (out / "table.md").read_bytes() == before
+        table_only = ["strengths=[0.05]", "methods.sds.title=Dreams", "~methods.per_window"]
+        assert "| 0.05 | Dreams |" in compare.compare([*overrides, *table_only])[0].read_text()
+        assert counted == []
+
+    def test_what_would_have_other_numbers_is_run_again(self, compared, counted, tmp_path):
+        overrides, _ = compared
+        only = [*overrides, "seeds=[0]", "~methods.per_window", "~methods.sds", f"dir={tmp_path / 'out'}"]
+        for others in (
+            [],
+            ["optimizer.lr=0.4", "methods.csd_edit.overrides=['method=csd_edit']"],
+            ["callbacks.metrics.at=[0,1,2]"],  # the same run, measured once more often
+            ["edit=sepia"],  # held against other answers
+        ):
+            counted.clear()
+            compare.compare([*only, *others])
+            assert len(counted) == 1
+        counted.clear()
+        compare.compare([*only, "edit=sepia"])
+        assert counted == []
+
+    def test_a_run_that_fails_leaves_the_others(self, compared, monkeypatch, capsys, tmp_path):
+        overrides, _ = compared
+        edit = cache.edit
+
+        def failing(*given):
+            if "seed=3" in given:
+                raise FloatingPointError("The residual is not finite at step 1.")
+            return edit(*given)
+
+        monkeypatch.setattr(cache, "edit", failing)
+        only = [*overrides, "~methods.per_window", "~methods.csd_edit", f"dir={tmp_path / 'out'}"]
+        monkeypatch.setattr(sys, "argv", ["csd-compare", *only])
+        with pytest.raises(SystemExit) as stopped:
+            compare.main()
+        assert stopped.value.code == 1
+        said = capsys.readouterr()
+        assert "seed 3 failed: The residual is not finite" in said.err
+        assert "| 0.01 | SDS, lr 2 (1 of 2 seeds) |" in said.out
 
     @pytest.mark.parametrize("methods", ["default", "all"])
     def test_a_method_is_the_same_run_of_csd(self, methods):
-        overrides = [f"methods={methods}"]
-        config = composed(overrides, "compare")
-        jobs = list(compare._jobs(config, overrides))
-        assert {job.config.seed for job in jobs} == set(config.seeds)
-        assert len(config.seeds) >= 5
-        for job in jobs:
-            assert job.config.prior == config.prior
-            assert job.config.optimizer == config.optimizer or "lr" in str(job.method.overrides)
-            assert job.config.schedule == config.schedule
+        figure = composed(["figure=compare", f"figure/axes/method={methods}"], "figure").figure
+        assert len(figure.seeds) >= 5
+        cells = [cell for cell in plan.cells(figure, [], Path("unused")) if cell.seed == 0]
+        cells = [cell for cell in cells if cell.place.get("guidance", "3") == "3"]
+        assert len(cells) == {"default": 6, "all": 13}[methods]
+        configs = [composed(cell.overrides) for cell in cells]
+        for config, cell in zip(configs, cells, strict=True):
+            config.dir = "unused"
+            check(config)
+            assert config.prior == configs[0].prior
+            assert config.optimizer.lr == 2 or "optimizer.lr" in str(cell.overrides)
+            assert (config.schedule, config.modality.jitter) == (configs[0].schedule, True)
+            assert ("sampler" in config.method) == ("guidance" in cell.place)
 
     @pytest.mark.parametrize(
         ("change", "said"),
         [
             ("seeds=[]", "seeds"),
+            ("seeds=[1,1]", "two runs called"),
+            ("seeds=[-1]", "seed must lie in"),
+            ("strengths=[]", "strengths must hold at least one"),
+            ("strengths=[nan]", "strengths must list finite numbers, not nan"),
+            ("strengths=[0.3,-inf]", "strengths must list finite numbers, not -inf"),
+            ("strengths=[strong]", "strengths"),
             ("edit=tintt", "edit must be one of"),
+            ("methods=every", "methods=every does not exist; accepted are all, default"),
+            ("~methods.pds", "methods.pds"),
             ("methods.sds.overrides=['prior.std=0.5']", "share"),
             ("methods.sds.overrides=['kernel=rbff']", "rbff"),
+            ("methods.sds.titel=Dreams", "methods.sds.titel is no key, did you mean title"),
+            ("+methods.mine={titel: Mine}", "methods.mine is no list of overrides"),
+            ("+methods.mine=['method=multidiffusion']", "mine samples; it needs an axis guidance"),
             ("kernel.bandwith=2", "kernel.bandwith"),
-            ("methods.per_window.guidance=[{guidence_scale: 1}]", "guidence_scale"),
-            ("methods.per_window.guidance=null", "methods.per_window.guidance"),
-            ("methods.sds.guidance=[{guidance_scale: 1}]", "methods.sds.guidance"),
+            ("metrics=default", "metrics has no strength"),
             ("modality.path=nowhere.png", "nowhere.png"),
+            ("strengthss=[1]", "strengthss"),
         ],
     )
     def test_what_cannot_be_used_is_said_in_one_line(
-        self, overrides, change, said, monkeypatch, capsys, tmp_path
+        self, compared, change, said, monkeypatch, capsys, tmp_path
     ):
-        monkeypatch.setattr(sys, "argv", ["csd-compare", *overrides, change])
+        given = [*compared[0], f"dir={tmp_path / 'out'}", change]
+        monkeypatch.setattr(sys, "argv", ["csd-compare", *given])
         with pytest.raises(SystemExit) as stopped:
             compare.main()
         assert stopped.value.code == 2
@@ -231,8 +386,35 @@ class TestCommand:
         monkeypatch.setattr(sys, "argv", ["csd-compare", "--help"])
         compare.main()
         shown = capsys.readouterr().out
-        assert all(f"{key}:" in shown for key in compare.OWN)
+        keys = ("dir", "prompt", "edit", "steps", "seeds", "strengths", "methods")
+        assert all(f"\n{key}:" in shown for key in keys)
+        assert f"csd_edit: {TITLE}" in shown
+        assert composed(["figure=compare"], "figure").folder == "outputs/figures/compare"
 
-    def test_an_unusable_key_is_an_input_error(self, overrides):
-        with pytest.raises(InputError):
-            compare.compare([*overrides, "strengthss=[1]"])
+
+def test_reference_rows(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    source = torch.nn.functional.interpolate(torch.rand(1, 3, 8, 16, generator=generator), scale_factor=4)[0]
+    write_png(source, tmp_path / "media/source.png")
+    facts = {"prompt": "tint it", "window": 16, "borders": [[], []]}
+    (tmp_path / "media/pictures.json").write_text(json.dumps({"pictures": [facts]}))
+    start = {"step": 0.0, "rows": 0.0, "strength": -0.1, "ssim": 0.5}
+    end = {"step": 4.0, "rows": 9.0, "strength": 0.3, "ssim": 0.3}
+    records = [Record({"method": "a"}, seed, end, [start, end], tmp_path) for seed in (0, 1, 2)]
+    results = Results(records, ["method"], Equal("strength", "step", [0.5]))
+    config = composed(["metrics=comparison", "prior=analytic"])
+    rows = references(results, config, ["disagreement", "ssim", "step", "rows"])
+    unedited, begun, one, mixed = rows
+    assert [row["method"] for row in rows] == [
+        *("unedited source", "source, encoded and decoded"),
+        *("one exact answer everywhere", "an exact answer drawn for each window"),
+    ]
+    assert [row["at"] for row in rows[:3]] == ["0.00", "-0.10", "1.00"]
+    found = [unedited[name] for name in ("strength", "disagreement", "ssim", "rows")]
+    assert found == pytest.approx([0, 0, 1, 0], abs=1e-3)
+    assert (begun["ssim"], begun["reached"], begun["seeds"]) == (0.5, 1, 1)
+    assert one["strength"] == pytest.approx(1, abs=0.02)
+    assert one["disagreement"] == pytest.approx(0, abs=1e-3)
+    assert one["seeds"] == 3
+    assert mixed["strength"] == pytest.approx(1, abs=0.02)
+    assert mixed["disagreement"] > 0.1

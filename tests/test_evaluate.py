@@ -26,20 +26,16 @@ SIZE = (53, 37)  # width and height, no multiple of anything
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run of six steps that measured after every second."""
+    """A run of six steps that measured after every second, before the first and after the third."""
     folder = tmp_path_factory.mktemp("run")
     pixels = np.random.default_rng(0).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "picture.png")
     result = csd_exp.edit(
         *("experiment=panorama", "prior=analytic", "prior.window=16", "prior.guidance_scale=4"),
-        *(
-            "+prior.prompts.warm=[0,1]",
-            "prompt=warm",
-            "steps=6",
-            "logger=csv",
-            "metrics.window_spread.side=16",
-        ),
-        *("callbacks.media.every_n_steps=2", "callbacks.metrics.every_n_steps=2"),
+        *("+prior.prompts.warm=[0,1]", "prompt=warm", "steps=6", "logger=csv"),
+        "metrics.window_spread.side=16",
+        *("callbacks.media.every_n_steps=2", "callbacks.media.at=[0,3]"),
+        *("callbacks.metrics.every_n_steps=2", "callbacks.metrics.at=[0,3]"),
         **{"modality.path": folder / "picture.png", "hydra.run.dir": folder / "out"},
     )
     assert result.run_dir == folder / "out"
@@ -85,14 +81,16 @@ def test_csd_eval_finds_what_the_run_found_to_the_last_bit(run_dir):
 
 def test_what_is_logged_on_the_way_is_what_the_saved_pictures_give(run_dir):
     found = logged(run_dir)
-    assert sorted(found) == [2, 4, 6]
+    assert sorted(found) == [0, 2, 3, 4, 6]
     assert found[6] == {name: value for name, value in values(run_dir).items() if value is not None}
     config = module._config(run_dir)
-    for step in (2, 4):
+    for step in (0, 2, 3, 4):
         saved = [read_image(run_dir / f"media/edited_{step:06d}.png")]
         again = measured(build_metrics(config.metrics), saved, run_dir / "media")
         assert {name: value for name, value in again.items() if value is not None} == found[step]
-    assert found[2] != found[4]
+    assert len({frozenset(values.items()) for values in found.values()}) == 5
+    start = read_image(run_dir / "media/edited_000000.png")  # this prior keeps a picture as it is
+    assert start.equal(read_image(run_dir / "media/source.png"))
 
 
 def test_numbers_are_those_of_the_files(run_dir):
@@ -177,7 +175,8 @@ GROUPS = sorted(file.stem for file in (conf_dir() / "metrics").glob("*.yaml"))
 
 @pytest.mark.parametrize("group", [group for group in GROUPS if group != "none"])
 def test_every_group_names_metrics_with_definition_and_sense(group):
-    distance = [] if group in ("clip", "generated") else ["metrics/perceptual=lpips"]
+    without = ("clip", "comparison", "generated", "nearness")
+    distance = [] if group in without else ["metrics/perceptual=lpips"]
     config = composed([f"metrics={group}", *distance])
     nodes = {name: config.metrics[name] for name in metric_classes(config.metrics)}
     check_targets(OmegaConf.create({"metrics": OmegaConf.to_container(config.metrics, resolve=True)}))

@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import get_class
+from omegaconf import OmegaConf
 from PIL import Image
 
 from csd_exp.config import check, composed, conf_dir
 from csd_exp.errors import InputError
-from csd_exp.figures import engine
+from csd_exp.figures import cache, engine, plan
 from csd_exp.figures.drawing import Bars, Curves, Pictures, captioned
 from csd_exp.figures.results import Equal, Record, Results, summary
 from csd_exp.figures.tables import END, QUOTED, escaped, latex, lines, methods, table_csv
 from csd_exp.images import write_png
 
 FIGURES = sorted(
-    file.stem for file in (conf_dir() / "figure").glob("*.yaml") if file.stem not in ("all", "curves")
+    file.stem
+    for file in (conf_dir() / "figure").glob("*.yaml")
+    if file.stem not in ("all", "compare", "curves")
 )
 
 ONE_METHOD = 'figure.sizes.quick.choose.step-method=["official / full"]'
@@ -82,6 +85,19 @@ class TestArithmetic:
         ]
         results = Results(records, ["method", "guidance"], Equal("distance", "guidance"))
         assert results.strength(["method"]) is None
+
+    def test_runs_on_no_such_axis_go_along_their_steps(self):
+        end = {"distance": 3.0, "loss": 6.0, "step": 20.0}
+        stepped = Record({"method": "a"}, 0, end, [{"distance": 1.0, "loss": 2.0, "step": 10.0}, end])
+        sampled = [record("b", g, 0, distance=d, loss=x) for g, d, x in (("3", 1, 0), ("5", 3, 10))]
+        results = Results([stepped, *sampled], ["method"], Equal("distance", "guidance"))
+        assert results.at_equal([stepped], "loss", 2.0).mean == pytest.approx(4)
+        assert results.at_equal(sampled, "loss", 2.0).mean == pytest.approx(5)
+
+    @pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+    def test_a_strength_is_a_finite_number(self, strength):
+        with pytest.raises(InputError, match=r"figure\.equal\.at must list finite numbers"):
+            Equal("distance", "step", [0.5, strength])
 
     def test_along_the_steps(self):
         path = [{"step": 10.0, "distance": 1.0, "loss": 2.0}, {"step": 20.0, "distance": 3.0, "loss": 6.0}]
@@ -196,7 +212,7 @@ def narrowed(figure, scale, size):
     """Cells of a figure, so that each value of each axis is in one."""
     config = composed([f"figure={figure}", f"figure.scale={scale}", f"figure.size={size}"], "figure")
     seen, kept = set(), []
-    for cell in engine.cells(config.figure, [], Path("unused")):
+    for cell in plan.cells(config.figure, [], Path("unused")):
         if not set(cell.place.items()) <= seen:
             seen |= set(cell.place.items())
             kept.append(cell)
@@ -205,7 +221,67 @@ def narrowed(figure, scale, size):
 
 @pytest.fixture
 def no_strips(monkeypatch):
-    monkeypatch.setattr(engine, "_strip", lambda strip, file: file)
+    monkeypatch.setattr(plan, "_strip", lambda strip, file: file)
+
+
+class TestPlan:
+    """What axes are taken for."""
+
+    @pytest.fixture
+    def cells(self):
+        def cells(axes, *overrides):
+            given = {
+                "name": "x",
+                "axes": axes,
+                "seeds": [0, 1],
+                "sizes": {"quick": {}},
+                "scales": {"embedded": {}},
+            }
+            figure = OmegaConf.merge(OmegaConf.structured(plan.FigureConfig), given)
+            return [
+                (tuple(cell.place.items()), [o for o in cell.overrides if o not in plan.QUIET])
+                for cell in plan.planned(figure, overrides, Path("unused"))
+            ]
+
+        return cells
+
+    def test_every_combination_with_every_seed(self, cells):
+        axes = {"a-b": {"1 / x": ["p=1"], "2 / y": ["p=2", "q=3"]}, "c": {"l": [], "r": ["q=4"]}}
+        assert cells(axes, "q=0", "s=5") == [
+            ((("a", "1"), ("b", "x"), ("c", "l")), ["q=0", "s=5", "p=1", "seed=0"]),
+            ((("a", "1"), ("b", "x"), ("c", "l")), ["q=0", "s=5", "p=1", "seed=1"]),
+            ((("a", "1"), ("b", "x"), ("c", "r")), ["q=4", "s=5", "p=1", "seed=0"]),
+            ((("a", "1"), ("b", "x"), ("c", "r")), ["q=4", "s=5", "p=1", "seed=1"]),
+            ((("a", "2"), ("b", "y"), ("c", "l")), ["q=3", "s=5", "p=2", "seed=0"]),
+            ((("a", "2"), ("b", "y"), ("c", "l")), ["q=3", "s=5", "p=2", "seed=1"]),
+            ((("a", "2"), ("b", "y"), ("c", "r")), ["q=4", "s=5", "p=2", "seed=0"]),
+            ((("a", "2"), ("b", "y"), ("c", "r")), ["q=4", "s=5", "p=2", "seed=1"]),
+        ]
+
+    def test_a_value_has_a_title_and_axes_of_its_own(self, cells):
+        sampler = {
+            "title": "A sampler, 3",
+            "overrides": ["p=1"],
+            "axes": {"g": {"lo": ["g=1"], "hi": ["g=2"]}},
+        }
+        found = cells({"method": {"s": sampler, "o": ["p=2"]}})
+        assert [(place, overrides[:-1]) for place, overrides in found[::2]] == [
+            ((("method", "A sampler, 3"), ("g", "lo")), ["p=1", "g=1"]),
+            ((("method", "A sampler, 3"), ("g", "hi")), ["p=1", "g=2"]),
+            ((("method", "o"),), ["p=2"]),
+        ]
+
+    @pytest.mark.parametrize(
+        ("axes", "said"),
+        [
+            ({"m": {}}, "figure=x has no run"),
+            ({"m": {"a": {"title": "same"}, "b": {"title": "same"}}}, "two runs called same, seed 0"),
+            ({"m": {"a": {"titel": "T"}}}, r"figure\.axes\.m\.a is no list of overrides"),
+        ],
+    )
+    def test_what_is_no_plan(self, cells, axes, said):
+        with pytest.raises(InputError, match=said):
+            cells(axes)
 
 
 @pytest.mark.parametrize("figure", FIGURES)
@@ -232,7 +308,7 @@ def test_every_run_of_every_figure_is_accepted(figure, no_strips):
 
 def test_all_names_every_figure():
     assert sorted(composed(["figure=all"], "figure").figure.parts) == FIGURES
-    made = engine.parts(["figure=all", "figure.size=full", "trainer=gpu"])
+    made = plan.parts(["figure=all", "figure.size=full", "trainer=gpu"])
     assert made[0] == ["figure=fig2", "figure.size=full", "trainer=gpu"]
 
 
@@ -264,13 +340,13 @@ class TestRuns:
     @pytest.fixture
     def counted(self, monkeypatch):
         calls = []
-        edit = engine.edit
+        edit = cache.edit
 
         def counting(*overrides):
             calls.append(overrides)
             return edit(*overrides)
 
-        monkeypatch.setattr(engine, "edit", counting)
+        monkeypatch.setattr(cache, "edit", counting)
         return calls
 
     def test_made_reused_and_continued(self, overrides, counted, tmp_path, monkeypatch):
@@ -310,7 +386,7 @@ class TestRuns:
             counted.append(given)
             raise OSError("no space left")
 
-        monkeypatch.setattr(engine, "edit", never)
+        monkeypatch.setattr(cache, "edit", never)
         with pytest.raises(InputError, match="no run that finished; the first: no space left"):
             engine.make([*overrides, "steps=3"])
         assert len(counted) == 4  # another number of steps is another run
@@ -324,15 +400,38 @@ class TestRuns:
         assert (folder / "fig8.csv").read_bytes() == before
         assert (folder / "fig8_full.csv").read_bytes() == before
 
+    def test_runs_are_measured_along_their_steps_with_what_is_asked_for(self, overrides, counted, tmp_path):
+        along = [*overrides, ONE_METHOD, "figure.sizes.quick.seeds=[0]", "callbacks=measured", "steps=3"]
+        along += ["figure.equal.strength=seam_energy", "figure.equal.along=step"]
+        for others, made in (
+            (["callbacks.metrics.every_n_steps=1"], 1),
+            (["callbacks.metrics.every_n_steps=2"], 0),  # what was measured more often is taken
+            (["callbacks.metrics.at=[0]", "callbacks.metrics.every_n_steps=0"], 1),
+            (["callbacks.metrics.at=[0]", "+metrics.seam_energy.reach=1"], 1),
+        ):
+            counted.clear()
+            assert engine.make([*along, *others]) == 0
+            assert len(counted) == made
+        (row,) = csv.DictReader((tmp_path / "figures/fig8/fig8.csv").open())
+        steps = cache.logged(tmp_path / "figures/fig8" / row["run"] / "metrics.csv")
+        assert [(point["step"], "ssim" in point) for point in steps] == [
+            (0, True),
+            (1, False),
+            (2, False),
+            (3, False),
+        ]
+        assert steps[0]["rows"] == 0
+        assert steps[3]["rows"] == 3 * steps[1]["rows"] > 0
+
     def test_a_run_that_fails_says_so_and_the_others_go_on(self, overrides, monkeypatch, tmp_path, capsys):
-        edit = engine.edit
+        edit = cache.edit
 
         def failing(*given):
             if "seed=1" in given:
                 raise FloatingPointError("The residual is not finite at step 1.")
             return edit(*given)
 
-        monkeypatch.setattr(engine, "edit", failing)
+        monkeypatch.setattr(cache, "edit", failing)
         assert engine.make([*overrides, ONE_METHOD]) == 1
         assert "seed 1 failed: The residual is not finite at step 1." in capsys.readouterr().err
         rows = list(csv.DictReader((tmp_path / "figures/fig8/fig8.csv").open()))
@@ -370,6 +469,10 @@ class TestRuns:
             ("figure.pictures=nowhere.png", "nowhere.png is no file"),
             ("kernel.normalise=n", "kernel.normalise is no key, did you mean normalize"),
             ("figure.draw._target_=os.system", "is not accepted"),
+            (
+                "figure.overrides=['allow=[mine]']",
+                "figure=fig8 sets allow, which may be given on the command",
+            ),
             ("figure=nope", "figure=nope does not exist"),
             ("figure=curves", "figure=curves is no figure"),
         ],
@@ -385,10 +488,10 @@ class TestRuns:
 
 def test_strips_are_cut_from_shipped_pictures(tmp_path):
     figure = composed(["figure=fig8"], "figure").figure
-    axis = engine.picture_axis(figure, [], [], tmp_path)
+    axis = plan.picture_axis(figure, [], [], tmp_path)
     assert len(axis) == 8
     for name, strip in figure.pictures.items():
-        whole = np.array(Image.open(engine.DATA / strip.file).convert("RGB"))
+        whole = np.array(Image.open(plan.DATA / strip.file).convert("RGB"))
         assert np.array_equal(np.array(Image.open(tmp_path / f"{name}.png")), whole[slice(*strip.rows)])
         assert strip.rows[1] - strip.rows[0] == 128
 

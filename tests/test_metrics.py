@@ -26,6 +26,7 @@ from csd_exp.metrics import (
     StyleSpread,
     WindowSpread,
     colour_statistics,
+    pixels,
     style_embedding,
     style_statistics,
     windows,
@@ -181,6 +182,36 @@ class TestAnswers:
         metric = EditStrength(answers)
         assert value(metric, self.halves(self.red, self.red), source) == pytest.approx(1, abs=1e-3)
         assert value(metric, source + 0.5, source + 0.5) == 0
+
+    def test_windows_of_the_prior_where_no_side_is_given(self, answers, source):
+        whole = Answers(answers.functions, side=None)
+        edited = self.halves(self.red, self.blue)
+        assert torch.equal(whole.fit(edited, source, 8).distance, answers.fit(edited, source).distance)
+        assert len(whole.fit(edited, source, 4).distance) == 8
+        metric = AnswerDisagreement(whole)
+        metric.update(edited=edited, source=source, window=8)
+        assert float(metric.compute()) == pytest.approx(math.sqrt(1.17 / 3), rel=1e-4)
+        assert (
+            len(whole.fit(flat(*self.red), flat(0.0, 0.0, 0.0)).distance) == 1
+        )  # a picture that is one window
+
+    def test_a_source_is_answered_once_for_all_metrics(self, source):
+        asked = []
+
+        def red(picture):
+            asked.append(picture)
+            return constant(*self.red)(picture)
+
+        for metric in (EditStrength, AnswerDistance, EditStrength):
+            value(metric(Answers([red], side=8)), source, source.clone())
+        assert len(asked) == 1
+        value(EditStrength(Answers([red], side=8)), source, source + 0.1)
+        assert len(asked) == 2
+
+    def test_painted_answers_are_told_apart_by_style(self):
+        assert Answers("painting").embed is style_statistics
+        assert Answers("tint").embed is pixels
+        assert Answers("tint", embed=style_statistics).embed is style_statistics
 
     def test_named_edits(self):
         assert len(Answers("tint").functions) == 72

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from csd_exp import methods
 from csd_exp.errors import InputError
 from csd_exp.images import read_image
+from csd_exp.module import CSDModule
 from csd_exp.particles import Images, Panorama
 from csd_exp.priors.analytic import GaussianMixture
 from csd_exp.schedules import Draw, Level, Timesteps
@@ -474,6 +476,44 @@ def test_the_kernel_couples_by_what_it_sees(write_image, build, fit):
         fit(build(Network(), particles, kernel=Seen(space=space)), 1)
     assert couplings["x_0"] == 1
     assert couplings["x_t"] < 0.9
+
+
+# Where the prior is
+
+
+def test_the_prior_goes_where_the_trainer_is_before_anything_is_encoded(write_image, fit):
+    """On every rank by its own device, whatever has started it: none is read from the environment."""
+    events = []
+
+    class Watched(Network):
+        def to(self, device):
+            events.append(device)
+            super().to(device)
+
+        def encode(self, image, noise=None):
+            events.append("encode")
+            return super().encode(image, noise)
+
+    class Second(SingleDeviceStrategy):
+        """A strategy whose device is the second of its kind, as of trainer.devices=[1]."""
+
+        def __init__(self):
+            super().__init__(device=torch.device("cpu", 1))
+
+    module = CSDModule(
+        Watched(),
+        frames(write_image),
+        methods.sds,
+        NoKernel(),
+        Timesteps(t_min=20, t_max=500),
+        lambda p: torch.optim.SGD(p, lr=1.0),
+    )
+    assert events == []
+    fit(module, 1, devices="auto", accelerator="auto", strategy=Second())
+    assert events[0] == torch.device("cpu", 1) == module.prior.device
+    assert events[1:] == ["encode"] * 8  # the source and its condition, of four pictures
+    fit(module, 2, devices="auto", accelerator="auto", strategy=Second())
+    assert len(events) == 9
 
 
 # What is refused

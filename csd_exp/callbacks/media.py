@@ -3,7 +3,7 @@
 # The hooks take a ParticleModule, narrower than Lightning declares.
 # mypy: disable-error-code="override"
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from csd_exp.errors import InputError, notice
+from csd_exp.callbacks.steps import Steps
+from csd_exp.errors import notice
 from csd_exp.facts import write_facts
 from csd_exp.images import ImageFiles, any_size, saved_pictures, to_uint8, write_png
 from csd_exp.module import ParticleModule
@@ -29,22 +30,21 @@ GAIN = 2
 class Media(L.Callback):
     """Saves pictures as PNG under `dir/media` and sends them to W&B and TensorBoard where configured.
 
-    `source.png` at the start, `edited_000050.png` after every n steps (0 for none), `edited.png` and
-    `difference_x2.png`, twice |edited - source| as saved, at the end; pictures made from noise have neither
-    source nor difference. Of several images each has its index in the name: `edited_00.png`,
-    `edited_000050_00.png`. `regions.png` is the first source with regions drawn in, `mask.png` what may
-    change, where the particles have them; `pictures.json` and `outside.png` are for metrics.
+    `source.png` at the start, `edited_000050.png` after every n steps (0 for none) and `at` some (0 is before
+    the first), `edited.png` and `difference_x2.png`, twice |edited - source| as saved, at the end; pictures
+    made from noise have neither source nor difference. Of several images each has its index in the name:
+    `edited_00.png`, `edited_000050_00.png`. `regions.png` is the first source with regions drawn in,
+    `mask.png` what may change, where the particles have them; `pictures.json` and `outside.png` are for
+    metrics.
 
     A video's frames are `source/000000.png` and so on and `edited/000000.png`, played by `source.mp4`,
     `edited.mp4` and `side_by_side.mp4`, and a `.gif` of each; on the way only its first frame is saved. They
     keep the times of the frames and the input's sound, as pictures keep the XMP that particles give them.
     """
 
-    def __init__(self, dir: str | Path, every_n_steps: int = 50):
-        if every_n_steps < 0:
-            raise InputError(f"The steps between pictures must be at least 0, not {every_n_steps}.")
+    def __init__(self, dir: str | Path, every_n_steps: int = 50, at: Sequence[int] = ()):
         self.folder = Path(dir) / "media"
-        self.every_n_steps = every_n_steps
+        self.steps = Steps("pictures", every_n_steps, at)
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: ParticleModule) -> None:
@@ -52,12 +52,16 @@ class Media(L.Callback):
         write_facts(module.particles, self.folder)
         if module.particles.has_source:
             self._save(trainer, module, "source", module.particles.originals())
+        if trainer.global_step == 0:
+            self._on_the_way(trainer, module)
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: L.Trainer, module: ParticleModule, *_) -> None:
+        self._on_the_way(trainer, module)
+
+    def _on_the_way(self, trainer: L.Trainer, module: ParticleModule) -> None:
         step = trainer.global_step
-        due = self.every_n_steps > 0 and step % self.every_n_steps == 0
-        if due and step < trainer.estimated_stepping_batches:
+        if step in self.steps and step < trainer.estimated_stepping_batches:
             count = module.particles.count if module.particles.film is None else 1
             xmp = module.particles.xmp
             self._show(trainer, "edited", module.images(slice(count)), count, f"_{step:06d}", xmp)

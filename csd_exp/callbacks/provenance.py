@@ -5,7 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
@@ -18,20 +18,29 @@ from omegaconf import OmegaConf
 
 import csd_exp
 from csd_exp.files import write_whole
+from csd_exp.identity import INPUTS
 
 
 class Provenance(L.Callback):
     """Writes into `dir`, when training starts:
 
     `config.yaml`, the resolved configuration as given, which the loggers get too; `command.txt`, the
-    command as a shell takes it; `provenance.json`, git commit, package versions, Python, platform and
-    device; `git_diff.patch`, where tracked files differ from that commit. A resumed run adds its command
-    as one more line, and its own `provenance_000050.json` and `git_diff_000050.patch`, named after the
-    step it goes on from.
+    command as a shell takes it; `inputs.json`, the files that the run reads with their checksums, see
+    `csd_exp.identity.inputs`; `provenance.json`, git commit, package versions, Python, platform and device;
+    `git_diff.patch`, where tracked files differ from that commit. A resumed run adds its command as one more
+    line, and its own `provenance_000050.json` and `git_diff_000050.patch`, named after the step it goes on
+    from.
     """
 
-    def __init__(self, dir: str | Path, config: str, command: Sequence[str]):
+    def __init__(
+        self,
+        dir: str | Path,
+        config: str,
+        command: Sequence[str],
+        inputs: Mapping[str, Mapping[str, str]] | None = None,
+    ):
         self.dir = Path(dir)
+        self.inputs = dict(inputs or {})
         self.config = config
         self.command = shlex.join(command)
 
@@ -55,11 +64,12 @@ class Provenance(L.Callback):
         commands = self.dir / "command.txt"
         earlier = commands.read_text() if step and commands.exists() else ""
         write_whole(self.dir / "config.yaml", self.config)
+        write_whole(self.dir / INPUTS, json.dumps(self.inputs, indent=2) + "\n")
         write_whole(commands, f"{earlier}{self.command}\n")
         write_whole(self.dir / f"provenance{resumed}.json", json.dumps(record, indent=2) + "\n")
         if diff:
             write_whole(self.dir / f"git_diff{resumed}.patch", diff)
-        config: Any = OmegaConf.to_container(OmegaConf.create(self.config))
+        config: Any = OmegaConf.to_container(OmegaConf.create(self.config), resolve=True)
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
 

@@ -1,16 +1,19 @@
 """How the runs of a figure are drawn: curves, bars, or the pictures themselves."""
 
+import io
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from csd_exp.figures.results import Key, Record, Results, Summary
-from csd_exp.figures.tables import END, Line
+from csd_exp.figures.strength import Curve, at_strength
+from csd_exp.figures.tables import END, Line, methods
 from csd_exp.images import read_image, saved_pictures, to_uint8
 
 CAPTION = 7  # points
@@ -100,6 +103,43 @@ class Curves:
             return results.at_end(records, column)
         strength = results.strength(results.rows)
         return None if strength is None else results.at_equal(records, column, strength)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bands:
+    """Metrics over edit strength, a panel for each of `y`: means over seeds, bands of a standard deviation.
+
+    A line ends where the first seed of its method does.
+    """
+
+    y: Sequence[str]
+
+    def __call__(self, results: Results, lines: Sequence[Line], titles: Mapping[str, str]) -> Figure:
+        figure = Figure(figsize=(13, 4.2), layout="constrained")
+        drawn = figure.subplots(1, len(self.y), squeeze=False)[0]
+        for axes, metric in zip(drawn, self.y, strict=True):
+            for name, records in results.groups(methods(results)).items():
+                self._band(axes, ", ".join(name), results.curves(records), metric)
+            axes.set(xlabel="edit strength", ylabel=titles.get(metric, metric))
+            axes.grid(alpha=0.3)
+        handles, labels = drawn[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        return figure
+
+    @staticmethod
+    def _band(axes: Axes, label: str, curves: Sequence[Curve], metric: str) -> None:
+        start = max((curve[0]["strength"] for curve in curves), default=0.0)
+        end = min((max(point["strength"] for point in curve) for curve in curves), default=0.0)
+        if end <= start:
+            return
+        strengths = np.linspace(start, end, 60)[1:]
+        points = [[at_strength(curve, strength) for curve in curves] for strength in strengths]
+        values = np.array(
+            [[point.get(metric, np.nan) if point else np.nan for point in row] for row in points]
+        )
+        mean, std = values.mean(1), values.std(1, ddof=1) if len(curves) > 1 else np.zeros(len(values))
+        (line,) = axes.plot(strengths, mean, label=label)
+        axes.fill_between(strengths, mean - std, mean + std, color=line.get_color(), alpha=0.18, linewidth=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +239,25 @@ def _source(record: Record) -> Tensor:
     assert record.run is not None
     regions = record.run / "media" / "regions.png"
     return read_image(regions) if regions.is_file() else _picture(record, "source", 0)
+
+
+def strip(pictures: Mapping[str, Tensor]) -> Figure:
+    """Pictures [3, H, W] in [0, 1] of one size one below the other, under their captions."""
+    height, width = next(iter(pictures.values())).shape[-2:]
+    figure = Figure(figsize=(10, len(pictures) * (10 * height / width + 0.3)), layout="constrained")
+    axes = figure.subplots(len(pictures), 1, squeeze=False)[:, 0]
+    for axis, (caption, picture) in zip(axes, pictures.items(), strict=True):
+        axis.imshow(to_uint8(picture))
+        axis.set_title(caption, loc="left", fontsize=10)
+        axis.set_axis_off()
+    return figure
+
+
+def rendered(figure: Figure, kind: str = "png") -> bytes:
+    """A figure as a file of this kind holds it."""
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, dpi=150)
+    return content.getvalue()
 
 
 def captioned(figure: Figure, caption: str) -> Figure:

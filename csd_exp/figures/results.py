@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from csd_exp.figures.equal_strength import Curve, Point, at_strength
+from csd_exp.errors import InputError
+from csd_exp.figures.strength import Curve, Point, at_strength
+from csd_exp.images import saved_pictures
 
 Key = tuple[str, ...]
 """A value for each of some axes."""
@@ -19,8 +22,9 @@ GRID = 201  # strengths tried for the one at which methods are compared
 class Record:
     """One run of a figure.
 
-    place: its value on each axis. values: its metrics at the end; empty where the run failed. path: its
-    metrics along its steps, with `step`, where these were measured. run: its folder, None where it failed.
+    place: its value on each axis that it is on. values: its metrics at the end, with the `step` and the
+    network `rows` spent; empty where the run failed. path: the same along its steps, to the end, where these
+    were measured. run: its folder, None where it failed.
     """
 
     place: Mapping[str, str]
@@ -28,6 +32,15 @@ class Record:
     values: Mapping[str, float]
     path: Sequence[Point] = ()
     run: Path | None = None
+
+    def picture(self, step: float) -> Path | None:
+        """The file of the first picture after so many steps, None where none was kept."""
+        assert self.run is not None
+        media = self.run / "media"
+        if step == self.values["step"]:
+            return saved_pictures(media, "edited").files[0]
+        file = media / f"edited_{int(step):06d}.png"
+        return file if file.is_file() else None
 
 
 class Summary(NamedTuple):
@@ -46,16 +59,23 @@ def summary(values: Sequence[float]) -> Summary | None:
     return Summary(float(np.mean(values)), error, len(values))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Equal:
     """How methods are brought to equal edit strength.
 
     strength: the metric that says how strong an edit is. along: `step`, or the axis along which edits get
-    stronger, in its order.
+    stronger, in its order; a run that is on no such axis goes along its steps. at: the strengths of a
+    `csd_exp.figures.forms.Comparison`; a `Paper` takes the middle of those that most methods come up to.
+    Raises InputError for a strength that is no finite number.
     """
 
     strength: str
     along: str
+    at: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if odd := [strength for strength in self.at if not isfinite(strength)]:
+            raise InputError(f"figure.equal.at must list finite numbers, not {odd[0]}.")
 
 
 @dataclass(frozen=True)
@@ -74,12 +94,12 @@ class Results:
         """Records with the same values on `axes`, in the order of the runs."""
         groups: dict[Key, list[Record]] = {}
         for record in self.records if records is None else records:
-            groups.setdefault(tuple(record.place[axis] for axis in axes), []).append(record)
+            groups.setdefault(tuple(record.place.get(axis, "") for axis in axes), []).append(record)
         return groups
 
     def at_end(self, records: Sequence[Record], column: str) -> Summary | None:
         """A metric of the final pictures: for each seed the mean over its runs, then over the seeds."""
-        means = (_mean([record.values for record in own]) for own in _by_seed(records))
+        means = (_mean([record.values for record in own]) for own in by_seed(records).values())
         return summary([mean[column] for mean in means if column in mean])
 
     def at_equal(self, records: Sequence[Record], column: str, strength: float) -> Summary | None:
@@ -105,31 +125,41 @@ class Results:
 
     def curves(self, records: Sequence[Record]) -> list[Curve]:
         """For each seed the mean of its runs' metrics along what makes edits stronger, with `strength`."""
-        if self.equal is None:
-            return []
-        return [curve for own in _by_seed(records) if len(curve := self._curve(own, self.equal)) > 1]
+        return [curve for curve in self.of_seeds(records).values() if len(curve) > 1]
 
-    def _curve(self, records: Sequence[Record], equal: Equal) -> list[Point]:
-        if equal.along == "step":
-            points = [_mean(at) for at in zip(*(record.path for record in records), strict=True)]
+    def of_seeds(self, records: Sequence[Record]) -> dict[int, Curve]:
+        """The curve of each seed; empty where one of its runs failed."""
+        curves: dict[int, Curve] = {record.seed: [] for record in records}
+        return curves | {
+            seed: [point for point, _ in self.points(own)] for seed, own in by_seed(records).items()
+        }
+
+    def points(self, records: Sequence[Record]) -> list[tuple[Point, Record]]:
+        """The curve of one seed's runs, each point with the first of the runs that it is the mean of."""
+        if self.equal is None or not records:
+            return []
+        if self.equal.along == "step" or self.equal.along not in records[0].place:
+            along = zip(*(record.path for record in records), strict=True)
+            points = [(_mean(at), records[0]) for at in along]
         else:
-            points = [
-                _mean([record.values for record in own])
-                for own in self.groups([equal.along], records).values()
-            ]
-        return [point | {"strength": point[equal.strength]} for point in points if equal.strength in point]
+            along_axis = self.groups([self.equal.along], records).values()
+            points = [(_mean([record.values for record in own]), own[0]) for own in along_axis]
+        strength = self.equal.strength
+        return [
+            (point | {"strength": point[strength]}, record) for point, record in points if strength in point
+        ]
 
 
 def _all_reach(curves: Sequence[Curve], strength: float) -> bool:
     return all(at_strength(curve, strength) is not None for curve in curves)
 
 
-def _by_seed(records: Sequence[Record]) -> list[list[Record]]:
+def by_seed(records: Sequence[Record]) -> dict[int, list[Record]]:
     """The records of each seed of which no run failed."""
     seeds: dict[int, list[Record]] = {}
     for record in records:
         seeds.setdefault(record.seed, []).append(record)
-    return [own for own in seeds.values() if all(record.values for record in own)]
+    return {seed: own for seed, own in seeds.items() if all(record.values for record in own)}
 
 
 def _mean(points: Sequence[Mapping[str, float]]) -> Point:

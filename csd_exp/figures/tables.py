@@ -21,6 +21,7 @@ LATEX = {
 }
 QUOTED = "quoted"
 END = "end"
+SPENT = ("step", "rows")  # whole numbers
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,11 @@ def table_csv(found: Sequence[Line], axes: Sequence[str], columns: Sequence[str]
 
 
 def written(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows with the same keys as CSV."""
+    """Rows as CSV; what a row lacks is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -156,3 +159,29 @@ def shown(value: Summary) -> str:
 def escaped(text: str) -> str:
     """Text as LaTeX takes it."""
     return "".join(LATEX.get(character, character) for character in text)
+
+
+def markdown(rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> str:
+    """The rows of `csd_exp.figures.strength.table`: mean ± standard deviation over the seeds that got there.
+
+    columns: their headings.
+    """
+    lines = ["| strength | method | " + " | ".join(columns.values()) + " |"]
+    lines.append("| --- | --- |" + " ---: |" * len(columns))
+    for row in rows:
+        method, reached, seeds = row["method"], row["reached"], row["seeds"]
+        if reached == 0:
+            cells = [str(row["note"])] + [""] * (len(columns) - 1)
+        else:
+            method = method if reached == seeds else f"{method} ({reached} of {seeds} seeds)"
+            cells = [_mean_and_deviation(row, column) for column in columns]
+        lines.append(f"| {row['at']} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_deviation(row: Mapping[str, object], column: str) -> str:
+    if row[column] is None:
+        return ""
+    decimals = 0 if column in SPENT else 3
+    mean, std = f"{row[column]:.{decimals}f}", row[f"{column}_std"]
+    return mean if std is None else f"{mean} ± {std:.{decimals}f}"

@@ -6,15 +6,16 @@ edit with a large disagreement, not a weak edit.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from csd_exp.answers.edits import EDITS
+from csd_exp.answers.edits import EDITS, style_of
 from csd_exp.errors import InputError
-from csd_exp.metrics.base import PictureMetric
-from csd_exp.metrics.windows import Embed, pixels, windows
+from csd_exp.metrics.base import MeanMetric
+from csd_exp.metrics.windows import Embed, pixels, style_statistics, windows
 
 Answer = Callable[[Tensor], Tensor]
 
@@ -37,68 +38,110 @@ class Answers:
     """The right answers to an instruction on a source picture, window by window.
 
     edit: the name of one of `csd_exp.answers.edits.EDITS`, or functions from a picture [3, H, W] in [0, 1] to
-    its edit. side: of the non-overlapping windows, in pixels. embed: what distances are taken between,
-    windows [n, 3, side, side] to [n, D]: the `pixels` of a computed edit, the `style_statistics` of a
-    painted one. most: answers taken of an edit that has more, evenly spaced.
+    its edit. side: of the non-overlapping windows, in pixels; None takes that of the prior's own windows.
+    embed: what distances are taken between, windows [n, 3, side, side] to [n, D]; None takes the
+    `style_statistics` of a painted edit and the `pixels` of any other. most: answers taken of an edit that
+    has more, evenly spaced.
     Raises InputError, naming `edit`, for an unknown name or where painted answers lack their packages.
     """
 
-    def __init__(self, edit: str | Sequence[Answer], side: int = 128, embed: Embed = pixels, most: int = 72):
+    def __init__(
+        self,
+        edit: str | Sequence[Answer],
+        side: int | None = 128,
+        embed: Embed | None = None,
+        most: int = 72,
+    ):
         if isinstance(edit, str):
             if edit not in EDITS:
                 raise InputError(f"edit must be one of {', '.join(EDITS)}, not {edit!r}.")
             known = EDITS[edit].answers
             edit = known[:: -(-len(known) // most)]
-        self.functions, self.side, self.embed = tuple(edit), side, embed
-        self._source: Tensor | None = None
+        painted = style_of(edit[0]) is not None
+        self.functions, self.side = tuple(edit), side
+        self.embed = embed or (style_statistics if painted else pixels)
 
     def pictures(self, source: Tensor) -> list[Tensor]:
         """Every answer on the whole picture, [3, H, W] in [0, 1] each."""
-        return [self._answer(function, source) for function in self.functions]
+        return [self.picture(k, source) for k in range(len(self.functions))]
 
-    def fit(self, edited: Tensor, source: Tensor) -> Fit:
-        """`edited` against every answer on `source`, both [3, H, W] in [0, 1]."""
-        start, changes, overlap = self._changes(source)
-        change = self._embedded(edited) - start
+    def picture(self, k: int, source: Tensor) -> Tensor:
+        """The answer k on the whole picture."""
+        return _answered(self.functions[k], source)
+
+    def side_on(self, source: Tensor, window: int | None = None) -> int:
+        """The side of the windows in pixels, where the prior saw the source in windows of side `window`."""
+        height, width = source.shape[-2:]
+        return min(self.side or window or max(height, width), height, width)
+
+    def fit(self, edited: Tensor, source: Tensor, window: int | None = None) -> Fit:
+        """`edited` against every answer on `source`, both [3, H, W] in [0, 1].
+
+        window: side in pixels of the prior's windows; None where it saw whole pictures.
+        """
+        side = self.side_on(source, window)
+        start, changes, overlap = _changes(self.functions, self.embed, side, _Pixels(source))
+        change = _embedded(self.embed, edited, side) - start
         # An answer may leave a window as it is.
         length2 = overlap.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
         inner = torch.einsum("wkd,wd->wk", changes, change).double()
         distance2 = length2 - 2 * inner + change.double().square().sum(1, keepdim=True)
         return Fit(distance2.clamp(min=0).sqrt(), length2.sqrt(), inner / length2, overlap)
 
-    def _changes(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The source's windows [W, D], each answer's change of them [W, K, D], and their inner products.
 
-        Kept for the last source, as a run asks for the same one at every step.
-        """
-        if self._source is None or not torch.equal(self._source, source):
-            start = self._embedded(source)
-            changes = torch.stack(
-                [self._embedded(self._answer(function, source)) - start for function in self.functions], 1
-            )
-            overlap = torch.stack([(c @ c.mT) for c in changes]).double()
-            self._source, self._known = source.clone(), (start, changes, overlap)
-        return self._known
+class _Pixels:
+    """A picture that equals any other with the same pixels."""
 
-    def _embedded(self, image: Tensor) -> Tensor:
-        f = self.embed(windows(image, self.side))
-        return f / f.shape[1] ** 0.5
+    def __init__(self, picture: Tensor):
+        self.picture = picture.clone()
 
-    def _answer(self, function: Answer, source: Tensor) -> Tensor:
-        try:
-            return function(source).clamp(0, 1)
-        except ImportError as e:
-            raise InputError(
-                f"edit has painted answers, which need pip install 'csd_exp[train]' ({e})."
-            ) from e
+    def __hash__(self) -> int:
+        return hash((self.picture.shape, self.picture.dtype))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Pixels) and torch.equal(self.picture, other.picture)
 
 
-class AnswerMetric(PictureMetric):
-    """A metric that knows the right answers; see `Answers`."""
+# All metrics of a run, and the runs of a figure, ask for the same source again and again.
+@lru_cache(maxsize=1)
+def _changes(
+    functions: tuple[Answer, ...], embed: Embed, side: int, source: _Pixels
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The source's windows [W, D], each answer's change of them [W, K, D], and their inner products."""
+    start = _embedded(embed, source.picture, side)
+    answers = (_answered(function, source.picture) for function in functions)
+    changes = torch.stack([_embedded(embed, answer, side) - start for answer in answers], 1)
+    return start, changes, torch.stack([(c @ c.mT) for c in changes]).double()
+
+
+def _embedded(embed: Embed, image: Tensor, side: int) -> Tensor:
+    f = embed(windows(image, side))
+    return f / f.shape[1] ** 0.5
+
+
+def _answered(function: Answer, source: Tensor) -> Tensor:
+    try:
+        return function(source).clamp(0, 1)
+    except ImportError as e:
+        raise InputError(f"edit has painted answers, which need pip install 'csd_exp[train]' ({e}).") from e
+
+
+class AnswerMetric(MeanMetric):
+    """The mean over pictures of `value(fit)`; subclasses give the value.
+
+    answers: the right ones to the edit.
+    """
 
     def __init__(self, answers: Answers, **kwargs):
         super().__init__(**kwargs)
         self.answers = answers
+
+    def update(self, edited: Tensor, source: Tensor, window: int | None = None) -> None:
+        self.observe(self.value(self.answers.fit(edited, source, window)))
+
+    def value(self, fit: Fit) -> Tensor:
+        """The metric of one picture, a scalar."""
+        raise NotImplementedError
 
 
 class AnswerDistance(AnswerMetric):
@@ -109,8 +152,8 @@ class AnswerDistance(AnswerMetric):
 
     higher_is_better = False
 
-    def value(self, edited: Tensor, source: Tensor) -> Tensor:
-        return self.answers.fit(edited, source).distance.min(1).values.mean()
+    def value(self, fit: Fit) -> Tensor:
+        return fit.distance.min(1).values.mean()
 
 
 class EditStrength(AnswerMetric):
@@ -122,8 +165,7 @@ class EditStrength(AnswerMetric):
 
     higher_is_better = True
 
-    def value(self, edited: Tensor, source: Tensor) -> Tensor:
-        fit = self.answers.fit(edited, source)
+    def value(self, fit: Fit) -> Tensor:
         nearest = (fit.distance / fit.length).argmin(1, keepdim=True)
         return 1 - fit.distance.gather(1, nearest).sum() / fit.length.gather(1, nearest).sum()
 
@@ -141,8 +183,8 @@ class AnswerDisagreement(AnswerMetric):
 
     higher_is_better = False
 
-    def value(self, edited: Tensor, source: Tensor) -> Tensor:
-        _, length, along, overlap = self.answers.fit(edited, source)
+    def value(self, fit: Fit) -> Tensor:
+        _, length, along, overlap = fit
         count = len(along)
         if count == 1:
             return along.new_zeros(())

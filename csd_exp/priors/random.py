@@ -9,6 +9,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from csd_exp.errors import InputError
 from csd_exp.priors.stable_diffusion import InstructPix2Pix, Parts
 
 
@@ -20,7 +21,9 @@ class RandomInstructPix2Pix(InstructPix2Pix):
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
-        """Nothing: there is no folder."""
+        """There is no folder."""
+        if config.get("path") is not None:
+            raise InputError(f"prior.path={config['path']} is no key of random weights; leave it out.")
 
 
 def sd15_parts(channels: int) -> Parts:

@@ -1,0 +1,273 @@
+"""The command line `csd`: quoting, multiruns, one sentence for a mistake; Hydra's private parts stay in here.
+
+It imports nothing that takes time, so that help and what composition can refuse are there at once.
+"""
+
+import gc
+import os
+import re
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from importlib import import_module
+from itertools import pairwise, takewhile
+from pathlib import Path
+from typing import NoReturn, cast
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from csd_exp.config import (
+    check_choices,
+    check_values,
+    composed,
+    conf_dir,
+    quoted,
+    refuse_allow,
+    sentence,
+)
+from csd_exp.errors import InputError
+from csd_exp.launch import Place, group, is_child, is_first, made, placed, together
+
+PROMPTS = ("prompt", "source_prompt", "negative_prompt")
+
+
+def main() -> None:
+    """The command line `csd`: exit code 2 and one sentence on stderr for anything a user got wrong."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handler below instead of Hydra's own
+    gc.set_threshold(50_000)  # imports leave a million objects, which need not be searched over and over
+    try:
+        csd(sys.argv[1:])
+    except (InputError, FloatingPointError) as e:
+        _refuse(str(e))
+    except (HydraException, OmegaConfBaseException) as e:
+        _refuse(sentence(e))
+
+
+def _refuse(message: str) -> NoReturn:
+    if is_first():
+        print(f"csd: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def csd(args: Sequence[str]) -> None:
+    """Check every run that a command line asks for, then let Hydra start them."""
+    flags = _parsed(args)
+    if flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
+        check_choices(flags.overrides)
+        return _hydra(args)
+    for flag in ("config_path", "experimental_rerun"):
+        if getattr(flags, flag) is not None:
+            raise InputError(f"--{flag.replace('_', '-')} is not accepted; --config-dir adds a folder.")
+    overrides, name = [*flags.overrides, *_searched(flags)], flags.config_name or "run"
+    if is_child():
+        return _rank(overrides, name)
+    _check_quoting(flags.overrides, flags.multirun)
+    if flags.multirun:
+        return _multirun(overrides, name)
+    nodes = group(lambda: composed(overrides, name).trainer.get("num_nodes", 1))
+    place = together(nodes, lambda: _prepared(overrides, name))
+    if not is_first():
+        return _rank([*overrides, *place.overrides], name)
+    with made(place.new):
+        _hydra([*_named(name), *overrides, *place.overrides])
+
+
+def _parsed(args: Sequence[str]) -> Namespace:
+    """The flags of Hydra's command line, which stand before, among or after the overrides."""
+
+    def unknown(message: str) -> NoReturn:
+        raise InputError(f"{message}; csd --help and csd --hydra-help list what there is.")
+
+    parser = get_args_parser()
+    parser.error = unknown  # type: ignore[method-assign]
+    return parser.parse_intermixed_args(list(args))
+
+
+def _searched(flags: Namespace) -> list[str]:
+    """`--config-dir` as the override that means the same, which every process and job can be given."""
+    if flags.config_dir is None:
+        return []
+    if not Path(flags.config_dir).is_dir():
+        raise InputError(f"--config-dir={flags.config_dir} is no folder.")
+    if any(override.startswith("hydra.searchpath=") for override in flags.overrides):
+        raise InputError("--config-dir and hydra.searchpath say the same; give one of them.")
+    return [f"hydra.searchpath=[{quoted(f'file://{Path(flags.config_dir).resolve()}')}]"]
+
+
+def _named(name: str | None) -> list[str]:
+    return [] if name in (None, "run") else ["--config-name", str(name)]
+
+
+def _prepared(overrides: Sequence[str], name: str) -> Place:
+    config, place = placed(overrides, name)
+    _import_loggers(config)
+    from csd_exp.run import check_run  # torch takes seconds, which no mistake above should cost
+
+    check_run(config)
+    return place
+
+
+def _import_loggers(config: DictConfig) -> None:
+    """Import W&B where it logs: it searches all loaded modules, which are many times more after torch."""
+    targets = [str(logger.get("_target_")) for logger in (config.logger or {}).values() if logger]
+    if any(target.endswith(".Wandb") for target in targets):
+        import_module("wandb.apis.public")
+
+
+def _rank(overrides: Sequence[str], name: str) -> None:
+    """Run as one process of a run that another has checked and made the folder of."""
+    from csd_exp.run import run
+
+    config = composed(overrides, name)
+    run(config, Path(config.hydra.run.dir), [*_named(name), *overrides])
+
+
+def _multirun(overrides: Sequence[str], name: str) -> None:
+    """Check all jobs of a multirun, make their folders, and let Hydra go through them.
+
+    Of a search, whose jobs nobody knows beforehand, what they have in common is checked.
+    """
+    started = group(lambda: 1)
+    if started is not None and started.size > 1:
+        together(started, lambda: _no_multirun(started.by))
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    common = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+    fixed = _at_one_moment(composed(common, name))
+    shared = composed([*common, *fixed], name)
+    searches = shared.hydra.sweeper._target_ != BasicSweeperConf._target_
+    configs = [composed(job, name) for job in _jobs(parsed, shared.hydra.sweeper, fixed, searches)]
+    for config in configs:
+        subdir = "0" if searches else config.hydra.sweep.subdir
+        config.hydra.run.dir = os.path.join(config.hydra.sweep.dir, subdir)
+        check_values(config)
+        if config.ckpt_path or config.trainer.get("num_nodes", 1) > 1:
+            raise InputError("-m starts new runs on one node; leave out ckpt_path and trainer.num_nodes.")
+    sweep_dir = Path(shared.hydra.sweep.dir)
+    runs = [] if searches else [Path(config.hydra.run.dir) for config in configs]
+    _check_folders(sweep_dir, runs, searches)
+    from csd_exp.run import check_run
+
+    for config in configs:
+        check_run(config)
+    with made(runs, sweep_dir):
+        _hydra(["-m", *_named(name), *overrides, *fixed])
+
+
+def _jobs(
+    parsed: Sequence[Override], sweeper: DictConfig, fixed: Sequence[str], searches: bool
+) -> Iterator[list[str]]:
+    """The overrides of every job, `fixed` among them; of a search those that all jobs have."""
+    params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    refuse_allow(params, "hydra.sweeper.params")
+    if searches:
+        parsed = [o for o in parsed if not o.is_sweep_override() or o.is_discrete_sweep()]
+    else:
+        parsed = [*OverridesParser.create().parse_overrides(params), *parsed]
+    common = [*(str(o.input_line) for o in parsed if o.is_hydra_override()), *fixed]
+    (jobs,) = BasicSweeper.split_arguments([o for o in parsed if not o.is_hydra_override()], None)
+    for number, job in enumerate(jobs):
+        yield [*common, *job, f"hydra.job.num={number}", f"hydra.job.id={number}"]
+
+
+def _no_multirun(by: str) -> NoReturn:
+    raise InputError(
+        f"-m starts one run after the other, and {by} all at once; start each of them by itself."
+    )
+
+
+def _at_one_moment(config: DictConfig) -> list[str]:
+    """Overrides by which the folders of a sweep carry the same time wherever they are composed."""
+    now = datetime.now()
+    sweep = cast(dict[str, str], OmegaConf.to_container(config.hydra.sweep, resolve=False))
+    timed = {key: text for key, text in sweep.items() if "${now:" in str(text)}
+    texts = {
+        key: re.sub(r"\$\{now:([^}]*)\}", lambda pattern: now.strftime(pattern[1]), text)
+        for key, text in timed.items()
+    }
+    return [f"hydra.sweep.{key}={QuotedString(t, Quote.double).with_quotes()}" for key, t in texts.items()]
+
+
+def _check_folders(sweep_dir: Path, runs: Sequence[Path], searches: bool) -> None:
+    """Refuse a multirun in whose folders something is already, or two of whose jobs would share one."""
+    if (sweep_dir / "multirun.yaml").exists() or (searches and sweep_dir.exists()):
+        raise InputError(f"hydra.sweep.dir={sweep_dir} holds a multirun already; give a new folder.")
+    for run in runs:
+        if run.exists():
+            raise InputError(
+                f"hydra.sweep.dir and subdir name {run}, which exists already; give new folders."
+            )
+    for first, second in pairwise(sorted(run.resolve() for run in runs)):
+        if second.is_relative_to(first):
+            raise InputError(
+                f"hydra.sweep.subdir gives two jobs the folder {_short(first)}; name it by what they differ "
+                "in, such as ${hydra.job.num}."
+            )
+
+
+def _hydra(args: Sequence[str]) -> None:
+    sys.argv[1:] = args
+    job()
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="run")
+def job(config: DictConfig) -> float | None:
+    """One job of Hydra's, in the folder that was made for it; the metric that a search reads."""
+    from csd_exp.run import run
+
+    hydra_config = HydraConfig.get()
+    run_dir = Path(hydra_config.runtime.output_dir)
+    searched = [o for o in hydra_config.overrides.hydra if o.startswith("hydra.searchpath=")]
+    try:
+        words = [*_named(hydra_config.job.config_name), *searched, *hydra_config.overrides.task]
+        metrics = run(config, run_dir, words).metrics
+        print(f"run directory: {_short(run_dir)}")
+        return _optimized(metrics, config.optimized_metric)
+    except (InputError, FloatingPointError) as e:
+        _refuse(str(e))  # raised, Hydra would put its own lines before it
+
+
+def _optimized(metrics: dict[str, float], name: str | None) -> float | None:
+    if name is not None and name not in metrics:
+        raise InputError(f"optimized_metric={name} is no metric of this run; there are {', '.join(metrics)}.")
+    return None if name is None else metrics[name]
+
+
+def _check_quoting(overrides: Sequence[str], multirun: bool) -> None:
+    """Say in one sentence, with the corrected command, how a prompt must be quoted."""
+    parser = OverridesParser.create()
+    for i, override in enumerate(overrides):
+        key, _, value = override.partition("=")
+        try:
+            parsed = parser.parse_override(override)
+            understood = multirun or not (key in PROMPTS and parsed.is_sweep_override())
+            followed = key in PROMPTS and any("=" not in word for word in overrides[i + 1 : i + 2])
+        except HydraException as e:
+            if key not in PROMPTS:
+                raise InputError(
+                    f"{override!r} is not understood ({sentence(e).rstrip('.')}); write KEY=VALUE."
+                ) from e
+            understood, followed = False, False
+        if not understood or followed:
+            rest = list(takewhile(lambda word: "=" not in word, overrides[i + 1 :]))
+            whole = " ".join([value, *rest]).strip("\"'")
+            command = " ".join(
+                ["csd", *map(shlex.quote, overrides[:i]), shlex.quote(f"{key}={quoted(whole)}")]
+                + [shlex.quote(o) for o in overrides[i + 1 + len(rest) :]]
+            )
+            raise InputError(
+                f"{key} has to be quoted twice, once for the shell and once for Hydra: {command}"
+            )
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

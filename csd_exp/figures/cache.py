@@ -1,0 +1,99 @@
+"""The runs of a figure, each in a folder named by all that touches its numbers, made where it is missing."""
+
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from csd_exp import identity
+from csd_exp.build import constructed
+from csd_exp.config import is_allow, quoted
+from csd_exp.evaluate import evaluate, settings_of
+from csd_exp.figures.plan import Cell
+from csd_exp.figures.results import Record
+from csd_exp.figures.strength import Point
+from csd_exp.run import edit
+
+METRICS = ("metrics=", "metrics.", "metrics/", "+metrics.", "~metrics.")
+
+
+def record(cell: Cell, config: DictConfig, folder: Path, names: Sequence[str]) -> Record:
+    """A cell's run, made where it is missing, measured again where the named metrics had other settings."""
+    run = folder / digest(config)
+    measured = run / "metrics.json"
+    if not measured.is_file() or not _followed(config, run, names):
+        shutil.rmtree(run, ignore_errors=True)  # what an interruption left
+        edit(*cell.overrides, f"hydra.run.dir={quoted(run)}")
+    elif not _same_metrics(config, measured, names):
+        evaluate(run, [o for o in cell.overrides if o.startswith(METRICS) or is_allow(o)])
+    entries = json.loads(measured.read_text(encoding="utf-8"))
+    values = {name: entry["value"] for name, entry in entries.items() if entry["value"] is not None}
+    end = logged(run / "metrics.csv")[-1]
+    values |= {"step": end["step"], "rows": end["rows"]}
+    path = [point for point in _path(run) if point["step"] < end["step"]]
+    return Record(cell.place, cell.seed, values, [*path, values] if path else [], run)
+
+
+def _same_metrics(config: DictConfig, measured: Path, names: Sequence[str]) -> bool:
+    """Whether the named metrics, of those that a configuration asks for, are there with its settings."""
+    entries = json.loads(measured.read_text(encoding="utf-8"))
+    group = config.metrics or {}
+    return all(
+        name in entries and entries[name]["settings"] == settings_of(group[name])
+        for name in names
+        if name in group
+    )
+
+
+def _followed(config: DictConfig, run: Path, names: Sequence[str]) -> bool:
+    """Whether a run was measured after all steps asked for, its named metrics with the settings asked for."""
+    node = OmegaConf.select(config, "callbacks.metrics")
+    if node is None:
+        return True
+    asked, found = constructed(node).steps, {point["step"] for point in _path(run)}
+    before, now = OmegaConf.load(run / "config.yaml").metrics or {}, config.metrics or {}
+    named = [name for name in names if name in now]
+    return all(step in found for step in range(config.trainer.max_steps) if step in asked) and all(
+        name in before and settings_of(before[name]) == settings_of(now[name]) for name in named
+    )
+
+
+def digest(config: DictConfig) -> str:
+    """Names the folder of a run: by all that touches its numbers, its weights and its files included."""
+    return identity.digest(config, fingerprint(config.prior))
+
+
+def fingerprint(prior: DictConfig) -> str:
+    """That of the weights, which are read once."""
+    own = OmegaConf.to_container(prior, resolve=True)
+    assert isinstance(own, dict)
+    weights = {key: value for key, value in own.items() if "guidance_scale" not in str(key)}
+    return _fingerprint(json.dumps(weights, sort_keys=True))
+
+
+@cache
+def _fingerprint(weights: str) -> str:
+    return constructed(OmegaConf.create(json.loads(weights))).fingerprint
+
+
+def _path(run: Path) -> list[Point]:
+    """What was measured along the steps of a run."""
+    return [point for point in logged(run / "metrics.csv") if point.keys() > {"step", "rows"}]
+
+
+def logged(file: Path) -> list[Point]:
+    """What metrics.csv has after each step of a run: `step`, the network `rows` spent, metrics by name."""
+    points: dict[float, Point] = {}
+    with file.open(newline="", encoding="utf-8") as opened:
+        for row in csv.DictReader(opened):
+            step = float(row["step"]) + 1
+            point = points.setdefault(step, {"step": step, "rows": 0.0})
+            point |= {
+                key.removeprefix("metrics/"): float(v) for key, v in row.items() if v and "metrics/" in key
+            }
+            point["rows"] = float(row.get("step/rows") or point["rows"])
+    return [points[step] for step in sorted(points)]

@@ -1,0 +1,169 @@
+"""What a run is: all that touches its numbers. It is compared where a run goes on, and names cached runs."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from csd_exp.config import ALLOWED_EXACT, RENAMED, plain
+from csd_exp.errors import InputError
+from csd_exp.files import sha256
+
+INPUTS = "inputs.json"
+
+# Keys that do not touch the numbers; any other does.
+HARMLESS = (
+    *("allow", "ckpt_path", "dir", "logger", "metrics", "name", "optimized_metric", "prompt_file", "tags"),
+    *("prior.device", "prior.row_chunk", "prior.compile", "prior.channels_last", "features.device"),
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.precision"),
+    *("trainer.default_root_dir", "trainer.enable_checkpointing", "trainer.enable_model_summary"),
+    *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
+    "trainer.use_distributed_sampler",
+)
+
+
+def scientific(config: DictConfig) -> dict[str, Any]:
+    """Every resolved key that touches the numbers, `group.key` to its value.
+
+    What a Trainer does anyway is left out, and classes have the oldest of their names, so that a run has the
+    same identity before and after.
+    """
+    run = plain(config)
+    sampler = (run.get("method") or {}).get("sampler") or {}
+    usual = {
+        "trainer.max_steps": sampler.get("steps", run.get("steps")),
+        "trainer.fast_dev_run": False,
+        "trainer.accumulate_grad_batches": 1,
+        "trainer.gradient_clip_val": None,
+    }
+    run["callbacks"] = {
+        name: callback
+        for name, callback in (run.get("callbacks") or {}).items()
+        if not str((callback or {}).get("_target_")).startswith("csd_exp.callbacks.")
+    }
+    return {
+        key: value
+        for key, value in _flat(_oldest(run))
+        if not (key in usual and value == usual[key])
+        and not (key == "trainer._target_" and value in ALLOWED_EXACT)
+        and not any(key == harmless or key.startswith(f"{harmless}.") for harmless in HARMLESS)
+    }
+
+
+def inputs(config: DictConfig) -> dict[str, dict[str, str]]:
+    """The files that a run reads: their key, such as `modality.regions[0].mask`, to path to SHA-256.
+
+    They are all that a configuration names but for its prior, whose weights have a fingerprint. A folder
+    stands for the files in it, in order of name.
+    """
+    named = {key: text for key, text in _texts(scientific(config)) if not key.startswith("prior.")}
+    if config.get("prompt_file"):
+        named["prompt_file"] = config.prompt_file
+    return {key: _contents(Path(text)) for key, text in named.items() if os.path.exists(text)}
+
+
+def digest(config: DictConfig, fingerprint: str) -> str:
+    """Names a run by its settings, the fingerprint of its prior and the contents of the files it reads."""
+    files, settings = inputs(config), scientific(config)
+    settings.pop("modality.path", None)
+    pictures = [sums for key in files if _is_path(key) for sums in files[key].values()]
+    settings = {key: _by_content(value, key, files) for key, value in settings.items()}
+    described = repr((sorted(settings.items()), fingerprint, pictures))
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def check_same_science(folder: Path, config: DictConfig) -> None:
+    """Refuse to continue the run in a folder under anything that would have given it other numbers.
+
+    It may be lengthened where nothing that it does depends on the number of steps; and what
+    `trainer.max_steps` has cut short may go on. Raises InputError, naming the key, and the file where its
+    content has changed.
+    """
+    saved, file = cast(DictConfig, OmegaConf.load(folder / "config.yaml")), folder / INPUTS
+    had = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    has = inputs(config) if had else {}
+    for key in sorted(had.keys() & has.keys()):
+        if list(had[key].values()) != list(has[key].values()):
+            new, gone = (
+                [path for path, sums in these.items() if sums not in those.values()]
+                for these, those in ((has[key], had[key]), (had[key], has[key]))
+            )
+            changed = [*new, *gone, *has[key]][0]
+            raise InputError(
+                f"ckpt_path continues a run that read another content of {key}={changed}; "
+                "give the old file, or start a new run without ckpt_path."
+            )
+    before, now = scientific(saved), scientific(config)
+    for key in sorted((before.keys() | now.keys()) - _lengths(before, now)):
+        was, is_now = before.get(key), now.get(key)
+        if was != is_now and _by_content(was, key, had) != _by_content(is_now, key, has):
+            raise InputError(
+                f"ckpt_path continues a run that had {key}={was}, not {is_now}; "
+                "give the old value, or start a new run without ckpt_path."
+            )
+
+
+def _lengths(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """Keys that say how long a run is and touch nothing that it has done, at these two lengths."""
+    keys = {"trainer.max_steps"}
+    if now.get("steps", 0) >= before.get("steps", 0):
+        keys.add("steps")
+    timesteps = [now.get(f"schedule.timestep.{key}") for key in ("_target_", "anneal")]
+    if timesteps[0] == "csd_exp.schedules.Timesteps" and timesteps[1] != "linear":
+        keys.add("schedule.timestep.steps")
+    return keys
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, child in value.items():
+            yield from _flat(child, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
+
+
+def _oldest(value: Any, key: Any = None) -> Any:
+    """A value in which every `_target_` has the oldest of its names."""
+    if isinstance(value, dict):
+        return {name: _oldest(child, name) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_oldest(child) for child in value]
+    if key != "_target_":
+        return value
+    now = RENAMED.get(value, value)
+    return next((before for before, after in RENAMED.items() if after == now), now)
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text inside a value with its key, but for prompts and the names of classes."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            yield from _texts(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for i, child in enumerate(value):
+            yield from _texts(child, f"{key}[{i}]")
+    elif isinstance(value, str) and not re.search(r"(prompt|prompts\[\d+\]|_target_)$", key):
+        yield key, value
+
+
+def _contents(path: Path) -> dict[str, str]:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return {str(file): sha256(file) for file in files if file.is_file()}
+
+
+def _by_content(value: Any, key: str, files: Mapping[str, Mapping[str, str]]) -> Any:
+    """A value with the checksums of the files that it names in the place of their paths."""
+    if isinstance(value, dict):
+        return {name: _by_content(child, f"{key}.{name}", files) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_by_content(child, f"{key}[{i}]", files) for i, child in enumerate(value)]
+    return list(files[key].values()) if key in files else value
+
+
+def _is_path(key: str) -> bool:
+    return key == "modality.path" or key.startswith("modality.path[")

@@ -1,0 +1,291 @@
+"""Where a run goes and which processes make it: folders, resume, Lightning, torchrun and Slurm."""
+
+import atexit
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import cache
+from importlib.util import find_spec
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from csd_exp.config import check_values, composed, is_allow, quoted
+from csd_exp.errors import InputError
+from csd_exp.identity import check_same_science
+
+CHILD = "CSD_EXP_RANK_OF"  # the folder of the run that Lightning has started this process for
+PATIENCE = timedelta(minutes=10)  # with the first process of a run, which checks it
+LINGER = 60.0  # seconds in which the others should have heard that the first refuses
+
+
+@dataclass(frozen=True)
+class Place:
+    """The folder of a run, and the checkpoint that it continues there, None for a new run."""
+
+    run_dir: str
+    ckpt_path: str | None = None
+
+    @property
+    def continued(self) -> list[str]:
+        """The override that continues it, where it does."""
+        return [] if self.ckpt_path is None else [f"ckpt_path={quoted(self.ckpt_path)}"]
+
+    @property
+    def overrides(self) -> list[str]:
+        """What makes any command line one of this very run."""
+        return [*self.continued, f"hydra.run.dir={quoted(self.run_dir)}"]
+
+    @property
+    def new(self) -> list[Path]:
+        """The folders that are to be made for it."""
+        return [] if self.ckpt_path else [Path(self.run_dir)]
+
+
+def placed(overrides: Sequence[str], config_name: str = "run") -> tuple[DictConfig, Place]:
+    """The configuration of a run in its place, checked as far as no class is needed.
+
+    `ckpt_path=last` is the newest last.ckpt below outputs/NAME; a run goes on in its checkpoint's folder.
+    Raises InputError where there is none, and as `check_values` and `check_folder` do.
+    """
+    config = composed(overrides, config_name)
+    if config.hydra.mode == RunMode.MULTIRUN:
+        raise InputError("hydra.mode=MULTIRUN asks for a multirun; start it by csd -m.")
+    place = Place(config.hydra.run.dir)
+    if config.ckpt_path:
+        checkpoint = _checkpoint(config)
+        place = Place(str(checkpoint.parent), str(checkpoint))
+        config = composed([*overrides, *place.overrides], config_name)
+    check_values(config)
+    check_folder(config)
+    return config, place
+
+
+def _checkpoint(config: DictConfig) -> Path:
+    if config.ckpt_path != "last":
+        if not Path(config.ckpt_path).is_file():
+            raise InputError(f"ckpt_path={config.ckpt_path} is no file; give a checkpoint, or last.")
+        return Path(config.ckpt_path)
+    found = sorted(Path("outputs", config.name).rglob("last.ckpt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise InputError(
+            f"ckpt_path=last finds no last.ckpt under outputs/{config.name}; nothing to continue."
+        )
+    return found[-1]
+
+
+def check_folder(config: DictConfig) -> None:
+    """Raise InputError where a new run's folder is there, or another run than this one is to be continued."""
+    run_dir = Path(config.hydra.run.dir)
+    if not config.ckpt_path:
+        if run_dir.exists():
+            raise InputError(
+                f"hydra.run.dir={run_dir} exists already; give a new folder, or continue it by ckpt_path."
+            )
+    elif not (run_dir / "config.yaml").is_file():
+        raise InputError(
+            f"ckpt_path={config.ckpt_path} has no config.yaml beside it, so it is no run of csd."
+        )
+    else:
+        check_same_science(run_dir, config)
+
+
+@contextmanager
+def made(runs: Sequence[Path], sweep: Path | None = None) -> Iterator[None]:
+    """Make the folders of runs; afterwards remove those in which none has started, and nothing else.
+
+    sweep: the folder of a multirun, made where it is not there; its jobs may make more in it. It goes where
+    no run is left in it, and so do parents that were made too and are empty. Raises InputError for the folder
+    of a run that is there or cannot be made.
+    """
+    inner: list[Path] = []
+    outer: list[Path] = []
+    try:
+        if sweep is not None and not sweep.exists():
+            _make(sweep, outer, outer)
+        for run in runs:
+            _make(run, inner, outer)
+        yield
+    finally:
+        for folder in inner:
+            if not (folder / "config.yaml").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+        for folder in reversed(outer):
+            if not any(_runs_in(folder) if folder == sweep else folder.glob("*")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs_in(folder: Path) -> Iterator[Path]:
+    """What runs have left in the folder of a multirun, Hydra's own records aside."""
+    return (file for file in folder.rglob("config.yaml") if file.parent.name != ".hydra")
+
+
+def _make(folder: Path, mine: list[Path], parents: list[Path]) -> None:
+    """Make a folder, to be noted in `mine`, and the parents it lacks, each noted once it is there."""
+    try:
+        for parent in reversed(list(takewhile(lambda p: not p.exists(), folder.parents))):
+            parent.mkdir(exist_ok=True)
+            parents.append(parent)
+        folder.mkdir()
+        mine.append(folder)
+    except OSError as e:
+        raise InputError(f"The folder {folder} cannot be made ({e.strerror}); give another one.") from e
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes, `size` of them, that are to make one run and that something else has started: `by`."""
+
+    by: str
+    size: int
+
+
+def group(nodes: Callable[[], int]) -> Group | None:
+    """The processes that this one has been started with; None where it is alone, or Lightning's child.
+
+    nodes: how many of them there are where csd was started once on each and starts the rest itself, as
+    NODE_RANK tells. Raises InputError where the processes cannot meet.
+    """
+    if is_child():
+        return None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return Group("torchrun", int(os.environ["WORLD_SIZE"]))
+    if _in_slurm():
+        if int(os.environ["SLURM_NTASKS"]) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+            raise InputError("Slurm does not say how many tasks a node has; give srun --ntasks-per-node.")
+        return Group("Slurm", int(os.environ["SLURM_NTASKS"]))
+    if "LOCAL_RANK" in os.environ:
+        started = Group("LOCAL_RANK", int(os.environ.get("WORLD_SIZE", 1)))
+    elif "NODE_RANK" in os.environ:
+        started = Group("NODE_RANK", nodes())
+    else:
+        return None
+    if started.size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise InputError(
+            f"{started.by} says that this is one of {started.size} processes, which need MASTER_ADDR and "
+            "MASTER_PORT to meet; torchrun and srun set all of them."
+        )
+    return started
+
+
+def is_child() -> bool:
+    """Whether Lightning has started this process, for a run that another one has checked."""
+    return CHILD in os.environ
+
+
+def is_first() -> bool:
+    """Whether this is the one process of a run that checks, makes folders and speaks."""
+    if "RANK" in os.environ and not is_child():
+        return os.environ["RANK"] == "0"
+    if _in_slurm():
+        return os.environ["SLURM_PROCID"] == "0"
+    return all(os.environ.get(rank, "0") == "0" for rank in ("NODE_RANK", "LOCAL_RANK"))
+
+
+def _in_slurm() -> bool:
+    """As Lightning sees it: srun has started this process, other than by an interactive shell."""
+    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+_calls = count()
+
+
+def together(started: Group | None, prepare: Callable[[], Place]) -> Place:
+    """What the first process of a group prepares, which all the others wait for.
+
+    Where it raises an error, the others raise an InputError with the same words.
+    """
+    if started is None or started.size == 1:
+        return prepare()
+    store, number = _store(*_meeting(started.by)), next(_calls)
+    if number and started.by == "NODE_RANK":
+        raise InputError("csd makes one run on several nodes; start it anew for the next.")
+    key = f"csd_exp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{number}"
+    if not is_first():
+        try:
+            told = json.loads(store.get(key))
+            store.add(f"{key}/heard", 1)
+        except RuntimeError as e:
+            raise InputError("The first process of this run has ended without a word.") from e
+        if isinstance(told, str):
+            raise InputError(told)
+        return Place(**told)
+    try:
+        place = prepare()
+    except BaseException as e:
+        store.set(key, json.dumps(str(e)))
+        atexit.register(_linger, lambda: store.add(f"{key}/heard", 0) >= started.size - 1)
+        raise
+    store.set(key, json.dumps(asdict(place)))
+    return place
+
+
+def _meeting(by: str) -> tuple[str, int]:
+    """Host and port at which Lightning will let the processes of a group meet, too."""
+    if by == "Slurm":
+        from lightning.fabric.plugins.environments import SLURMEnvironment  # takes seconds
+
+        slurm = SLURMEnvironment()
+        return slurm.main_address, slurm.main_port
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+@cache
+def _store(host: str, port: int) -> Any:
+    """What the processes of a group share, kept open: torch's process group will use the same server."""
+    from torch.distributed import TCPStore  # takes seconds
+
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = is_first() and not hosted
+    return TCPStore(
+        host, port, is_master=serves, multi_tenant=serves, wait_for_workers=False, timeout=PATIENCE
+    )
+
+
+def _linger(done: Callable[[], bool]) -> None:
+    until = time.monotonic() + LINGER
+    while not done() and time.monotonic() < until:
+        time.sleep(0.1)
+
+
+@contextmanager
+def relaunchable(command: Sequence[str], run_dir: Path) -> Iterator[None]:
+    """Let Lightning start DDP's other processes as this very run, and leave no trace for the next one.
+
+    Lightning relaunches `sys.argv`, which in a multirun names every job, in a folder of its own. Processes
+    that something else has started go on, and so does their process group.
+    command: the words after `csd`.
+    """
+    from torch import distributed
+
+    started = group(lambda: 1)
+    relaunches = started is None or started.by == "NODE_RANK"
+    main_module = sys.modules["__main__"]
+    argv, spec, environ = sys.argv, main_module.__spec__, dict(os.environ)
+    hydra_config = HydraConfig.instance().cfg
+    sys.argv = ["csd", *command, *Place(str(run_dir)).overrides]
+    main_module.__spec__ = find_spec("csd_exp.__main__")
+    HydraConfig.instance().cfg = None
+    if relaunches:
+        os.environ[CHILD] = str(run_dir)
+    if any(map(is_allow, command)):  # they have to find the user's package where this process does
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        yield
+    finally:
+        sys.argv, main_module.__spec__ = argv, spec
+        HydraConfig.instance().cfg = hydra_config
+        if relaunches and distributed.is_initialized():
+            distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(environ)

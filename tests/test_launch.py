@@ -1,0 +1,260 @@
+"""Where a run goes and which processes make it, whoever has started them."""
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import csd_exp
+from csd_exp import launch
+from csd_exp.config import composed, plain, quoted
+from csd_exp.errors import InputError
+from csd_exp.launch import Group, Place, group, is_first, made, relaunchable, together
+from csd_exp.run import check_run
+
+RUN = [
+    *("experiment=panorama", "prior=analytic", "prior.window=16", "+prior.prompts.warm=[0,1]", "prompt=warm"),
+    *("modality.path=picture.png", "steps=6", "logger=csv", "metrics=none", "name=shared"),
+]
+TWO = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """An environment without any launcher."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "TORCHELASTIC_", "MASTER_")) or name in RANKS:
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", launch.CHILD)
+MEET = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+def torchrun(rank: int, size: int) -> dict[str, str]:
+    return {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
+
+
+def slurm(rank: int, job: str = "edits") -> dict[str, str]:
+    tasks = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2"}
+    return tasks | {"SLURM_JOB_NAME": job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "started", "first"),
+    [
+        ({}, None, True),
+        (torchrun(0, 2), ("torchrun", 2), True),
+        (torchrun(2, 4), ("torchrun", 4), False),
+        (slurm(0), ("Slurm", 4), True),
+        (slurm(2), ("Slurm", 4), False),
+        (slurm(0, "bash"), None, True),
+        (slurm(1) | torchrun(0, 8), ("torchrun", 8), True),
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"} | MEET, ("LOCAL_RANK", 2), False),
+        ({"LOCAL_RANK": "0"}, ("LOCAL_RANK", 1), True),
+        ({"NODE_RANK": "0"} | MEET, ("NODE_RANK", 3), True),
+        ({"NODE_RANK": "1"} | MEET, ("NODE_RANK", 3), False),
+        ({"LOCAL_RANK": "1", "NODE_RANK": "0", launch.CHILD: "folder", "WORLD_SIZE": "2"}, None, False),
+    ],
+)
+def test_who_has_started_a_process_and_whether_it_is_the_first(alone, environment, started, first) -> None:
+    for name, value in environment.items():
+        alone.setenv(name, value)
+    assert group(lambda: 3) == (started and Group(*started))
+    assert is_first() == first
+
+
+@pytest.mark.parametrize(
+    ("environment", "missing"),
+    [
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "need MASTER_ADDR and MASTER_PORT"),
+        ({"NODE_RANK": "0", "MASTER_ADDR": "x"}, "need MASTER_ADDR and MASTER_PORT"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "--ntasks-per-node"),
+    ],
+)
+def test_processes_that_cannot_meet_are_refused(alone, environment, missing) -> None:
+    for name, value in environment.items():
+        alone.setenv(name, value)
+    with pytest.raises(InputError, match=missing):
+        group(lambda: 2)
+
+
+def test_one_process_asks_nobody() -> None:
+    place = Place("here")
+    assert together(None, lambda: place) is place
+    assert together(Group("torchrun", 1), lambda: place) is place
+
+
+class TestMade:
+    def test_what_has_run_stays_and_what_has_not_goes(self, tmp_path: Path) -> None:
+        done, refused = tmp_path / "new/a/done", tmp_path / "new/b/refused"
+        with made([done, refused]):
+            (refused / ".hydra").mkdir()
+            (refused / ".hydra/config.yaml").touch()
+            (done / "config.yaml").touch()
+        assert done.is_dir()
+        assert not (tmp_path / "new/b").exists()
+
+    def test_what_others_put_there_stays(self, tmp_path: Path) -> None:
+        with made([tmp_path / "outputs/mine"]):
+            (tmp_path / "outputs/theirs").mkdir()
+        assert [f.name for f in (tmp_path / "outputs").iterdir()] == ["theirs"]
+
+    def test_a_folder_that_is_there_is_neither_made_nor_removed(self, tmp_path: Path) -> None:
+        (tmp_path / "there").mkdir()
+        (tmp_path / "file").touch()
+        for taken in ("there", "file", "file/inside"):
+            with pytest.raises(InputError, match="cannot be made"), made([tmp_path / "a", tmp_path / taken]):
+                raise AssertionError
+        assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "there"]
+
+    @pytest.mark.parametrize("runs", [True, False])
+    def test_the_folder_of_a_search_stays_with_what_has_run_in_it(self, tmp_path: Path, runs: bool) -> None:
+        sweep = tmp_path / "new/sweep"
+        with made([], sweep):
+            (sweep / "0/.hydra").mkdir(parents=True)
+            for file in ("multirun.yaml", "0/.hydra/config.yaml", *(["0/config.yaml"] if runs else [])):
+                (sweep / file).touch()
+        assert sweep.exists() == runs
+        assert (tmp_path / "new").exists() == runs
+
+
+def test_lightnings_children_get_the_very_words(monkeypatch, tmp_path: Path) -> None:
+    regions = [{"prompt": 'it\'s "${a}", b\\', "box": [0, 0, 1, 1]}]
+    given = [*RUN, f"modality.regions={quoted(regions)}", "allow=[mine]"]
+    before = sys.argv, sys.modules["__main__"].__spec__, dict(os.environ)
+    monkeypatch.setattr(sys, "path", ["/of/mine", *sys.path])
+    with relaunchable(given, tmp_path / "run, it's"):
+        child = composed(sys.argv[1:])
+        assert plain(child)["modality"]["regions"] == regions
+        assert child.hydra.run.dir == str(tmp_path / "run, it's")
+        assert sys.modules["__main__"].__spec__.name == "csd_exp.__main__"
+        assert launch.is_child()
+        assert os.environ["PYTHONPATH"].split(os.pathsep)[0] == "/of/mine"
+    assert (sys.argv, sys.modules["__main__"].__spec__, dict(os.environ)) == before
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if name not in RANKS}
+    return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | more
+
+
+def two(folder: Path, args: list[str], late: int, **started: str) -> list[tuple[int, str, str]]:
+    """Exit code, standard output and error of two processes, one of which comes seconds late.
+
+    started: their environment; RANK stands for the rank of each.
+    """
+    tasks: dict[int, subprocess.Popen] = {}
+    port = free_port()
+    for rank in (1 - late, late):
+        own = {name: value.replace("RANK", str(rank)) for name, value in started.items()}
+        tasks[rank] = subprocess.Popen(
+            [sys.executable, "-m", "csd_exp", *RUN, *TWO, *args],
+            env=environment(MASTER_PORT=port, **own),
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(2 if rank != late else 0)
+    try:
+        said = {rank: task.communicate(timeout=300) for rank, task in tasks.items()}
+    finally:
+        for task in tasks.values():
+            task.kill()
+    return [(tasks[rank].returncode, *said[rank]) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """A folder in which two processes of torchrun have made a run up to its third step."""
+    folder = tmp_path_factory.mktemp("launch")
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "picture.png")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "csd_exp", *RUN, *TWO, "trainer.max_steps=3"),
+        ],
+        env=environment(),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run directory: ") == 1
+    return folder
+
+
+def latent(run: Path) -> torch.Tensor:
+    return torch.load(run / "last.ckpt", weights_only=True)["state_dict"]["particles.latent"]
+
+
+def test_torchrun_and_slurm_make_and_continue_one_run(shared: Path, monkeypatch) -> None:
+    (run,) = (shared / "outputs/shared").iterdir()
+    srun = slurm(0) | {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    srun |= {"SLURM_NODELIST": "127.0.0.1", "SLURM_PROCID": "RANK", "SLURM_LOCALID": "RANK"}
+    (first, said, _), (second, silent, _) = two(shared, ["ckpt_path=last"], late=0, **srun)
+    assert (first, second) == (0, 0)
+    assert said == f"run directory: {run.relative_to(shared)}\n"
+    assert silent == ""
+    assert [path.name for path in (shared / "outputs/shared").iterdir()] == [run.name]
+    assert len((run / "command.txt").read_text().splitlines()) == 2
+    monkeypatch.chdir(shared)
+    one = csd_exp.edit(*RUN, "hydra.run.dir=one").run_dir
+    assert (latent(run) - latent(one)).abs().max() < 1e-5 * latent(one).abs().max()
+
+
+def test_what_the_first_process_refuses_the_others_leave_without_a_word(shared: Path) -> None:
+    (shared / "there").mkdir(exist_ok=True)
+    by_hand = {"LOCAL_RANK": "RANK", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    (first, said, why), (second, *silent) = two(shared, ["hydra.run.dir=there"], late=1, **by_hand)
+    assert (first, second) == (2, 2)
+    assert (said, silent) == ("", ["", ""])
+    assert why == (
+        "csd: hydra.run.dir=there exists already; give a new folder, or continue it by ckpt_path.\n"
+    )
+    assert not list((shared / "there").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "refusal"),
+    [
+        (
+            ["trainer=cpu"],
+            "trainer.devices=1 on trainer.num_nodes=1 are 1 processes, and torchrun has started 2",
+        ),
+        ([*TWO, "+trainer.num_nodes=2"], "trainer.num_nodes=2 are 4 processes"),
+        (["trainer.strategy=ddp", "trainer.devices=auto"], "are 1 processes, and torchrun"),
+    ],
+)
+def test_a_trainer_for_other_processes_than_there_are_is_refused(shared, alone, args, refusal) -> None:
+    alone.chdir(shared)
+    config = composed([*RUN, *args])
+    check_run(config)
+    for name, value in torchrun(0, 2).items():
+        alone.setenv(name, value)
+    with pytest.raises(InputError) as e:
+        check_run(config)
+    assert refusal in str(e.value)
+
+
+def test_the_command_is_kept_as_it_was_given(shared: Path) -> None:
+    (kept,) = (shared / "outputs/shared").glob("*/command.txt")
+    assert shlex.split(kept.read_text().splitlines()[0]) == ["csd", *RUN, *TWO, "trainer.max_steps=3"]
