@@ -152,7 +152,8 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _contents(path: Path) -> dict[str, str]:
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    inside = [file for file in path.iterdir() if not file.name.startswith(".")] if path.is_dir() else []
+    files = sorted(inside) if path.is_dir() else [path]
     return {str(file): sha256(file) for file in files if file.is_file()}
 
 

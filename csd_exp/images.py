@@ -13,9 +13,9 @@ from PIL import ExifTags, Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from csd_exp.colours import to_srgb
 from csd_exp.errors import InputError, notice
 from csd_exp.files import whole
+from csd_exp.formats.colours import to_srgb
 
 SUFFIXES = (
     *(".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", ".apng", ".avif", ".gif", ".jfif", ".jp2"),

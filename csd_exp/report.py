@@ -18,9 +18,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from csd_exp.containers import open_media
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
+from csd_exp.formats.containers import open_media
 from csd_exp.images import opened_image, saved_pictures
 from csd_exp.outlines import colour
 

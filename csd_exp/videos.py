@@ -20,12 +20,21 @@ from av.filter.context import FilterContext
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
-from csd_exp.containers import is_cut_off, mark_sphere, open_media
-from csd_exp.decoding import BT709, hdr, is_sphere, to_image
 from csd_exp.errors import InputError, notice
 from csd_exp.files import whole
+from csd_exp.formats.containers import is_cut_off, mark_sphere, open_media
+from csd_exp.formats.decoding import BT709, hdr, is_sphere, to_image
+from csd_exp.formats.timing import (
+    GIF_TICK,
+    Clock,
+    Timeline,
+    common_tick,
+    even,
+    even_rate,
+    gif_ticks,
+    timeline,
+)
 from csd_exp.images import ImageFiles, image_files, image_size, to_uint8
-from csd_exp.timing import GIF_TICK, Clock, Timeline, common_tick, even, even_rate, gif_ticks, timeline
 
 FOLDER_FPS = 24  # frames a second of a folder of images, where nothing else is said
 GIF_SIDE = 480  # the longest side of a GIF, in pixels
@@ -35,7 +44,7 @@ WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders lea
 class Frames:
     """The frames of a video file, or of a folder of images in natural order, read one by one.
 
-    path: the file or folder. A file's frames are as a player shows them, see `csd_exp.decoding.to_image`.
+    path: the file or folder. A file's frames are as a player shows them, see `formats.decoding.to_image`.
     start, stop, step: which frames, as in a slice; counted from 0, stop is not included, null is the end.
     fps: frames a second; None keeps the time of each frame, see `times`, of a folder FOLDER_FPS over `step`.
     Iterating gives each frame [3, H, W] in [0, 1]; `size` is (H, W).

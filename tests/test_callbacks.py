@@ -174,7 +174,10 @@ def test_wandb_is_offline_silent_and_goes_on_in_the_same_run(panorama, fit, run,
     folders = sorted((run / "wandb").glob(f"offline-run-*-{ids[0]}"))
     assert len(folders) == 2
     for folder in folders:
-        assert b"final_spread" in (folder / f"run-{ids[0]}.wandb").read_bytes()
+        until = time.monotonic() + 20  # W&B's own process writes it
+        while b"final_spread" not in (folder / f"run-{ids[0]}.wandb").read_bytes():
+            assert time.monotonic() < until
+            time.sleep(0.1)
     (logged,) = folders[-1].glob("files/media/images/media/edited_*.png")
     assert logged.read_bytes() == (run / "media/edited.png").read_bytes()
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from csd_exp.colours import _gray
+from csd_exp.formats.colours import _gray
 from csd_exp.images import read_image
 
 RAMP = np.stack(np.meshgrid(np.linspace(0, 255, 16), np.linspace(0, 255, 12)), -1).astype(np.uint8)

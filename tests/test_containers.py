@@ -8,8 +8,8 @@ import pytest
 from clips import cut, write_clip
 from PIL import Image
 
-from csd_exp.containers import is_cut_off
 from csd_exp.errors import InputError
+from csd_exp.formats.containers import is_cut_off
 from csd_exp.videos import Frames
 
 NOISE = list(np.random.default_rng(0).integers(0, 256, (24, 48, 64, 3), dtype=np.uint8))

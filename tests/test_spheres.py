@@ -7,12 +7,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from csd_exp.callbacks import Media
-from csd_exp.containers import mark_sphere
 from csd_exp.errors import InputError
+from csd_exp.formats.containers import mark_sphere
+from csd_exp.formats.spheres import goes_round, read_sphere, sphere_xmp
 from csd_exp.images import write_png
 from csd_exp.particles import Images, Panorama
 from csd_exp.priors.analytic import GaussianMixture
-from csd_exp.spheres import goes_round, read_sphere, sphere_xmp
 from csd_exp.videos import Frames, write_mp4
 
 SAID = {

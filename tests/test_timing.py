@@ -7,7 +7,7 @@ import pytest
 from clips import numbered, write_clip
 from PIL import Image
 
-from csd_exp.timing import Clock, even_rate, gif_ticks, timeline
+from csd_exp.formats.timing import Clock, even_rate, gif_ticks, timeline
 from csd_exp.videos import Frames, write_gif, write_mp4
 
 MS = Fraction(1, 1000)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from csd_exp.errors import InputError
+from csd_exp.formats.spheres import read_sphere, sphere_xmp
 from csd_exp.images import image_files, pad_to, read_images
 from csd_exp.particles.areas import Areas, Box, check_areas
 from csd_exp.particles.canvas import Canvas
 from csd_exp.schedules import Draw
-from csd_exp.spheres import read_sphere, sphere_xmp
 
 
 class WholePictures(Canvas):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from csd_exp.errors import InputError, notice
+from csd_exp.formats.spheres import goes_round, read_sphere, sphere_xmp
 from csd_exp.images import pad_to, read_image
 from csd_exp.particles.areas import Areas, Box, check_areas
 from csd_exp.particles.canvas import Canvas, Windows
 from csd_exp.schedules import Draw
-from csd_exp.spheres import goes_round, read_sphere, sphere_xmp
 
 
 class Panorama(Canvas):
