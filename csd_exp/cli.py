@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import shlex
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 import hydra
+from hydra._internal.core_plugins.basic_launcher import BasicLauncherConf
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -36,6 +39,8 @@ from csd_exp.config import (
     sentence,
 )
 from csd_exp.errors import InputError
+from csd_exp.files import unwritable
+from csd_exp.interruption import SIGNALS, Interrupted, handle, handled, ignored, leave, stop
 from csd_exp.launch import Place, group, is_child, is_first, made, placed, together
 
 PROMPTS = ("prompt", "source_prompt", "negative_prompt")
@@ -45,12 +50,24 @@ def main() -> None:
     """The command line `csd`: exit code 2 and one sentence on stderr for anything a user got wrong."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handler below instead of Hydra's own
     gc.set_threshold(50_000)  # imports leave a million objects, which need not be searched over and over
-    try:
-        csd(sys.argv[1:])
-    except (InputError, FloatingPointError) as e:
-        _refuse(str(e))
-    except (HydraException, OmegaConfBaseException) as e:
-        _refuse(sentence(e))
+    with handled(SIGNALS, ignored if is_child() else leave):
+        try:
+            csd(sys.argv[1:])
+            sys.stdout.flush()
+        except (InputError, FloatingPointError) as e:
+            _refuse(str(e))
+        except (HydraException, OmegaConfBaseException) as e:
+            _refuse(sentence(e))
+        except Interrupted as e:
+            handle(SIGNALS, ignored)
+            if str(e) and is_first():
+                print(f"csd: {e}", file=sys.stderr)
+            sys.exit(0 if is_child() else e.code)
+        except BrokenPipeError:  # whoever read the output has gone, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
+        except OSError as e:
+            _refuse(str(unwritable(e)))
 
 
 def _refuse(message: str) -> NoReturn:
@@ -78,6 +95,7 @@ def csd(args: Sequence[str]) -> None:
     place = together(nodes, lambda: _prepared(overrides, name))
     if not is_first():
         return _rank([*overrides, *place.overrides], name)
+    handle(SIGNALS, stop)
     with made(place.new):
         _hydra([*_named(name), *overrides, *place.overrides])
 
@@ -159,8 +177,14 @@ def _multirun(overrides: Sequence[str], name: str) -> None:
 
     for config in configs:
         check_run(config)
+    handle(SIGNALS, stop)
+    _failed.clear()
     with made(runs, sweep_dir):
         _hydra(["-m", *_named(name), *overrides, *fixed])
+    if _failed:
+        raise InputError(
+            f"{len(_failed)} of {len(configs)} jobs failed:" + "".join(f"\n  {line}" for line in _failed)
+        )
 
 
 def _jobs(
@@ -214,6 +238,9 @@ def _check_folders(sweep_dir: Path, runs: Sequence[Path], searches: bool) -> Non
             )
 
 
+_failed: list[str] = []  # the jobs of this multirun that have failed, and why
+
+
 def _hydra(args: Sequence[str]) -> None:
     sys.argv[1:] = args
     job()
@@ -233,7 +260,12 @@ def job(config: DictConfig) -> float | None:
         print(f"run directory: {_short(run_dir)}")
         return _optimized(metrics, config.optimized_metric)
     except (InputError, FloatingPointError) as e:
-        _refuse(str(e))  # raised, Hydra would put its own lines before it
+        if hydra_config.mode == RunMode.RUN or hydra_config.sweeper._target_ != BasicSweeperConf._target_:
+            _refuse(str(e))  # raised, Hydra would put its own lines before it
+        if hydra_config.launcher._target_ != BasicLauncherConf._target_:
+            raise  # another process would not find the list
+        _failed.append(f"{_short(run_dir)}: {e}")  # the other jobs run
+        return None
 
 
 def _optimized(metrics: dict[str, float], name: str | None) -> float | None:

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and shipped files that are as they were shipped."""
 
+import errno
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,17 @@ from csd_exp.errors import InputError
 
 ASSETS = Path(__file__).parent / "assets"
 SUMS = "SHA256SUMS"
+
+# What a disk or its owner refuses; any other error of the system is a bug.
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+
+
+def unwritable(error: OSError, advice: str = "") -> InputError:
+    """A full or protected disk in one sentence, which `advice` ends; raises any other error again."""
+    if error.errno not in REFUSALS:
+        raise error
+    what = f"{str(error.filename).removesuffix('.part')} cannot be written" if error.filename else "The disk"
+    return InputError(f"{what} ({error.strerror}); make room, or {advice or 'choose another folder'}.")
 
 
 @contextmanager

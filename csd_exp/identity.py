@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -84,8 +84,7 @@ def check_same_science(folder: Path, config: DictConfig) -> None:
     `trainer.max_steps` has cut short may go on. Raises InputError, naming the key, and the file where its
     content has changed.
     """
-    saved, file = cast(DictConfig, OmegaConf.load(folder / "config.yaml")), folder / INPUTS
-    had = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    saved, had = _saved(folder)
     has = inputs(config) if had else {}
     for key in sorted(had.keys() & has.keys()):
         if list(had[key].values()) != list(has[key].values()):
@@ -106,6 +105,25 @@ def check_same_science(folder: Path, config: DictConfig) -> None:
                 f"ckpt_path continues a run that had {key}={was}, not {is_now}; "
                 "give the old value, or start a new run without ckpt_path."
             )
+
+
+def _saved(folder: Path) -> tuple[DictConfig, dict[str, dict[str, str]]]:
+    """The configuration of the run in a folder, and the files that it has read."""
+    config = _whole(folder / "config.yaml", OmegaConf.load, DictConfig)
+    file = folder / INPUTS
+    if not file.is_file():
+        return config, {}
+    return config, _whole(file, lambda f: json.loads(f.read_text(encoding="utf-8")), dict)
+
+
+def _whole(file: Path, read: Callable[[Path], Any], kind: type) -> Any:
+    try:
+        content = read(file)
+    except Exception:  # of YAML, JSON, OmegaConf, UTF-8 or the disk, each with many lines
+        content = None
+    if not isinstance(content, kind):
+        raise InputError(f"{file} is damaged, so ckpt_path cannot continue its run; start a new one.")
+    return content
 
 
 def _lengths(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:

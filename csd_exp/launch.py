@@ -88,6 +88,11 @@ def check_folder(config: DictConfig) -> None:
     """Raise InputError where a new run's folder is there, or another run than this one is to be continued."""
     run_dir = Path(config.hydra.run.dir)
     if not config.ckpt_path:
+        if (run_dir / "config.yaml").is_file() and not any(run_dir.glob("*.ckpt")):
+            raise InputError(
+                f"hydra.run.dir={run_dir} holds a run that ended before its first checkpoint; remove it, or "
+                "give a new folder."
+            )
         if run_dir.exists():
             raise InputError(
                 f"hydra.run.dir={run_dir} exists already; give a new folder, or continue it by ckpt_path."

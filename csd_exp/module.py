@@ -1,6 +1,6 @@
 """The one step: particles, a prior, a residual and a kernel, joined in a LightningModule."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -90,11 +90,22 @@ class ParticleModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         saved = checkpoint.get("csd_exp")
-        if saved is None:
+        if not isinstance(saved, dict) or not saved.keys() >= {"prior", "rows"}:
             raise InputError("ckpt_path is no checkpoint of csd_exp; give the last.ckpt of a run.")
         if saved["prior"] != self.prior.fingerprint:
             raise InputError("ckpt_path was made with another prior; resume it with the same prior weights.")
+        had, has = (_shapes(state) for state in (checkpoint["state_dict"], self.state_dict()))
+        if had != has:
+            name = next(name for name in [*had, *has] if had.get(name) != has.get(name))
+            raise InputError(
+                f"ckpt_path holds {name} of shape {had.get(name)} where this run has {has.get(name)}; "
+                "give the last.ckpt of the same run."
+            )
         self.rows = saved["rows"]
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,11 @@
 """One run: check, build, fit, evaluate, report; from Python by `edit`."""
 
-from collections.abc import Sequence
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from inspect import isabstract
 from pathlib import Path
@@ -8,25 +13,40 @@ from typing import Any, cast
 
 from hydra.utils import get_object
 from lightning import Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from csd_exp.build import build_module, constructed, silence_lightning
-from csd_exp.callbacks import Media, Provenance
+from csd_exp.callbacks import CheckpointFiles, Interruption, Media, Provenance
 from csd_exp.config import check, composed, literal, quoted, resolved
 from csd_exp.errors import InputError
 from csd_exp.evaluate import build_metrics, entries, metric_classes, write_metrics
 from csd_exp.facts import check_known
+from csd_exp.files import unwritable
 from csd_exp.identity import inputs
 from csd_exp.images import saved_pictures
-from csd_exp.launch import Place, check_folder, group, is_first, made, placed, relaunchable, together
+from csd_exp.interruption import SIGNALS, Interrupted, handled, ignored, stop
+from csd_exp.launch import (
+    Place,
+    check_folder,
+    group,
+    is_child,
+    is_first,
+    made,
+    placed,
+    relaunchable,
+    together,
+)
 from csd_exp.loggers import Wandb
 from csd_exp.methods import needs_source
 from csd_exp.particles import Particles
 from csd_exp.priors import Prior
 from csd_exp.report import write_report
 from csd_exp.svgd import Kernel
+
+PATIENCE = 5.0  # seconds for the other processes of a run to end by themselves
 
 
 @dataclass(frozen=True)
@@ -59,15 +79,45 @@ def edit(*overrides: str, **values: object) -> Result:
     place = together(group(lambda: composed(given).trainer.get("num_nodes", 1)), prepared)
     config = composed([*given, *place.overrides])
     with made(place.new if is_first() else []):
-        return run(config, Path(place.run_dir), [*given, *place.continued])
+        try:
+            words = [*given, *place.continued]
+            return run(config, Path(place.run_dir), words, signals=(signal.SIGINT,))
+        except Interrupted as e:
+            raise KeyboardInterrupt(str(e)) from None
 
 
-def run(config: DictConfig, run_dir: Path, command: Sequence[str]) -> Result:
+def run(
+    config: DictConfig, run_dir: Path, command: Sequence[str], signals: tuple[int, ...] = SIGNALS
+) -> Result:
     """Fit one configuration in its own folder; write pictures, metrics and the report.
 
-    command: the words after `csd` that ask for it. Under DDP every rank returns the result and rank zero
-    alone writes. Raises InputError for a configuration that cannot be used.
+    command: the words after `csd` that ask for it. signals: those that it handles. Under DDP every rank
+    returns the result and rank zero alone writes. Raises InputError for a configuration that cannot be used,
+    and Interrupted where a signal ends it.
     """
+    with handled(signals, ignored if is_child() else stop):
+        try:
+            return _run(config, run_dir, command, signals)
+        except Interrupted as e:
+            go_on = _how_to_go_on(run_dir, command)
+            raise Interrupted(e.signum, go_on and f"stopped; {go_on}") from None
+        except OSError as e:
+            raise unwritable(e, _how_to_go_on(run_dir, command)) from e
+
+
+def _how_to_go_on(run_dir: Path, command: Sequence[str]) -> str:
+    """One line, where a checkpoint is there; "" where the run has to be made anew."""
+    checkpoint = run_dir / "last.ckpt"
+    if not checkpoint.is_file():
+        return ""
+    shown = checkpoint.relative_to(Path.cwd()) if checkpoint.is_relative_to(Path.cwd()) else checkpoint
+    words = [word for word in command if not word.startswith("ckpt_path=")]
+    plainly = re.fullmatch(r"[\w./-]+", str(shown), re.ASCII)
+    words.append(f"ckpt_path={shown if plainly else quoted(shown)}")
+    return f"go on with: {shlex.join(['csd', *words])}"
+
+
+def _run(config: DictConfig, run_dir: Path, command: Sequence[str], signals: tuple[int, ...]) -> Result:
     config.dir = literal(str(run_dir))
     check(config)
     read = inputs(config) if is_first() else {}
@@ -77,15 +127,18 @@ def run(config: DictConfig, run_dir: Path, command: Sequence[str]) -> Result:
     if not any(isinstance(callback, Media) for callback in callbacks):
         callbacks.append(Media(run_dir, every_n_steps=0))  # a run always leaves its result
     provenance = Provenance(run_dir, OmegaConf.to_yaml(config), ["csd", *command], read)
+    interruption = Interruption(signals)
     trainer = _trainer(
         config.trainer,
         logger=[constructed(logger) for logger in (config.logger or {}).values()],
-        callbacks=[provenance, *callbacks],
+        callbacks=[interruption, provenance, *callbacks],
         default_root_dir=str(run_dir),
     )
+    trainer.strategy.checkpoint_io = CheckpointFiles()
     metrics = build_metrics(config.metrics) if trainer.is_global_zero else {}
     with relaunchable(command, run_dir):
-        trainer.fit(module, range(trainer.max_steps), ckpt_path=config.ckpt_path or None)
+        with _together(trainer, interruption):
+            trainer.fit(module, range(trainer.max_steps), ckpt_path=config.ckpt_path or None)
         mine = entries(metrics, config.metrics, run_dir / "media") if trainer.is_global_zero else None
         found = cast(dict[str, dict], trainer.strategy.broadcast(mine))
     values = {name: entry["value"] for name, entry in found.items() if entry["value"] is not None}
@@ -96,6 +149,27 @@ def run(config: DictConfig, run_dir: Path, command: Sequence[str]) -> Result:
         write_metrics(found, run_dir)
         write_report(run_dir)
     return Result(saved_pictures(run_dir / "media", "edited"), values, run_dir)
+
+
+@contextmanager
+def _together(trainer: Trainer, interruption: Interruption) -> Iterator[None]:
+    """End the processes of an interrupted run; put what Lightning cannot restore in one sentence."""
+    try:
+        yield
+    except Interrupted:
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            for process in launcher.procs if interruption.agreed else []:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(PATIENCE)
+            launcher.kill(signal.SIGKILL)
+        raise
+    except Exception as e:
+        if not interruption.restores or isinstance(e, InputError):
+            raise
+        raise InputError(
+            "ckpt_path holds an optimizer or a progress that is no state of this run; give its own last.ckpt."
+        ) from e
 
 
 def _trainer(node: DictConfig, **arguments) -> Trainer:
