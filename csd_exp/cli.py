@@ -30,10 +30,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from csd_exp.config import (
+    at_home,
     check_choices,
     check_values,
     composed,
     conf_dir,
+    is_path,
     quoted,
     refuse_allow,
     sentence,
@@ -213,9 +215,9 @@ def _at_one_moment(config: DictConfig) -> list[str]:
     """Overrides by which the folders of a sweep carry the same time wherever they are composed."""
     now = datetime.now()
     sweep = cast(dict[str, str], OmegaConf.to_container(config.hydra.sweep, resolve=False))
-    timed = {key: text for key, text in sweep.items() if "${now:" in str(text)}
+    timed = {key: text for key, text in sweep.items() if "${now:" in str(text) or at_home(text) != text}
     texts = {
-        key: re.sub(r"\$\{now:([^}]*)\}", lambda pattern: now.strftime(pattern[1]), text)
+        key: re.sub(r"\$\{now:([^}]*)\}", lambda pattern: now.strftime(pattern[1]), at_home(text))
         for key, text in timed.items()
     }
     return [f"hydra.sweep.{key}={QuotedString(t, Quote.double).with_quotes()}" for key, t in texts.items()]
@@ -275,16 +277,17 @@ def _optimized(metrics: dict[str, float], name: str | None) -> float | None:
 
 
 def _check_quoting(overrides: Sequence[str], multirun: bool) -> None:
-    """Say in one sentence, with the corrected command, how a prompt must be quoted."""
+    """Say in one sentence, with the corrected command, how a text must be quoted."""
     parser = OverridesParser.create()
     for i, override in enumerate(overrides):
         key, _, value = override.partition("=")
+        is_text = key in PROMPTS or is_path(key)
         try:
             parsed = parser.parse_override(override)
-            understood = multirun or not (key in PROMPTS and parsed.is_sweep_override())
-            followed = key in PROMPTS and any("=" not in word for word in overrides[i + 1 : i + 2])
+            understood = multirun or not (is_text and parsed.is_sweep_override())
+            followed = is_text and any("=" not in word for word in overrides[i + 1 : i + 2])
         except HydraException as e:
-            if key not in PROMPTS:
+            if not re.fullmatch(r"\+{0,2}[\w./@-]+=.+", override) or value[0] in "[{":
                 raise InputError(
                     f"{override!r} is not understood ({sentence(e).rstrip('.')}); write KEY=VALUE."
                 ) from e

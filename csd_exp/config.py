@@ -278,6 +278,7 @@ def check_values(config: DictConfig) -> None:
             "_target_" not in node and group not in ("method", "schedule")
         ):
             raise InputError(f"{group} is missing; choose one with {group}=NAME, csd --help lists them.")
+    _expand_home(config)
     config.prompt = literal(prompt_of(config))
     for path, node in _nodes(config):
         if "_target_" in node:
@@ -300,11 +301,33 @@ def check_values(config: DictConfig) -> None:
         )
 
 
+def _expand_home(config: DictConfig) -> None:
+    """Replace `~` at the beginning of every path, which no shell does after KEY=."""
+    for path, node in [("", config), *_nodes(config)]:
+        for key, value in cast(dict[str, Any], OmegaConf.to_container(node, resolve=False)).items():
+            if is_path(".".join((path, key))) and at_home(value) != value:
+                node[key] = literal(at_home(value))
+
+
+def at_home(value: Any) -> Any:
+    """A path, or a list of paths, in which `~` is replaced by the user's folder."""
+    if isinstance(value, list):
+        return [at_home(child) for child in value]
+    if isinstance(value, str) and re.match(r"~\w*(/|$)", value):
+        return os.path.expanduser(value)
+    return value
+
+
+def is_path(key: str) -> bool:
+    """Whether the value of a key is a path, or may be one."""
+    return re.search(r"(^|\.)(path|mask|prompts|prompt_file|ckpt_path|dir|subdir)$", key) is not None
+
+
 def prompt_of(config: DictConfig) -> str:
     """The instruction, from `prompt` or `prompt_file`; "" where regions or images have their own."""
     if config.prompt_file is not None:
         try:
-            text = Path(config.prompt_file).read_text(encoding="utf-8").strip()
+            text = Path(config.prompt_file).read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f"prompt_file={config.prompt_file} cannot be read as UTF-8 text ({e}).") from e
         if not text:

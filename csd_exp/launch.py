@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from csd_exp.config import check_values, composed, is_allow, quoted
+from csd_exp.config import at_home, check_values, composed, is_allow, literal, quoted
 from csd_exp.errors import InputError
 from csd_exp.identity import check_same_science
 
@@ -61,7 +61,9 @@ def placed(overrides: Sequence[str], config_name: str = "run") -> tuple[DictConf
     config = composed(overrides, config_name)
     if config.hydra.mode == RunMode.MULTIRUN:
         raise InputError("hydra.mode=MULTIRUN asks for a multirun; start it by csd -m.")
-    place = Place(config.hydra.run.dir)
+    config.ckpt_path = literal(at_home(config.ckpt_path))
+    place = Place(at_home(config.hydra.run.dir))
+    config.hydra.run.dir = literal(place.run_dir)
     if config.ckpt_path:
         checkpoint = _checkpoint(config)
         place = Place(str(checkpoint.parent), str(checkpoint))

@@ -12,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from csd_exp.errors import InputError
+from csd_exp.files import whole
 
 
 class LastCheckpoint(Checkpoint):
@@ -80,15 +81,12 @@ class CheckpointFiles(TorchCheckpointIO):
         """Write to the disk itself: what is under this name afterwards is whole, or there is nothing."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        Path(path).unlink(missing_ok=True)  # a link that may be there is not followed
-        try:
-            with open(path, "xb") as file:
+        with whole(Path(path)) as partial:
+            partial.unlink(missing_ok=True)  # a link that may be there is not followed
+            with open(partial, "xb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:
-            Path(path).unlink(missing_ok=True)
-            raise
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         """Tensors and plain containers; raises InputError for any other content, of which nothing is run."""
