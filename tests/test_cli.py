@@ -249,7 +249,7 @@ class TestFolders:
         before = files(folder)
         wrong = ["-m", *RUN, "modality.stride=17,18"]  # which only the run sees
         code, out, err = here(*wrong, "hydra.sweep.dir=mine")
-        assert (code, err.count("csd: modality.stride")) == (2, 1), out + err
+        assert (code, err.count("modality.stride must lie")) == (2, 2), out + err
         left = ["mine/multirun.yaml"]  # Hydra's record, in a folder that was there
         assert files(folder) == sorted([*before, *left])
         (folder / "mine/multirun.yaml").unlink()
