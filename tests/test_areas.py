@@ -335,7 +335,7 @@ def test_masks_that_cannot_be_used_are_refused_by_key(write_image, write_mask, t
 
 def test_each_image_has_its_prompt_or_one_line_of_a_file(write_image, tmp_path):
     paths = [str(write_image(6, 8, seed)) for seed in range(3)]
-    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n\n", encoding="utf-8-sig")
     for prompts in (["one", "two", "three"], str(tmp_path / "prompts.txt")):
         images = Images(paths, 1, 1, prompts=prompts, prompt="all")
         assert images.prompts(torch.tensor([2, 0])) == [[(1.0, "three")], [(1.0, "one")]]

@@ -77,7 +77,7 @@ def read_prompts(prompts: str | Sequence[str], count: int | None, key: str = "mo
     lines = list(prompts)
     if isinstance(prompts, str):
         try:
-            lines = Path(prompts).read_text(encoding="utf-8").strip().splitlines()
+            lines = Path(prompts).read_text(encoding="utf-8-sig").strip().splitlines()
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(
                 f"{key}={prompts} cannot be read as UTF-8 text ({e}); give a list of prompts, or a file with "
