@@ -93,13 +93,13 @@ def test_the_full_size_of_stable_diffusion_runs_one_step_on_the_cpu():
     assert (size(parts.unet), size(parts.vae), size(parts.text_encoder)) == (859520964, 83653863, 123060480)
     prior = StableDiffusion(parts, guidance_scale=1.0)
     assert prior.views == ViewShape(factor=8, channels=4, window=64, multiple=8)
-    check_one_step(prior, methods.sds, side=64)
+    check_one_step(prior, methods.sds, side=16)
 
 
 def test_the_full_size_of_instruct_pix2pix_runs_one_step_on_the_cpu():
     prior = RandomInstructPix2Pix(guidance_scale=1.0, image_guidance_scale=1.0)
     assert size(prior.unet) == 859520964 + 4 * 320 * 9
-    check_one_step(prior, methods.dds, side=32)
+    check_one_step(prior, methods.dds, side=16)
 
 
 def check_one_step(prior, residual, side):
