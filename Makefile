@@ -4,12 +4,16 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE :=
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint lock
+.PHONY: demo test lint unit lock
 
 demo: $(INSTALLED)
 	$(BIN)/csd experiment=demo
 
-test: $(INSTALLED) lint
+# mypy has one core for half a minute: the tests begin beside it.
+test: $(INSTALLED)
+	$(MAKE) --no-print-directory -j2 lint unit
+
+unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
 lint: $(INSTALLED)
