@@ -48,8 +48,12 @@ class ParticleModule(L.LightningModule):
         """Move the prior and start the particles, once."""
         if not self.begun:
             self.prior.to(torch.device("cpu") if device is None else device)
-            self.particles.begin(self.prior, Draw(self.seed, 0))
+            self._start()
             self.begun = True
+
+    def _start(self) -> None:
+        """What begins once the prior is on its device."""
+        self.particles.begin(self.prior, Draw(self.seed, 0))
 
     def images(self, which: slice = slice(None)) -> Iterator[Tensor]:
         """The particles as they stand: images [3, H, W] in [0, 1], exactly the pixels of the input.
@@ -290,14 +294,17 @@ class CSDModule(ParticleModule):
         draw = Draw(self.seed, self.global_step)
         step = partial(super().optimizer_step, epoch, batch_idx, optimizer, optimizer_closure)
         if isinstance(self.particles, Canvas):
-            inner = getattr(optimizer, "optimizer", optimizer)
-            with untouched(inner, self.particles.latent) as masks:
+            with untouched(getattr(optimizer, "optimizer", optimizer), self.particles.latent, self._touched):
                 step()
-                masks += [self.particles.touched(chosen) for chosen in self._chosen]
         else:
             step()
         self._chosen.clear()
         self.particles.after_step(draw)
+
+    def _touched(self) -> Tensor:
+        """The latents that a view of this step has shown, in any of its accumulated batches."""
+        canvas = cast(Canvas, self.particles)
+        return torch.stack([canvas.touched(chosen) for chosen in self._chosen]).any(0)
 
     def configure_optimizers(self):
         groups = [*self.particles.parameter_groups(), *self._learned()]

@@ -162,10 +162,8 @@ class SamplingModule(ParticleModule):
     def canvas(self) -> Canvas:
         return cast(Canvas, self.particles)
 
-    def begin(self, device: torch.device | None = None) -> None:
-        if self.begun:
-            return
-        super().begin(device)
+    def _start(self) -> None:
+        super()._start()
         canvas, self.ids = self.canvas, self.canvas.every()
         start = canvas.crop(canvas.source_latent, self.ids)
         noise = torch.stack(
