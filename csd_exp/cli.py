@@ -41,7 +41,7 @@ from csd_exp.config import (
     sentence,
 )
 from csd_exp.errors import InputError
-from csd_exp.files import unwritable
+from csd_exp.files import short, unwritable
 from csd_exp.interruption import SIGNALS, Interrupted, handle, handled, ignored, leave, stop
 from csd_exp.launch import Place, group, is_child, is_first, made, placed, together
 
@@ -235,7 +235,7 @@ def _check_folders(sweep_dir: Path, runs: Sequence[Path], searches: bool) -> Non
     for first, second in pairwise(sorted(run.resolve() for run in runs)):
         if second.is_relative_to(first):
             raise InputError(
-                f"hydra.sweep.subdir gives two jobs the folder {_short(first)}; name it by what they differ "
+                f"hydra.sweep.subdir gives two jobs the folder {short(first)}; name it by what they differ "
                 "in, such as ${hydra.job.num}."
             )
 
@@ -259,14 +259,14 @@ def job(config: DictConfig) -> float | None:
     try:
         words = [*_named(hydra_config.job.config_name), *searched, *hydra_config.overrides.task]
         metrics = run(config, run_dir, words).metrics
-        print(f"run directory: {_short(run_dir)}")
+        print(f"run directory: {short(run_dir)}")
         return _optimized(metrics, config.optimized_metric)
     except (InputError, FloatingPointError) as e:
         if hydra_config.mode == RunMode.RUN or hydra_config.sweeper._target_ != BasicSweeperConf._target_:
             _refuse(str(e))  # raised, Hydra would put its own lines before it
         if hydra_config.launcher._target_ != BasicLauncherConf._target_:
             raise  # another process would not find the list
-        _failed.append(f"{_short(run_dir)}: {e}")  # the other jobs run
+        _failed.append(f"{short(run_dir)}: {e}")  # the other jobs run
         return None
 
 
@@ -302,7 +302,3 @@ def _check_quoting(overrides: Sequence[str], multirun: bool) -> None:
             raise InputError(
                 f"{key} has to be quoted twice, once for the shell and once for Hydra: {command}"
             )
-
-
-def _short(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -23,6 +23,11 @@ def unwritable(error: OSError, advice: str = "") -> InputError:
     return InputError(f"{what} ({error.strerror}); make room, or {advice or 'choose another folder'}.")
 
 
+def short(path: Path) -> Path:
+    """A path as it is told: from the working folder, where it lies in that."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to: it becomes `path` at the end of the block, or goes if that fails."""

@@ -71,7 +71,7 @@ def digest(config: DictConfig, fingerprint: str) -> str:
     """Names a run by its settings, the fingerprint of its prior and the contents of the files it reads."""
     files, settings = inputs(config), scientific(config)
     settings.pop("modality.path", None)
-    pictures = [sums for key in files if _is_path(key) for sums in files[key].values()]
+    pictures = [sums for key in files if _is_picture(key) for sums in files[key].values()]
     settings = {key: _by_content(value, key, files) for key, value in settings.items()}
     described = repr((sorted(settings.items()), fingerprint, pictures))
     return hashlib.sha256(described.encode()).hexdigest()[:16]
@@ -170,7 +170,7 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _contents(path: Path) -> dict[str, str]:
-    inside = [file for file in path.iterdir() if not file.name.startswith(".")] if path.is_dir() else []
+    inside = (file for file in path.iterdir() if not file.name.startswith("."))
     files = sorted(inside) if path.is_dir() else [path]
     return {str(file): sha256(file) for file in files if file.is_file()}
 
@@ -184,5 +184,5 @@ def _by_content(value: Any, key: str, files: Mapping[str, Mapping[str, str]]) ->
     return list(files[key].values()) if key in files else value
 
 
-def _is_path(key: str) -> bool:
+def _is_picture(key: str) -> bool:
     return key == "modality.path" or key.startswith("modality.path[")

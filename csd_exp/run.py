@@ -24,7 +24,7 @@ from csd_exp.config import check, composed, literal, quoted, resolved
 from csd_exp.errors import InputError
 from csd_exp.evaluate import build_metrics, entries, metric_classes, write_metrics
 from csd_exp.facts import check_known
-from csd_exp.files import unwritable
+from csd_exp.files import short, unwritable
 from csd_exp.identity import inputs
 from csd_exp.images import saved_pictures
 from csd_exp.interruption import SIGNALS, Interrupted, handled, ignored, stop
@@ -110,7 +110,7 @@ def _how_to_go_on(run_dir: Path, command: Sequence[str]) -> str:
     checkpoint = run_dir / "last.ckpt"
     if not checkpoint.is_file():
         return ""
-    shown = checkpoint.relative_to(Path.cwd()) if checkpoint.is_relative_to(Path.cwd()) else checkpoint
+    shown = short(checkpoint)
     words = [word for word in command if not word.startswith("ckpt_path=")]
     plainly = re.fullmatch(r"[\w./-]+", str(shown), re.ASCII)
     words.append(f"ckpt_path={shown if plainly else quoted(shown)}")
