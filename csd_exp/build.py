@@ -7,11 +7,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from csd_exp.config import KEYWORDS, located
 from csd_exp.module import CSDModule, ParticleModule
 from csd_exp.particles import Particles
 from csd_exp.priors import Prior
 from csd_exp.samplers import SamplingModule
+from csd_exp.targets import KEYWORDS, located
 
 
 def constructed(node: DictConfig, **arguments) -> Any:

@@ -1,20 +1,16 @@
 """The typed root configuration: how it is composed, and what it alone says of whether a run can be.
 
-Nothing here imports torch, so that what composition can refuse is refused at once; only `check_targets`
-imports what a configuration names.
+Nothing here imports torch, so that what composition can refuse is refused at once.
 """
 
-import difflib
-import inspect
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -24,11 +20,11 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
 from hydra.version import VersionBase
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from csd_exp.errors import InputError
+from csd_exp.errors import InputError, closest
+from csd_exp.targets import check_name, check_targets, in_hydra, nodes
 
 PACKAGE = Path(__file__).parent
 
@@ -46,8 +42,8 @@ class RunConfig:
     name: names outputs/NAME. prompt: the instruction; prompt_file: a file that holds it instead.
     source_prompt, negative_prompt: text of the baseline and of the null conditioning. steps: optimisation
     steps. ckpt_path: `last`, or a checkpoint to continue, in its own folder. optimized_metric: what a
-    hyper-parameter search reads. allow: packages of your own, see `check_targets`. dir: the run directory,
-    filled in at the start.
+    hyper-parameter search reads. allow: packages of your own, see `csd_exp.targets.check_targets`. dir: the
+    run directory, filled in at the start.
     """
 
     name: str = "run"
@@ -94,26 +90,6 @@ OmegaConf.register_new_resolver(
 )
 OmegaConf.register_new_resolver("asset", lambda name: str(PACKAGE / "assets" / name), replace=True)
 
-# What a configuration may construct: configurations are shared between people, and `_target_` runs code.
-ALLOWED_PREFIXES = (
-    "csd_exp.",
-    "torch.optim.",
-    "lightning.pytorch.callbacks.",
-    "lightning.pytorch.loggers.",
-    "torchmetrics.",
-)
-ALLOWED_EXACT = (
-    "lightning.Trainer",
-    "lightning.pytorch.Trainer",
-    "lightning.pytorch.trainer.trainer.Trainer",
-)
-ALLOWED_HYDRA_PREFIXES = ("hydra._internal.", "hydra_plugins.", "hydra.experimental.callbacks.")
-
-KEYWORDS = ("_target_", "_partial_")  # of a node, for how it is constructed; see `csd_exp.build.constructed`
-
-# What classes were called before: an old `_target_` is accepted and means the new one.
-RENAMED = {"csd_exp.bench.random_sd15": "csd_exp.priors.random.RandomInstructPix2Pix"}
-
 
 def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
     """The configuration of these overrides, `hydra` node included; raises InputError in one sentence."""
@@ -155,7 +131,7 @@ def _own_hydra() -> Iterator[None]:
 
 
 def is_allow(override: str) -> bool:
-    """Whether an override names packages of the user's own, see `check_targets`."""
+    """Whether an override names packages of the user's own, see `csd_exp.targets.check_targets`."""
     return re.fullmatch(r"[+~]*allow(\.\w+)*", override.partition("=")[0]) is not None
 
 
@@ -166,7 +142,7 @@ def refuse_allow(overrides: Sequence[str], where: str) -> None:
 
 
 def allowed(overrides: Sequence[str]) -> list[str]:
-    """The packages that a command line allows, see `check_targets`."""
+    """The packages that a command line allows, see `csd_exp.targets.check_targets`."""
     given = [override for override in overrides if is_allow(override)]
     if not given:
         return []
@@ -238,7 +214,7 @@ def sentence(error: Exception) -> str:
     choice = r"Could not find '([^']*)/([^'/]*)' Available options in '[^']*': (.*?) Config search path"
     if m := re.search(choice, text):
         options = m[3].split()
-        return f"{m[1]}={m[2]} does not exist{_closest(m[2], options)}; accepted are {', '.join(options)}."
+        return f"{m[1]}={m[2]} does not exist{closest(m[2], options)}; accepted are {', '.join(options)}."
     if m := re.search(r"Could not override '([^']*)'\. No match in the defaults list", text):
         return f"{m[1]} is no group; csd --help lists the groups."
     unknown = "Could not override" in text or re.search(r"Key '[^']*' (is )?not in", text)
@@ -256,12 +232,7 @@ def _unknown_key(parent: str, leaf: str, known: Sequence[str]) -> str:
     known = [key for key in known if not key.startswith("_")]
     key = f"{parent}.{leaf}" if parent else leaf
     accepted = f"; accepted are {', '.join(known)}" if known else ""
-    return f"{key} is no key{_closest(leaf, known)}{accepted}."
-
-
-def _closest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {close[0]}" if close else ""
+    return f"{key} is no key{closest(leaf, known)}{accepted}."
 
 
 def check(config: DictConfig) -> None:
@@ -280,11 +251,11 @@ def check_values(config: DictConfig) -> None:
             raise InputError(f"{group} is missing; choose one with {group}=NAME, csd --help lists them.")
     _expand_home(config)
     config.prompt = literal(prompt_of(config))
-    for path, node in _nodes(config):
+    for path, node in nodes(config):
         if "_target_" in node:
-            _check_name(path, node, config)
+            check_name(path, node, config)
             for key in map(str, node):
-                if OmegaConf.is_missing(node, key) and not _in_hydra(path):
+                if OmegaConf.is_missing(node, key) and not in_hydra(path):
                     raise InputError(f"{path}.{key} is missing; give {path}.{key}=VALUE.")
     if not re.fullmatch(r"[\w][\w.-]*", config.name):
         raise InputError(
@@ -303,7 +274,7 @@ def check_values(config: DictConfig) -> None:
 
 def _expand_home(config: DictConfig) -> None:
     """Replace `~` at the beginning of every path, which no shell does after KEY=."""
-    for path, node in [("", config), *_nodes(config)]:
+    for path, node in [("", config), *nodes(config)]:
         for key, value in cast(dict[str, Any], OmegaConf.to_container(node, resolve=False)).items():
             if is_path(".".join((path, key))) and at_home(value) != value:
                 node[key] = literal(at_home(value))
@@ -337,153 +308,6 @@ def prompt_of(config: DictConfig) -> str:
     if not prompt and not any(config.modality.get(key) for key in ("regions", "prompts")):
         raise InputError("""prompt is empty; give the instruction as prompt='"turn it into a painting"'.""")
     return config.prompt if prompt else ""
-
-
-def check_targets(config: DictConfig) -> None:
-    """Refuse any `_target_` off the allow-list, and any key or type that its target does not take.
-
-    A configuration may be shared, and a `_target_` runs code: it may name what ALLOWED_PREFIXES lists, and
-    what the user allows by `allow=[my_package, ...]`, a key that only a command line may give, or `edit` by
-    keyword; a file that sets it is refused by `composed`. Then `_target_: my_package.Mine` is accepted where
-    the class is at home in my_package, and the working folder is searched for it after everything installed.
-    It holds for that command alone: csd, csd -m, csd-bench, csd-figure and csd-eval each take it, also to
-    continue a run. Old names become new ones, see RENAMED.
-    """
-    for path, node in _nodes(config):
-        if "_target_" in node:
-            name, prefixes, exact = _check_name(path, node, config)
-            target = _found(path, name, prefixes, exact)
-            if not _in_hydra(path):
-                if node._target_ != name:
-                    node._target_ = name
-                _check_call(path, node, target)
-        if _in_hydra(path) and ("()" in node or "ext://" in str(node.get("class", ""))):
-            raise InputError(f"{path} builds an object by logging's '()' key, which is not accepted.")
-
-
-def _in_hydra(path: str) -> bool:
-    return path.split(".")[0] == "hydra"
-
-
-def _nodes(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
-    """Every dictionary below a configuration with its path, once, those that interpolations make included."""
-    seen: dict[int, Any] = {}
-    waiting: list[tuple[str, Any]] = [("", config)]
-    while waiting:
-        path, node = waiting.pop(0)
-        if node._is_interpolation():
-            node = node._maybe_dereference_node(throw_on_resolution_failure=False)
-        is_container = isinstance(node, DictConfig | ListConfig)
-        if not is_container or node._is_none() or node._is_missing() or id(node) in seen:
-            continue
-        seen[id(node)] = node  # kept, so that no other node gets its id
-        if path and isinstance(node, DictConfig):
-            yield path, node
-        keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
-        waiting += [(f"{path}.{key}" if path else str(key), node._get_node(key)) for key in keys]
-
-
-def _check_name(
-    path: str, node: DictConfig, config: DictConfig
-) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The name in a node's `_target_`, by which it is called now, and what it may begin with or be."""
-    target = cast(dict, OmegaConf.to_container(node, resolve=False))["_target_"]
-    name = RENAMED.get(target, target) if isinstance(target, str) else target
-    own = tuple(f"{package}." for package in config.get("allow") or ())
-    prefixes, exact = (
-        (ALLOWED_HYDRA_PREFIXES, ()) if _in_hydra(path) else ((*ALLOWED_PREFIXES, *own), ALLOWED_EXACT)
-    )
-    plain = isinstance(name, str) and all(re.fullmatch(r"[A-Za-z]\w*|_internal", p) for p in name.split("."))
-    if not plain or not (name.startswith(prefixes) or name in exact):
-        raise _refused(path, target, prefixes)
-    return name, prefixes, exact
-
-
-def _refused(path: str, target: Any, prefixes: tuple[str, ...]) -> InputError:
-    return InputError(
-        f"{path}._target_={target} is not accepted: a configuration may construct only classes and functions "
-        f"of {', '.join(p.rstrip('.') for p in prefixes)}; allow=[PACKAGE] on the command line adds one of "
-        "your own."
-    )
-
-
-def _found(path: str, name: str, prefixes: tuple[str, ...], exact: tuple[str, ...]) -> Any:
-    """The object of a name, if the object itself is on the allow-list too."""
-    if not name.startswith((*ALLOWED_PREFIXES, *ALLOWED_HYDRA_PREFIXES)) and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found = located(name)
-    except Exception as e:  # whatever a module of the user's raises while it is imported
-        raise InputError(f"{path}._target_={name} cannot be imported ({type(e).__name__}: {e}).") from e
-    if found is None:
-        raise InputError(f"{path}._target_={name} does not exist.")
-    # A name inside an allowed module may be another module's object: judge the object by its own home.
-    home = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
-    if not (inspect.isclass(found) or inspect.isfunction(found)):
-        raise _refused(path, name, prefixes)
-    if not (home.startswith(prefixes) or home in exact):
-        raise _refused(path, name, prefixes)
-    return found
-
-
-def located(target: str) -> Any:
-    """The object that a dotted name, or an old one of RENAMED, says; None where there is none."""
-    parts = RENAMED.get(target, target).split(".")
-    for split in range(len(parts) - 1, 0, -1):
-        module_name = ".".join(parts[:split])
-        try:
-            __import__(module_name)
-        except ModuleNotFoundError as e:
-            if e.name is not None and (module_name == e.name or module_name.startswith(f"{e.name}.")):
-                continue
-            raise
-        found: Any = sys.modules[module_name]
-        for part in parts[split:]:
-            found = getattr(found, part, None)
-        return found
-    return None
-
-
-def _parameters(target: Any) -> tuple[list[str], dict[str, Any], bool]:
-    """What a target accepts, **kwargs being its base's: names, type hints, and whether anything else too."""
-    names: list[str] = []
-    hints: dict[str, Any] = {}
-    for call in [vars(c).get("__init__") for c in target.__mro__] if inspect.isclass(target) else [target]:
-        if call is None:
-            continue
-        parameters = list(inspect.signature(call).parameters.values())
-        names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        with suppress(NameError):
-            hints = get_type_hints(call) | hints
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return [n for n in dict.fromkeys(names) if n != "self"], hints, False
-    return names, hints, True
-
-
-def _check_call(path: str, node: DictConfig, target: Any) -> None:
-    accepted, hints, anything = _parameters(target)
-    for key in map(str, node):
-        if key in KEYWORDS:
-            continue
-        if key not in accepted and not anything:
-            what = f"{path}.{key} is no key of {target.__name__}{_closest(key, accepted)}"
-            raise InputError(f"{what}; accepted are {', '.join(accepted)}.")
-        value = node[key]
-        if not isinstance(value, DictConfig) or "_target_" not in value:
-            _check_type(f"{path}.{key}", value, hints.get(key, Any))
-
-
-def _check_type(key: str, value: Any, hint: Any) -> None:
-    value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    try:
-        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:
-        adapter = TypeAdapter(hint)
-    try:
-        adapter.validate_python(value, strict=True)
-    except ValidationError as e:
-        reasons = list(dict.fromkeys(error["msg"].removeprefix("Input ") for error in e.errors()))
-        raise InputError(f"{key}={value} is not accepted: it {' or '.join(reasons)}.") from e
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The one exception that users meet, and the one way of saying what they should know."""
 
+import difflib
 import os
 import sys
+from collections.abc import Sequence
 from functools import cache
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # torchrun's, Lightning's and Slurm's
@@ -19,6 +21,12 @@ def accept(key: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise an InputError that names the key, the value and what is accepted, unless value is a choice."""
     if value not in choices:
         raise InputError(f"{key} must be one of {', '.join(choices)}, not {value!r}.")
+
+
+def closest(word: str, known: Sequence[str]) -> str:
+    """ ", did you mean WORD" where one of the known words is like it, else nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {close[0]}" if close else ""
 
 
 @cache

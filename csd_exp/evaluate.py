@@ -17,13 +17,14 @@ from torchmetrics import Metric
 from yaml import YAMLError
 
 from csd_exp.build import constructed, silence_lightning
-from csd_exp.config import allowed, check_targets, composed, is_allow, literal
+from csd_exp.config import allowed, composed, is_allow, literal
 from csd_exp.errors import InputError
 from csd_exp.facts import check_known, read_facts
 from csd_exp.files import write_whole
 from csd_exp.images import saved_pictures
 from csd_exp.metrics.clip import TINY, tiny_weights
 from csd_exp.report import write_report
+from csd_exp.targets import check_targets
 
 USAGE = """csd-eval RUN_DIR [metrics=NAME] [metrics.KEY=VALUE ...]
 
@@ -101,7 +102,7 @@ def evaluate(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, dict]:
     """Measure the saved pictures of a finished run again; write metrics.json and the report.
 
     overrides: of the group `metrics`, which is then composed anew; without any, the metrics are the run's
-    own. `allow=[my_package]` may stand beside them, see `csd_exp.config.check_targets`. What was measured
+    own. `allow=[my_package]` may stand beside them, see `csd_exp.targets.check_targets`. What was measured
     before under other names is kept. Raises InputError, before anything is written, for a folder that no
     finished run is in, and for overrides of anything but metrics.
     """

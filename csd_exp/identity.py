@@ -10,9 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from csd_exp.config import ALLOWED_EXACT, RENAMED, plain
+from csd_exp.config import plain
 from csd_exp.errors import InputError
 from csd_exp.files import sha256
+from csd_exp.targets import ALLOWED_EXACT, RENAMED
 
 INPUTS = "inputs.json"
 

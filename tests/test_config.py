@@ -8,9 +8,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-from csd_exp.config import check, check_targets, composed, conf_dir, prompt_of, quoted
+from csd_exp.config import check, composed, conf_dir, prompt_of, quoted
 from csd_exp.errors import InputError
 from csd_exp.run import check_parts, check_run
+from csd_exp.targets import check_targets
 
 
 @pytest.fixture

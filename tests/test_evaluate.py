@@ -14,12 +14,13 @@ from PIL import Image
 
 import csd_exp
 from csd_exp import evaluate as module
-from csd_exp.config import check_targets, composed, conf_dir
+from csd_exp.config import composed, conf_dir
 from csd_exp.errors import InputError
 from csd_exp.evaluate import build_metrics, evaluate, measured, metric_classes, settings_of
 from csd_exp.facts import read_facts
 from csd_exp.images import read_image, saved_pictures
 from csd_exp.metrics import SSIM, MeanMetric
+from csd_exp.targets import check_targets
 
 SIZE = (53, 37)  # width and height, no multiple of anything
 

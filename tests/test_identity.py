@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from csd_exp import config as configuration
+from csd_exp import targets
 from csd_exp.config import check, composed, resolved
 from csd_exp.errors import InputError
 from csd_exp.identity import INPUTS, check_same_science, digest, inputs, scientific
@@ -227,7 +227,7 @@ def test_a_run_of_before_that_kept_no_contents_is_known_by_its_paths(folder: Pat
 
 
 def test_an_old_name_of_a_class_is_accepted_and_is_the_same_run(folder: Path, monkeypatch) -> None:
-    monkeypatch.setitem(configuration.RENAMED, "csd_exp.old.Kernel", "csd_exp.svgd.RBF")
+    monkeypatch.setitem(targets.RENAMED, "csd_exp.old.Kernel", "csd_exp.svgd.RBF")
     old = run_config("kernel._target_=csd_exp.old.Kernel")
     assert old.kernel._target_ == "csd_exp.svgd.RBF"
     assert scientific(old)["kernel._target_"] == "csd_exp.old.Kernel"

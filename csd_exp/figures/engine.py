@@ -8,13 +8,14 @@ from time import monotonic
 from omegaconf import DictConfig, OmegaConf
 
 from csd_exp.build import constructed, silence_lightning
-from csd_exp.config import allowed, check_targets, composed, quoted
+from csd_exp.config import allowed, composed, quoted
 from csd_exp.errors import InputError
 from csd_exp.figures.cache import record
 from csd_exp.figures.plan import Cell, divided, equal_of, parts, planned
 from csd_exp.figures.results import Record, Results
 from csd_exp.files import write_whole
 from csd_exp.run import check_run
+from csd_exp.targets import check_targets
 
 USAGE = """csd-figure figure=NAME [figure.size=full] [figure.scale=paper] [KEY=VALUE ...]
 
