@@ -37,18 +37,21 @@ UPRIGHT = {  # what EXIF's orientations ask for; others do not exist
 }
 
 
-def read_image(path: str | Path, key: str = "modality.path", behind: str = "white") -> Tensor:
+def read_image(
+    path: str | Path, key: str = "modality.path", behind: str = "white", upright: bool = True
+) -> Tensor:
     """An image file as [3, H, W] in [0, 1] of sRGB: upright, and in the colours of its ICC profile.
 
-    One channel is repeated, 16-bit gray is kept in full precision (16-bit colour is read at 8 bits),
-    transparency is laid over the colour `behind`. Of several pages or frames the first is taken, and a
-    profile that cannot be used is left out, both with a word.
+    Where not `upright`, the pixels are as they are stored, whatever EXIF says of them. One channel is
+    repeated, 16-bit gray is kept in full precision (16-bit colour is read at 8 bits), and transparency is
+    laid over the colour `behind`. Of several pages or frames the first is taken, and a profile that cannot
+    be used is left out, both with a word.
     Raises InputError, naming the key and the file, when it is missing, unreadable or above MAX_PIXELS.
     """
     with opened_image(path, key) as image:
         image.load()
         _say_what_is_left_out(image, f"{key}={path}")
-        return _to_tensor(_upright(image), f"{key}={path}", behind)
+        return _to_tensor(_upright(image) if upright else image, f"{key}={path}", behind)
 
 
 def image_size(path: str | Path, key: str = "modality.path") -> tuple[int, int]:
@@ -97,7 +100,7 @@ def image_files(path: str | Path | Sequence[str], key: str = "modality.path") ->
     files = [Path(path)] if isinstance(path, (str, Path)) else [Path(file) for file in path]
     if len(files) == 1 and files[0].is_dir():
         found = [f for f in files[0].iterdir() if f.is_file() and not f.name.startswith(".")]
-        found.sort(key=lambda f: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", f.name)])
+        found.sort(key=lambda f: natural(f.name))
         files = [f for f in found if f.suffix.lower() in SUFFIXES]
         unread = [f.name for f in found if f.suffix.lower() in UNREAD]
         if unread:
@@ -106,6 +109,11 @@ def image_files(path: str | Path | Sequence[str], key: str = "modality.path") ->
     if not files:
         raise InputError(f"{key}={path} holds no image; accepted are {', '.join(SUFFIXES)} files.")
     return files
+
+
+def natural(name: str) -> list[int | str]:
+    """The key of natural order, in which frame_2 is before frame_10."""
+    return [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name)]
 
 
 def read_images(path: str | Sequence[str], key: str = "modality.path") -> list[Tensor]:

@@ -1,0 +1,26 @@
+"""What is demanded of a pose."""
+
+import torch
+from torch import Tensor
+
+from csd_exp.errors import InputError
+
+SLACK = 1e-2  # of a rotation as it is written, in a few digits
+
+
+def checked_pose(pose: Tensor, where: str) -> Tensor:
+    """A pose [3, 4] with the rotation nearest to the one that it has.
+
+    Raises InputError, which `where` begins, where it is not finite, or no rotation but for rounding.
+    """
+    if not torch.isfinite(pose).all():
+        raise InputError(f"{where} holds a number that is not finite.")
+    rotation = pose[:, :3]
+    u, s, v = torch.linalg.svd(rotation)
+    if s.min() < SLACK * s.max() or s.max() == 0:
+        raise InputError(f"{where} is singular; it must be a rotation and a position.")
+    if (s - 1).abs().max() > SLACK:
+        raise InputError(f"{where} is not orthogonal; its first three columns must be a rotation.")
+    if torch.linalg.det(rotation) < 0:
+        raise InputError(f"{where} is mirrored; its first three columns must be a rotation.")
+    return torch.cat([u @ v, pose[:, 3:]], 1)
