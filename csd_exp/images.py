@@ -12,6 +12,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from csd_exp.errors import InputError, notice
 from csd_exp.files import whole
@@ -248,3 +249,8 @@ def _in_srgb(image: Image.Image, profile: bytes, named: str) -> Image.Image:
     except (ImageCms.PyCMSError, OSError, ValueError) as e:
         notice(f"{named} has a colour profile that cannot be used ({e}); it is taken as sRGB.")
         return image
+
+def resized(images: Tensor, height: int, width: int) -> Tensor:
+    """Images [n, 3, height, width] of images [n, 3, H, W] in [0, 1], bicubic, without aliasing."""
+    size = (height, width)
+    return interpolate(images, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)

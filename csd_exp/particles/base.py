@@ -21,6 +21,7 @@ class Autoencoder(Protocol):
     """What particles are handed of a prior; see `csd_exp.priors.Prior`."""
 
     views: Any
+    device: torch.device
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor: ...
     def condition(self, image: Tensor, noise: Tensor | None = None) -> Tensor | None: ...

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import interpolate
 
+from csd_exp.images import resized
 from csd_exp.particles.base import Pictures
 from csd_exp.particles.canvas import Canvas
 from csd_exp.schedules import Draw
@@ -60,9 +60,3 @@ class Resized:
     def __iter__(self) -> Iterator[Tensor]:
         for picture in self.pictures:
             yield resized(picture[None], self.side, self.side)[0]
-
-
-def resized(images: Tensor, height: int, width: int) -> Tensor:
-    """Images [n, 3, height, width] of images [n, 3, H, W] in [0, 1], bicubic, without aliasing."""
-    size = (height, width)
-    return interpolate(images, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)

@@ -99,7 +99,9 @@ class Cameras:
     def project(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Where each camera sees world points [n, ..., 3]: places [n, ..., 2] in pixels, and depths [n, ...]."""
         shape = (len(self), *[1] * (points.ndim - 2))
-        seen = (points - self.positions.view(*shape, 3)).unsqueeze(-2) @ self.pose[:, :, :3].view(*shape, 3, 3)
+        seen = (points - self.positions.view(*shape, 3)).unsqueeze(-2) @ self.pose[:, :, :3].view(
+            *shape, 3, 3
+        )
         seen = seen.squeeze(-2)
         places = seen[..., :2] / seen[..., 2:] * self.focal.view(*shape, 2) + self.centre.view(*shape, 2)
         return places, seen[..., 2]
@@ -132,7 +134,12 @@ def look_at(positions: Tensor, targets: Tensor, up: Tensor) -> Tensor:
 
 
 def orbit(
-    target: Tensor, distance: float, elevation: float, azimuths: Tensor, up: Tensor, north: Tensor | None = None
+    target: Tensor,
+    distance: float,
+    elevation: float,
+    azimuths: Tensor,
+    up: Tensor,
+    north: Tensor | None = None,
 ) -> Tensor:
     """Poses [n, 3, 4] around a target [3], at an elevation and azimuths [n], in radians.
 

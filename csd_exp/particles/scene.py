@@ -1,0 +1,250 @@
+"""A scene of three dimensions: its photographs are edited and its field follows, or the field itself is edited."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from csd_exp.errors import InputError
+from csd_exp.images import ImageFiles, write_png
+from csd_exp.particles.base import Autoencoder, Particles
+from csd_exp.particles.images import WholePictures
+from csd_exp.scene.album import Album
+from csd_exp.scene.cameras import Bounds
+from csd_exp.scene.field import Field
+from csd_exp.scene.scene import Scene, Trajectory, adam, check_scene, improve
+from csd_exp.schedules import Draw
+
+
+class EditedPhotographs(WholePictures):
+    """Photographs are edited round by round, and after each round the field is fitted to them.
+
+    A round edits `views` of the photographs, drawn without replacement, in `edit_steps` steps: they begin as
+    the field shows them, with the photographs as source and condition. Then they take their places in what the
+    field is fitted to, for `fit_steps` steps. The paper's update (CSD 4.3) is rounds of 16 views; that of
+    Instruct-NeRF2NeRF is rounds of one step of one view, by the residual `dataset_update`; one round of all
+    views is DGE's. The pictures of the run are the frames of a film, of the field as it was and as it is.
+
+    path, field, reconstruction_steps, bounds, trajectory, frames, cache, seed: see `Scene`. views: None for
+    all. batch: how many of a round's views each step takes, None for all. dir: of the run, where edited
+    photographs are kept. The rest is as for WholePictures.
+    """
+
+    edited: Tensor
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any]) -> None:
+        check_scene(config)
+
+    def __init__(
+        self,
+        path: str,
+        factor: int,
+        multiple: int,
+        window: int,
+        field: Callable[[Bounds], Field],
+        dir: str,
+        reconstruction_steps: int = 1500,
+        views: int | None = 16,
+        batch: int | None = None,
+        edit_steps: int = 20,
+        fit_steps: int = 200,
+        bounds: Sequence[float] | None = None,
+        trajectory: Trajectory = "orbit",
+        frames: int = 60,
+        mask: str | Sequence[str] | None = None,
+        feather: int | None = None,
+        cache: str = "outputs/scenes",
+        seed: int = 0,
+        prompt: str = "",
+        dtype: str = "float32",
+    ):
+        for key, value, least in (("views", views, 1), ("edit_steps", edit_steps, 1), ("fit_steps", fit_steps, 0)):
+            if value is not None and value < least:
+                raise InputError(f"modality.{key} must be at least {least}, not {value}.")
+        side = window * factor
+        scene = Scene(path, side, factor * multiple, field, reconstruction_steps, seed, cache, bounds, trajectory, frames)
+        trained = len(scene.train)
+        super().__init__(scene.views.size, factor, multiple, batch, None, mask, feather, prompt, dtype, trained)
+        self.scene, self.film = scene, scene.film
+        self.round_of = trained if views is None else min(views, trained)
+        self.edit_steps, self.fit_steps = edit_steps, fit_steps
+        self.folder = Path(dir) / "views"
+        self.album = scene.album()
+        self.pixels = _Photographs(self.album)
+        # The round in which each photograph has last been edited: what the field is fitted to.
+        self.register_buffer("edited", torch.full((trained,), -1))
+        self._shown = self.edited.clone()  # the same, of what the album holds
+
+    def begin(self, prior: Autoencoder, draw: Draw) -> None:
+        vars(self).update(original=self.scene.reconstructed(prior.device, self.album), prior=prior)
+        self.field = self.scene.reconstructed(prior.device, self.album)
+        self.field.requires_grad_(False)  # a step does not reach it
+        self.adam = adam(self.field)
+        super().begin(prior, draw)
+        self._open(draw)
+
+    @property
+    def count(self) -> int:
+        return len(self.film.cameras)
+
+    def choose(self, draw: Draw) -> Tensor:
+        ids = self._round(draw)
+        if self.batch is None or self.batch >= len(ids):
+            return ids
+        return ids[torch.from_numpy(draw.generator("views").permutation(len(ids))[: self.batch])]
+
+    def _round(self, draw: Draw) -> Tensor:
+        """The photographs of the round that a step is in."""
+        drawn = replace(draw, step=draw.step // self.edit_steps, part=0).generator("round")
+        return torch.from_numpy(drawn.permutation(len(self.latent))[: self.round_of])
+
+    @torch.no_grad()
+    def _open(self, draw: Draw) -> None:
+        """A round begins at what the field shows."""
+        for i in self._round(draw).tolist():
+            seen = self.field(self.scene.cameras[[i]]).rgb.clamp(0, 1)
+            self.latent[i] = self.prior.encode(seen.to(self.source_latent))[0].to(self.latent)
+
+    def after_step(self, draw: Draw) -> None:
+        if (draw.step + 1) % self.edit_steps:
+            return
+        self._close(draw)
+        self._show_edited()
+        for k in range(self.fit_steps):
+            improve(self.field, self.album, self.adam, replace(draw, part=k))
+        self._open(replace(draw, step=draw.step + 1))
+
+    @torch.no_grad()
+    def _close(self, draw: Draw) -> None:
+        """The edited photographs of a round become files, which every process reads."""
+        now = draw.step // self.edit_steps
+        for i in self._round(draw).tolist():
+            if _is_first():
+                (image,) = self.finish(self.prior.decode(self.latent[i : i + 1]).clamp(0, 1).cpu())
+                if self.areas is not None and self.areas.mask is not None:
+                    image = self.areas.composite(i, image, self.album.picture(i))
+                write_png(image, self._file(now, i))
+            self.edited[i] = now
+        if distributed.is_initialized():
+            distributed.barrier()
+
+    def _file(self, round_: int, i: int) -> Path:
+        return self.folder / f"{round_:05d}_{i:05d}.png"
+
+    def _show_edited(self) -> None:
+        """Bring the album to what has been edited, also of a run that goes on."""
+        for i in (self.edited.cpu() != self._shown).nonzero().flatten().tolist():
+            self.album.put(i, ImageFiles([self._file(int(self.edited[i]), i)])[0])
+        self._shown = self.edited.cpu().clone()
+
+    def pictures(self, prior: Autoencoder, which: slice = slice(None)) -> Iterator[Tensor]:
+        return self.scene.frames(self.field, which)
+
+    def originals(self) -> Iterator[Tensor]:
+        return self.scene.frames(self.original)
+
+    def facts(self, i: int) -> dict[str, Any]:
+        return {"prompt": self.prompt} | self.scene.facts(self.original, i)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [self.latent]}]
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"adam": self.adam.state_dict()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.adam.load_state_dict(state["adam"])
+
+
+class EditedField(Particles):
+    """The field itself is what is optimised: the coupled residual of its views is carried into it in each step.
+
+    path, field, reconstruction_steps, bounds, trajectory, frames, cache, seed: see `Scene`. batch: how many
+    photographs' views a step takes. The photographs are source and condition.
+    """
+
+    space = "pixel"
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any]) -> None:
+        check_scene(config)
+
+    def __init__(
+        self,
+        path: str,
+        factor: int,
+        multiple: int,
+        window: int,
+        field: Callable[[Bounds], Field],
+        reconstruction_steps: int = 1500,
+        batch: int = 4,
+        bounds: Sequence[float] | None = None,
+        trajectory: Trajectory = "orbit",
+        frames: int = 60,
+        cache: str = "outputs/scenes",
+        seed: int = 0,
+        prompt: str = "",
+        dtype: str = "float32",
+    ):
+        if batch < 1:
+            raise InputError(f"modality.batch must be at least 1, not {batch}.")
+        super().__init__(prompt, dtype)
+        side = window * factor
+        self.scene = Scene(
+            path, side, factor * multiple, field, reconstruction_steps, seed, cache, bounds, trajectory, frames
+        )
+        self.film, self.batch = self.scene.film, batch
+
+    @torch.no_grad()
+    def begin(self, prior: Autoencoder, draw: Draw) -> None:
+        album = self.scene.album()
+        vars(self).update(original=self.scene.reconstructed(prior.device, album))
+        self.field = self.scene.reconstructed(prior.device, album)
+        conditions = [prior.condition(album.picture(k)[None]) for k in range(len(album))]
+        known = [c for c in conditions if c is not None]
+        self.album = album
+        self.register_buffer("conditions", torch.cat(known) if known else None, persistent=False)
+
+    @property
+    def count(self) -> int:
+        return len(self.film.cameras)
+
+    def choose(self, draw: Draw) -> Tensor:
+        return torch.from_numpy(draw.generator("views").permutation(len(self.album))[: self.batch])
+
+    def views(self, ids: Tensor) -> Tensor:
+        return self.field(self.scene.cameras[ids]).rgb
+
+    def source(self, ids: Tensor) -> Tensor:
+        pictures = torch.stack([self.album.picture(i) for i in ids.tolist()])
+        return pictures.to(next(self.field.parameters()))
+
+    def condition(self, ids: Tensor) -> Sequence[Tensor | None]:
+        return [None] * len(ids) if self.conditions is None else list(self.conditions[ids])
+
+    def pictures(self, prior: Autoencoder, which: slice = slice(None)) -> Iterator[Tensor]:
+        return self.scene.frames(self.field, which)
+
+    def originals(self) -> Iterator[Tensor]:
+        return self.scene.frames(self.original)
+
+    def facts(self, i: int) -> dict[str, Any]:
+        return {"prompt": self.prompt} | self.scene.facts(self.original, i)
+
+
+class _Photographs:
+    """The pictures of an album, each read when it is asked for."""
+
+    def __init__(self, album: Album):
+        self.album = album
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.album.picture, range(len(self.album)))
+
+
+def _is_first() -> bool:
+    return not (distributed.is_initialized() and distributed.get_rank())

@@ -1,0 +1,56 @@
+"""A scene that is rendered differentiably: cameras in, colours, opacities and depths out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from csd_exp.scene.cameras import Cameras
+from csd_exp.schedules import Draw
+
+
+class Rendered(NamedTuple):
+    """What cameras see: rgb [n, 3, H, W] in [0, 1], alpha [n, 1, H, W] in [0, 1] and depth [n, 1, H, W].
+
+    rgb has the background in it. Depth is the mean of what is seen along the optical axis, in units of the world.
+    """
+
+    rgb: Tensor
+    alpha: Tensor
+    depth: Tensor
+
+
+class Photographed(Protocol):
+    """What a field is fitted to: photographs of one size and their cameras."""
+
+    cameras: Cameras
+
+    def colours(self, ids: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """[m, 3] in [0, 1] of pixels [m, 2] (x, y) of photographs ids [m], and [m, 1], how much each counts."""
+
+    def picture(self, i: int) -> Tensor:
+        """[3, H, W] in [0, 1]."""
+
+
+class Field(nn.Module, ABC):
+    """Every parameter is optimised; what else a field is made of are buffers."""
+
+    @abstractmethod
+    def forward(self, cameras: Cameras) -> Rendered:
+        """Differentiable in the parameters; of the fields' own dtype and on their device."""
+
+    @abstractmethod
+    def loss(self, photographs: Photographed, draw: Draw) -> Tensor:
+        """How far a few rays, or a view, are from the photographs; a scalar, with the field's own regularisers."""
+
+    @abstractmethod
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The parameters for Adam, each group at the rate that suits it."""
+
+    @abstractmethod
+    def stages(self, photographs: Photographed, steps: int) -> Iterator[int]:
+        """How a field is fitted from nothing: the steps of each stage.
+
+        What it is made of changes between two, when the next is asked for: an optimizer must begin anew.
+        """

@@ -1,0 +1,189 @@
+"""A scene that is edited: its photographs, the field that they are views of, and a path to look at it along."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, distributed
+
+from csd_exp.errors import InputError, accept, notice
+from csd_exp.files import whole
+from csd_exp.formats.timing import even
+from csd_exp.scene.album import Album
+from csd_exp.scene.cameras import Bounds, Cameras, bounds, orbit
+from csd_exp.scene.field import Field
+from csd_exp.scene.readers import read_scene
+from csd_exp.schedules import Draw
+
+Trajectory = Literal["orbit", "held_out"]
+
+FRAME_RATE = 24
+LEAST = 0.05  # of the learning rates, at the end of a fit from nothing
+
+
+class Path3D:
+    """The frames of a flight along cameras, as a film."""
+
+    sound = None
+    sphere = False
+
+    def __init__(self, cameras: Cameras):
+        self.cameras = cameras
+        self.times = even(len(cameras), Fraction(FRAME_RATE))
+
+
+class Scene:
+    """Posed photographs, the field reconstructed from those that train, and the path of its films.
+
+    path: posed photographs, see `csd_exp.scene.readers.read_scene`. side, multiple: of a view, in pixels, see
+    `Photographs.views`. make: a field from `Bounds`. steps, seed: of its reconstruction, which is kept in
+    `cache` under its content and used again. limits: centre (x, y, z) and half side of what the field
+    resolves, None for what the cameras suggest. trajectory: an `orbit` of `frames` cameras around what they look
+    at (where they look outward, a turn), or the `held_out` photographs' own.
+    Raises InputError for what cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        side: int,
+        multiple: int,
+        make: Callable[[Bounds], Field],
+        steps: int,
+        seed: int,
+        cache: str,
+        limits: Sequence[float] | None = None,
+        trajectory: Trajectory = "orbit",
+        frames: int = 60,
+    ):
+        accept("modality.trajectory", trajectory, get_args(Trajectory))
+        for key, value in (("frames", frames), ("reconstruction_steps", steps)):
+            if value < 1:
+                raise InputError(f"modality.{key} must be at least 1, not {value}.")
+        self.views = read_scene(path).views(side, multiple)
+        self.make, self.steps, self.seed, self.cache = make, steps, seed, Path(cache)
+        self.train, self.test = self.views.train, self.views.test
+        self.cameras = self.views.cameras[self.train]
+        self.bounds = scene_bounds(self.cameras, self.views.up, limits)
+        if trajectory == "held_out" and not self.test:
+            raise InputError("modality.trajectory=held_out needs photographs that are held out; give orbit.")
+        self.held_out = trajectory == "held_out"
+        cameras = self.views.cameras[self.test] if self.held_out else turned(self.cameras, self.bounds, frames)
+        self.film = Path3D(cameras)
+
+    def album(self) -> Album:
+        """The photographs that train."""
+        album = Album(self.cameras, self.cache)
+        for k, i in enumerate(self.train):
+            mask = self.views.mask(i)
+            album.put(k, self.views[i], torch.ones(self.views.size) if mask is None else mask)
+        return album
+
+    def reconstructed(self, device: torch.device, album: Album) -> Field:
+        """The field of the photographs: from the cache, or fitted by the first process and put there."""
+        field = self.make(self.bounds).to(device)
+        file = self.cache / f"{self._content(album)}.pt"
+        if not file.is_file() and not (distributed.is_initialized() and distributed.get_rank()):
+            notice(
+                f"reconstructing the scene from {len(self.train)} photographs in {self.steps} steps; it is kept "
+                f"in {self.cache} and used again."
+            )
+            fit(field, album, self.steps, self.seed)
+            with whole(file) as partial:
+                torch.save(field.state_dict(), partial)
+        if distributed.is_initialized():
+            distributed.barrier()
+        field.load_state_dict(torch.load(file, map_location=device, weights_only=True))
+        return field
+
+    def _content(self, album: Album) -> str:
+        """What a reconstruction depends on, as a name."""
+        digest = hashlib.sha256()
+        for k in range(len(self.train)):
+            digest.update(album.raw(k))
+        for tensor in (self.cameras.pose, self.cameras.focal, self.cameras.centre, self.bounds.centre, self.bounds.up):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        settings = (getattr(self.make, "func", self.make), getattr(self.make, "keywords", None))
+        digest.update(repr((self.bounds.half, self.bounds.near, settings, self.steps, self.seed)).encode())
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def frames(self, field: Field, which: slice = slice(None)) -> Iterator[Tensor]:
+        """What a field looks like along the path: images [3, H, W] in [0, 1], each when it is asked for."""
+        for i in range(*which.indices(len(self.film.cameras))):
+            yield field(self.film.cameras[[i]]).rgb[0].clamp(0, 1)
+
+    @torch.no_grad()
+    def facts(self, field: Field, i: int) -> dict[str, Any]:
+        """Camera and depth of frame i: as they were measured where that is known, else of the field."""
+        camera = self.film.cameras[[i]]
+        depth = self.views.depth(self.test[i]) if self.held_out else None
+        if depth is None:
+            seen = field(camera)
+            depth = (seen.depth * (seen.alpha > 0.5))[0, 0]
+        return {"camera": camera, "depth": depth.cpu()}
+
+
+def check_scene(config: Mapping[str, Any]) -> None:
+    """Raise InputError where the configuration of a scene cannot work, of what headers and poses tell."""
+    photographs = read_scene(config["path"])
+    poses = torch.stack([photographs.every[i].pose for i in photographs.train])
+    anywhere = torch.ones(len(poses), 2, dtype=torch.float64)
+    scene_bounds(Cameras(poses, anywhere, anywhere, (1, 1)), photographs.up, config.get("bounds"))
+
+
+def fit(field: Field, album: Album, steps: int, seed: int = 0) -> None:
+    """Fit a field from nothing: stage by stage by Adam, its rates falling exponentially."""
+    step = 0
+    for length in field.stages(album, steps):
+        optimizer = adam(field)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for _ in range(length):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * LEAST ** (step / steps)
+            improve(field, album, optimizer, Draw(seed, step))
+            step += 1
+
+
+def adam(field: Field) -> torch.optim.Adam:
+    return torch.optim.Adam(field.parameter_groups(), betas=(0.9, 0.99), eps=1e-12)
+
+
+def improve(field: Field, album: Album, optimizer: torch.optim.Optimizer, draw: Draw) -> None:
+    """One step of a field towards the pictures of an album."""
+    with torch.enable_grad():
+        optimizer.zero_grad()
+        field.loss(album, draw).backward()
+        optimizer.step()
+
+
+def scene_bounds(cameras: Cameras, up: Tensor | None, limits: Sequence[float] | None) -> Bounds:
+    """The bounds that are given, or those that cameras suggest."""
+    if limits is None:
+        found = bounds(cameras)
+    elif len(limits) == 4 and all(map(math.isfinite, limits)) and limits[3] > 0:
+        found = bounds(cameras, limits[:3], limits[3])
+    else:
+        raise InputError(f"modality.bounds must be x, y, z and half a side above 0, not {list(limits)}.")
+    return found if up is None else found._replace(up=torch.nn.functional.normalize(up.to(found.up), dim=0))
+
+
+def turned(cameras: Cameras, within: Bounds, frames: int) -> Cameras:
+    """A closed path: around what cameras look at, at their median distance and height, or from amid them."""
+    angles = torch.arange(frames, dtype=torch.float64) * 2 * math.pi / frames
+    offsets = cameras.positions - within.centre
+    height = offsets @ within.up
+    if within.inward:
+        away = float(offsets.norm(dim=1).median())
+        elevation = float(torch.asin((height / offsets.norm(dim=1)).median()))
+        pose = orbit(within.centre, away, elevation, angles, within.up)
+    else:
+        pose = orbit(cameras.positions.mean(0), 1e-3 * within.half, 0.0, angles, within.up)
+        pose[:, :, [0, 2]] *= -1  # outward from there
+    middle = cameras.centre.new_tensor([cameras.size[1] / 2, cameras.size[0] / 2])
+    focal = cameras.focal.median(0).values
+    return Cameras(pose, focal.expand(frames, 2), middle.expand(frames, 2), cameras.size)
