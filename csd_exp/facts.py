@@ -10,7 +10,8 @@ A metric's `update` takes what it needs to know of a picture, by name:
     flow: exact optical flow [2, 2, H, W] from the previous picture to this one and back, in pixels to the
         right and down; None where it is not known.
 Particles say what they know by `facts(i)`, in these names: `outside` as a tensor, `flow` as a reference that
-`_flow` follows, the rest as plain values.
+`_flow` follows, the rest as plain values. In place of a flow they may give what it follows from: `depth`
+[H, W] along the optical axis, 0 where there is no surface, and `camera`, a `Cameras` of one.
 """
 
 import json
@@ -20,15 +21,18 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchmetrics import Metric
 
 from csd_exp.answers.pan import sunrise
 from csd_exp.errors import InputError
-from csd_exp.files import write_whole
+from csd_exp.files import whole, write_whole
 from csd_exp.images import read_image, saved_pictures, write_png
 from csd_exp.particles import Particles
+from csd_exp.scene.cameras import Cameras, flow
 
 VAR_POSITIONAL, VAR_KEYWORD = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
 KNOWN = ("edited", "prompt", "window", "borders", "outside", "flow")
@@ -45,20 +49,48 @@ def write_facts(particles: Particles, media: Path) -> None:
                 file = f"outside_{i:05d}.png" if i else "outside.png"
                 write_png(mask.float().expand(3, -1, -1), media / file)
             facts["outside"], outside = file, mask
+        if "depth" in facts:
+            facts["depth"] = _write_depth(facts["depth"], media / f"depth/{i:06d}.png")
+            facts["camera"] = _listed(facts["camera"])
         pictures.append(facts)
     write_whole(media / "pictures.json", json.dumps({"pictures": pictures}, indent=2) + "\n")
+
+
+def _write_depth(depth: Tensor, file: Path) -> dict[str, Any]:
+    """In 16 bits: the name of the file in the folder of pictures, and the depth of one step."""
+    unit = max(float(depth.max()), 1e-9) / 65535
+    with whole(file) as partial:
+        Image.fromarray((depth / unit).round().numpy().astype("uint16")).save(partial, "PNG")
+    return {"file": f"{file.parent.name}/{file.name}", "unit": unit}
+
+
+def _listed(camera: Cameras) -> dict[str, Any]:
+    numbers = {name: getattr(camera, name)[0].tolist() for name in ("pose", "focal", "centre")}
+    return numbers | {"size": list(camera.size)}
+
+
+def _view(facts: dict[str, Any], media: Path) -> tuple[Cameras, Tensor]:
+    """The camera and the depth of a picture."""
+    known = facts["camera"]
+    numbers = (torch.tensor([known[name]], dtype=torch.float64) for name in ("pose", "focal", "centre"))
+    with Image.open(media / facts["depth"]["file"]) as image:
+        depth = torch.from_numpy(np.array(image).astype("float64")) * facts["depth"]["unit"]
+    return Cameras(*numbers, (known["size"][0], known["size"][1])), depth
 
 
 def read_facts(media: Path) -> Iterator[dict[str, Any]]:
     """What is known of each edited picture but for its pixels, in order; without end where it is nothing."""
     sources = saved_pictures(media, "source")
-    saved = _saved(media, len(sources))
+    saved, seen = _saved(media, len(sources)), None
     for i in range(len(saved)) if saved else count():
         facts: dict[str, Any] = dict.fromkeys(KNOWN[1:]) | {"prompt": "", "borders": ((), ())}
         facts |= saved[i] if saved else {}
         if facts["outside"] is not None:
             facts["outside"] = read_image(media / facts["outside"])[0] > 0.5
         facts["flow"] = _flow(facts["flow"])
+        if "depth" in facts:
+            seen, before = _view(facts, media), seen
+            facts["flow"] = None if before is None else _flow_between(before, seen)
         yield facts | ({"source": sources[i]} if sources else {})
 
 
@@ -87,6 +119,12 @@ def _flow(known: Any) -> Tensor | None:
     before, now = known["pan"]
     pan = sunrise()
     return torch.stack([pan.flow(before, now), pan.flow(now, before)])
+
+
+def _flow_between(before: tuple[Cameras, Tensor], now: tuple[Cameras, Tensor]) -> Tensor:
+    """Flow there and back, by the depths of the scene."""
+    (first, depth), (second, other) = before, now
+    return torch.stack([flow(first, depth, second), flow(second, other, first)]).float()
 
 
 def _saved(media: Path, sources: int) -> list[dict[str, Any]]:

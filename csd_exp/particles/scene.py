@@ -80,9 +80,10 @@ class EditedPhotographs(WholePictures):
         self._shown = self.edited.clone()  # the same, of what the album holds
 
     def begin(self, prior: Autoencoder, draw: Draw) -> None:
-        vars(self).update(original=self.scene.reconstructed(prior.device, self.album), prior=prior)
-        self.field = self.scene.reconstructed(prior.device, self.album)
-        self.field.requires_grad_(False)  # a step does not reach it
+        original = self.scene.reconstructed(prior.device, self.album).requires_grad_(False)
+        vars(self).update(original=original, autoencoder=prior)
+        # No part of what a step descends: it follows afterwards.
+        self.field = self.scene.reconstructed(prior.device, self.album).requires_grad_(False)
         self.adam = adam(self.field)
         super().begin(prior, draw)
         self._open(draw)
@@ -107,15 +108,17 @@ class EditedPhotographs(WholePictures):
         """A round begins at what the field shows."""
         for i in self._round(draw).tolist():
             seen = self.field(self.scene.cameras[[i]]).rgb.clamp(0, 1)
-            self.latent[i] = self.prior.encode(seen.to(self.source_latent))[0].to(self.latent)
+            self.latent[i] = self.autoencoder.encode(seen.to(self.source_latent))[0].to(self.latent)
 
     def after_step(self, draw: Draw) -> None:
         if (draw.step + 1) % self.edit_steps:
             return
         self._close(draw)
         self._show_edited()
+        self.field.requires_grad_(True)
         for k in range(self.fit_steps):
             improve(self.field, self.album, self.adam, replace(draw, part=k))
+        self.field.requires_grad_(False)
         self._open(replace(draw, step=draw.step + 1))
 
     @torch.no_grad()
@@ -124,7 +127,7 @@ class EditedPhotographs(WholePictures):
         now = draw.step // self.edit_steps
         for i in self._round(draw).tolist():
             if _is_first():
-                (image,) = self.finish(self.prior.decode(self.latent[i : i + 1]).clamp(0, 1).cpu())
+                (image,) = self.finish(self.autoencoder.decode(self.latent[i : i + 1]).clamp(0, 1).cpu())
                 if self.areas is not None and self.areas.mask is not None:
                     image = self.areas.composite(i, image, self.album.picture(i))
                 write_png(image, self._file(now, i))
@@ -202,7 +205,7 @@ class EditedField(Particles):
     @torch.no_grad()
     def begin(self, prior: Autoencoder, draw: Draw) -> None:
         album = self.scene.album()
-        vars(self).update(original=self.scene.reconstructed(prior.device, album))
+        vars(self).update(original=self.scene.reconstructed(prior.device, album).requires_grad_(False))
         self.field = self.scene.reconstructed(prior.device, album)
         conditions = [prior.condition(album.picture(k)[None]) for k in range(len(album))]
         known = [c for c in conditions if c is not None]
