@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, TypeVar, cast
 
 from torch import Tensor
 
+from csd_exp.errors import InputError
 from csd_exp.priors.base import Guidance, Query
 from csd_exp.schedules import Level
 
@@ -131,6 +132,25 @@ def pds(score: Score, views: Views, spacing: int = 2) -> tuple[Tensor, Tensor]:
     psi = (earlier.alpha - a - b * level.alpha) / sigma
     chi = a * level.sigma / (level.alpha * sigma)
     return x_t, psi * (views.x - cast(Tensor, views.source)) + chi * (eps - baseline)
+
+
+def ddim_edit(score: Score, views: Views, steps: int = 20) -> tuple[Tensor, Tensor]:
+    """x_t and x - x', x' being what `steps` of deterministic DDIM make of x_t: an edit as a residual.
+
+    The dataset update of Instruct-NeRF2NeRF (Haque et al. 2023, section 4.2): descended at weight and rate 1
+    without a kernel, a view becomes x'. Under a text-to-image prior it is SDEdit. Timesteps go evenly from
+    the step's to 0; each costs a row for every term of the guidance. Raises InputError for steps below 1.
+    """
+    if steps < 1:
+        raise InputError(f"method.residual.steps must be at least 1, not {steps}.")
+    level = views.level
+    x = x_t = level.noised(views.x, views.noise)
+    timesteps = sorted({round(level.t * (1 - k / steps)) for k in range(steps)}, reverse=True)
+    levels = [Level.at(t, level.alphas_cumprod) for t in timesteps]
+    for now, following in zip(levels, [*levels[1:], None], strict=True):
+        (x_0,) = score([Query(x, now.t, views.target, clean=True)])
+        x = x_0 if following is None else following.noised(x_0, now.noise_of(x, x_0))
+    return x_t, views.x - x
 
 
 def _of_both(score: Score, views: Views) -> tuple[Tensor, Tensor, Tensor]:

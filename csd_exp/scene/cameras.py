@@ -167,13 +167,14 @@ def focus(cameras: Cameras) -> Tensor:
 class Bounds(NamedTuple):
     """The part of the world that a field resolves: a cube about `centre` [3] of half the side `half`.
 
-    What lies outside is contracted, see `csd_exp.scene.voxels`. near: no nearer to a camera is anything. up: [3].
-    inward: whether the cameras look at the centre from around it.
+    What lies outside is contracted, see `csd_exp.scene.voxels`. near: nothing is nearer to a camera, all of
+    which stand at `positions` [n, 3]. up: [3]. inward: whether the cameras look at the centre from around it.
     """
 
     centre: Tensor
     half: float
     near: float
+    positions: Tensor
     up: Tensor
     inward: bool
 
@@ -182,29 +183,24 @@ def bounds(cameras: Cameras, centre: Sequence[float] | None = None, half: float 
     """The bounds that cameras suggest, where they are not given.
 
     Cameras that face the point nearest to all their axes look inward: the cube lies about it and reaches over
-    half of their median distance. Others look outward from where they are, as in a room: the cube holds twice
-    the space that they take. Near is a twentieth of the cube. Up is the mean of what the pictures have up.
-    Raises InputError where nothing can be told, as of one camera.
+    half of their median distance, and nothing is nearer to one than a quarter of it. Others look outward from
+    where they are, as in a room: the cube holds twice the space that they take, and near is a twentieth of it.
+    Up is the mean of what the pictures have up. Raises InputError where nothing can be told, as of one place.
     """
-    up = torch.nn.functional.normalize(-cameras.pose[:, :, 1].mean(0), dim=0)
-    if centre is not None and half is not None:
-        middle = up.new_tensor(list(centre))
-        facing = ((middle - cameras.positions) * cameras.forward).sum(1) > 0
-        return Bounds(middle, half, half / 20, up, bool(facing.double().mean() > 0.8))
     positions, point = cameras.positions, focus(cameras)
-    spread = (positions - positions.mean(0)).norm(dim=1).max()
-    if len(cameras) < 2 or spread == 0:
+    up = torch.nn.functional.normalize(-cameras.pose[:, :, 1].mean(0), dim=0)
+    spread = float((positions - positions.mean(0)).norm(dim=1).max())
+    if centre is None and spread == 0:
         raise InputError(
             "The cameras all stand in one place, so nothing tells how large the scene is; give modality.bounds."
         )
-    away = point - positions
-    depth = (away * cameras.forward).sum(1)
-    facing = depth / away.norm(dim=1)
-    if torch.isfinite(point).all() and facing.median() > 0.8 and (facing > 0).double().mean() > 0.95:
-        middle, side = point, 0.55 * float(away.norm(dim=1).median())
-        inward = True
-    else:
-        middle, side, inward = positions.mean(0), 2 * float(spread), False
-    middle = middle if centre is None else up.new_tensor(list(centre))
-    side = side if half is None else half
-    return Bounds(middle, side, side / 20, up, inward)
+    middle = point if centre is None else up.new_tensor(list(centre))
+    away = (middle - positions).norm(dim=1)
+    facing = ((middle - positions) * cameras.forward).sum(1) / away
+    inward = bool(torch.isfinite(middle).all() and facing.median() > 0.8 and (facing > 0).double().mean() > 0.9)
+    if inward:
+        distance = float(away.median())
+        return Bounds(middle, half or 0.55 * distance, distance / 4, positions, up, inward)
+    middle = positions.mean(0) if centre is None else middle
+    half = half or 2 * spread
+    return Bounds(middle, half, half / 20, positions, up, inward)

@@ -85,8 +85,7 @@ class Voxels(Field):
         frame = torch.linalg.qr(torch.cat([bounds.up[:, None], torch.eye(3).to(bounds.up)], 1))[0]
         frame = frame * (1 if frame[:, 0] @ bounds.up > 0 else -1)
         self.register_buffer("upright", frame.to(kind), persistent=False)
-        coarse = torch.ones((self.resolutions[0] - 1,) * 3, dtype=torch.bool)
-        self._lay_out(coarse)
+        self._lay_out(_away_from_cameras(bounds, self.resolutions[0] - 1))
         self.density = nn.Parameter(torch.zeros(len(self.corners) + 1, 1, dtype=kind))
         self.colour = nn.Parameter(torch.zeros(len(self.corners) + 1, 3 * (harmonics + 1) ** 2, dtype=kind))
         if background == "learned":
@@ -308,6 +307,17 @@ def _contracted(x: Tensor) -> Tensor:
     """All space to the cube of half the side 1 + SHELL; what lies in that of 1 stays (mip-NeRF 360 Eq. 10)."""
     m = x.abs().amax(-1, keepdim=True).clamp(min=1)
     return (1 + SHELL - SHELL / m) * x / m
+
+
+def _away_from_cameras(bounds: Bounds, cells: int) -> Tensor:
+    """[cells]^3, false where a camera would have a cell nearer than `near`."""
+    side = ((torch.arange(cells, dtype=torch.float64) + 0.5) / cells * 2 - 1) * (1 + SHELL)
+    places = torch.stack(torch.meshgrid(side, side, side, indexing="ij"), 3).view(-1, 3)
+    m = places.abs().amax(1, keepdim=True)
+    # Back from the shell to where it is in the world.
+    places = torch.where(m > 1, SHELL / (1 + SHELL - m) / m, 1) * places * bounds.half + bounds.centre
+    nearest = torch.cat([torch.cdist(part, bounds.positions).amin(1) for part in places.split(2**14)])
+    return (nearest > bounds.near).view(cells, cells, cells)
 
 
 def _interpolated(table: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
