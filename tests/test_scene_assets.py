@@ -12,7 +12,7 @@ from csd_exp.files import ASSETS, check_sums
 from csd_exp.tiny import scene
 
 SCENES = ASSETS / "scenes"
-COUNTS = {"object": (64, 36), "room": (48, 22)}
+COUNTS = {"object": (64, 36), "room": (48, 24)}
 
 
 class Shipped:

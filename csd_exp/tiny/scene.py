@@ -173,7 +173,7 @@ def tabletop(assets: Path) -> Scene:
 
 
 def room(assets: Path) -> Scene:
-    """A room of 4.4 x 3.4 x 2.5 m seen from inside, lit from its ceiling; its 22 test views turn around."""
+    """A room of 4.4 x 3.4 x 2.5 m seen from inside, lit from its ceiling; its 24 test views turn around."""
     import mitsuba as mi
     import trimesh
 
@@ -221,9 +221,9 @@ def room(assets: Path) -> Scene:
     azimuths, turns, pitches, heights, radii = spread(48, (-25, 25), (-25, 5), (1.0, 1.6), (0.2, 1.0))
     eyes = around(azimuths + 180, 0 * azimuths, radii, np.zeros(3)) + np.outer(heights, [0, 0, 1])
     train = look_at(eyes, around(azimuths + turns, pitches, np.ones(48), eyes))
-    turn = np.arange(22) * 15.0
-    eyes = around(turn + 180, 0 * turn, np.full(22, 0.5), np.array([0, 0, 1.3]))
-    test = look_at(eyes, around(turn, np.full(22, -10.0), np.ones(22), eyes))
+    turn = np.arange(24) * 15.0
+    eyes = around(turn + 180, 0 * turn, np.full(24, 0.5), np.array([0, 0, 1.3]))
+    test = look_at(eyes, around(turn, np.full(24, -10.0), np.ones(24), eyes))
     lights = {"lamp": {"type": "rectangle", "to_world": lamp, "emitter": light}}
     return Scene(surfaces, lights, train, test, max_depth=2, ambient=0.4)
 
