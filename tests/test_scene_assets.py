@@ -1,6 +1,7 @@
 """The shipped scenes: their cameras, their depth and the recipe that renders them."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from csd_exp.files import ASSETS, check_sums
 from csd_exp.tiny import scene
 
 SCENES = ASSETS / "scenes"
-COUNTS = {"object": (64, 36)}
+COUNTS = {"object": (64, 36), "room": (48, 24)}
 
 
 class Shipped:
@@ -50,7 +51,7 @@ class Shipped:
         )
 
     def warped(self, one, other):
-        """Where a view's points are seen in another: colours there and here [n, 3], and depths there and here [n]."""
+        """Where a view's points fall in another: colours there and here [n, 3], and the depths [n]."""
         points, shown = self.seen(one)
         column, row, wanted = self.projected(points, other)
         inside = (column > 0) & (column < self.meta["w"]) & (row > 0) & (row < self.meta["h"])
@@ -129,19 +130,28 @@ def test_a_picture_is_projected_along_the_axis_of_the_normal_and_mirrored():
     colours = scene.triplanar(flat, up, picture, side=2.0)
     np.testing.assert_allclose(colours, picture.reshape(-1, 3), atol=1e-12)
     np.testing.assert_allclose(scene.triplanar(flat * [-1, 1, 1], up, picture, 2.0), colours, atol=1e-12)
-    np.testing.assert_allclose(scene.triplanar(flat + [6.0, 4.0, 0], up, picture, 2.0), colours, atol=1e-12)
+    np.testing.assert_allclose(
+        scene.triplanar(flat + np.array([6.0, 4, 0]), up, picture, 2.0), colours, atol=1e-12
+    )
     slanted = scene.triplanar(np.zeros((1, 3)) + 0.3, np.array([[1.0, 1, 1]]), picture, 2.0)[0]
     alone = [scene.triplanar(np.zeros((1, 3)) + 0.3, axis[None], picture, 2.0)[0] for axis in np.eye(3)]
     np.testing.assert_allclose(slanted, np.mean(alone, 0), atol=1e-12)
 
 
 def test_what_the_recipe_misses_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"no models/bunny\.glb\.js; give the unpacked folder"):
+    with pytest.raises(InputError, match=r"no models/bunny\.glb\.js; give npm's @pmndrs/assets"):
         scene._asset(tmp_path, "models/bunny.glb")
-    with pytest.raises(
-        InputError, match=r"no categorization_bucket\.jpg; give the folder of the CC0 photographs"
-    ):
+    with pytest.raises(InputError, match=r"no categorization_bucket\.jpg; give the folder"):
         scene.WOOD.read(tmp_path)
+
+
+def test_the_recipe_says_which_extra_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mitsuba", None)
+    with pytest.raises(SystemExit) as stopped:
+        scene.main(["object", "--assets", "there", "--photos", "there", "--to", "here"])
+    assert stopped.value.code == 2
+    said = "csd-make-scene: mitsuba is not installed; pip install 'csd_exp[render]' brings it.\n"
+    assert capsys.readouterr().err == said
 
 
 def test_the_recipe_renders_what_is_known(tmp_path):

@@ -1,8 +1,8 @@
 """`csd-make-scene`: renders the posed photographs of csd_exp/assets/scenes, with exact cameras and depth.
 
-Its meshes and its light come from the folder of the npm package @pmndrs/assets and its textures from the folder
-of photographs, both CC0; every surface has the colours of a photograph, projected along the three axes. The world
-is in metres and z points up; cameras are camera-to-world matrices in OpenGL axes (x right, y up, looking along -z).
+Its meshes and its light come from the npm package @pmndrs/assets and its textures from photographs, all CC0;
+every surface has the colours of a photograph, projected along the three axes. The world is in metres and z
+points up; cameras are camera-to-world matrices in OpenGL axes (x right, y up, looking along -z).
 """
 
 import argparse
@@ -10,7 +10,6 @@ import base64
 import io
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import radians, tan
 from pathlib import Path
@@ -21,7 +20,7 @@ from numpy import ndarray
 from PIL import Image
 
 from csd_exp.errors import InputError
-from csd_exp.files import whole, write_whole
+from csd_exp.files import write_whole
 
 FOV = 50.0  # degrees, both ways
 DEPTH_UNIT = 1e-4  # metres; 16 bits reach 6.5 m
@@ -39,7 +38,10 @@ def look_at(eyes: ndarray, targets: ndarray) -> ndarray:
 
 
 def around(azimuths: ndarray, elevations: ndarray, distances: ndarray, target: ndarray) -> ndarray:
-    """Points [n, 3] about `target` [3]; azimuths [n] from x to y and elevations [n] from there to z, in degrees."""
+    """Points [n, 3] about `target` [3] or [n, 3], at distances [n].
+
+    Azimuths [n], from x to y, and elevations [n], from there to z, are in degrees.
+    """
     azimuth, elevation = np.radians(azimuths), np.radians(elevations)
     level = np.cos(elevation)
     return target + distances[..., None] * np.stack(
@@ -50,7 +52,7 @@ def around(azimuths: ndarray, elevations: ndarray, distances: ndarray, target: n
 def spread(n: int, *ranges: tuple[float, float]) -> tuple[ndarray, ...]:
     """`n` azimuths in degrees and for each of `ranges` n values in it: few points that fill it all evenly."""
     k = np.arange(n)
-    # powers of the root of x^(d+1) = x + 1, the evenest additive recurrence known for d dimensions (Roberts 2018)
+    # powers of the root of x^(d+1) = x + 1: the evenest steps known in d dimensions (Roberts 2018)
     d = len(ranges) + 1
     root = 2.0
     for _ in range(50):
@@ -62,7 +64,7 @@ def spread(n: int, *ranges: tuple[float, float]) -> tuple[ndarray, ...]:
 def triplanar(points: ndarray, normals: ndarray, picture: ndarray, side: float) -> ndarray:
     """Colours [n, 3] of `picture` [h, w, 3] projected along each axis on a surface, mixed by its normals.
 
-    points: [n, 3] in metres; normals: [n, 3]. One picture is `side` metres high; the next are its mirror images.
+    points: [n, 3] in metres; normals: [n, 3]. A picture is `side` metres high, its neighbours mirror images.
     """
     weights = np.abs(normals) ** 4
     weights /= weights.sum(1, keepdims=True)
@@ -126,7 +128,7 @@ class Surface:
 class Scene:
     """What is seen, its lights as Mitsuba's dictionaries, and cameras [n, 4, 4].
 
-    Light is followed over `max_depth` segments; what comes after is `ambient`, the same everywhere, without noise.
+    Light is followed over `max_depth` segments; what comes after is `ambient`, the same everywhere.
     """
 
     surfaces: dict[str, Surface]
@@ -164,13 +166,14 @@ def tabletop(assets: Path) -> Scene:
         | {"irradiance": {"type": "rgb", "value": [4.0, 3.6, 3.0]}},
     }
     middle = np.array([0.0, 0.0, 0.4])
-    eyes = around(*spread(64, (8.0, 55.0), (2.3, 3.0)), middle)
+    azimuths, elevations, distances = spread(64, (8.0, 55.0), (2.3, 3.0))
+    eyes = around(azimuths, elevations, distances, middle)
     turn = around(np.arange(36) * 10.0, np.full(36, 16.0), np.full(36, 2.6), middle)
     return Scene(surfaces, lights, look_at(eyes, middle + 0 * eyes), look_at(turn, middle + 0 * turn))
 
 
 def room(assets: Path) -> Scene:
-    """A room of 4.4 x 3.4 x 2.5 m seen from inside, lit from its ceiling; the 24 test views turn once around."""
+    """A room of 4.4 x 3.4 x 2.5 m seen from inside, lit from its ceiling; its 24 test views turn around."""
     import mitsuba as mi
     import trimesh
 
@@ -206,12 +209,12 @@ def room(assets: Path) -> Scene:
         "stool": Surface(block((-1.95, -1.25), (-1.45, -0.75), (0, 0.4)), WOOD, 0.6),
         "monkey": Surface(monkey, PLUMAGE, 0.4, smooth=True),
         "bunny": Surface(bunny, FEATHERS, 0.5, smooth=True),
-        "castle": painting((2.18, 0.6), Photograph("explore_monuments_neuschwansteinCastle.jpg", gain=1.3)),
+        "castle": painting((2.18, 0.6), Photograph("explore_monuments_neuschwansteinCastle.jpg")),
         "mountain": painting(
             (-2.18, 0.0), Photograph("explore_monuments_machuPicchu.jpg", (40, 0, 472, 288))
         ),
-        "panda": painting((0.0, -1.68), Photograph("erase_red_panda.jpg", (80, 0, 512, 288), gain=1.3)),
-        "lemurs": painting((-0.2, 1.68), Photograph("explore_world_animals_lemur.jpg", gain=1.3)),
+        "panda": painting((0.0, -1.68), Photograph("erase_red_panda.jpg", (80, 0, 512, 288))),
+        "lemurs": painting((-0.2, 1.68), Photograph("explore_world_animals_lemur.jpg")),
     }
     lamp = mi.ScalarTransform4f().translate([0, 0, 2.49]).rotate([1, 0, 0], 180).scale([1.2, 0.8, 1])
     light = {"type": "area", "radiance": {"type": "rgb", "value": [9.0, 8.5, 7.8]}}
@@ -231,7 +234,7 @@ SCENES = {"object": tabletop, "room": room}
 def write_scene(scene: Scene, photos: Path, folder: Path, size: int, samples: int) -> None:
     """Render `scene` at `size` px squared into `folder`: images/, depth/ and transforms.json.
 
-    Depth is the distance along the optical axis at the middle of a pixel, in 16 bits and DEPTH_UNIT; 0 is sky.
+    Depth is the distance along the optical axis at the middle of a pixel, in DEPTH_UNIT; 0 is sky.
     """
     import mitsuba as mi
 
@@ -265,7 +268,7 @@ def write_scene(scene: Scene, photos: Path, folder: Path, size: int, samples: in
 
 
 def depth_of(world: Any, camera: ndarray, focal: float, size: int) -> ndarray:
-    """Distance [size, size] in metres along the optical axis to what the middle of each pixel shows; 0 for none."""
+    """Metres [size, size] along the optical axis to what the middle of each pixel shows; 0 for the sky."""
     import mitsuba as mi
 
     at = (np.arange(size) + 0.5 - size / 2) / focal
@@ -281,13 +284,13 @@ def _model(assets: Path, name: str) -> Any:
     """A mesh of @pmndrs/assets, twice subdivided."""
     import trimesh
 
-    mesh = trimesh.load(io.BytesIO(_asset(assets, f"models/{name}.glb")), file_type="glb", force="mesh")
+    mesh: Any = trimesh.load(io.BytesIO(_asset(assets, f"models/{name}.glb")), file_type="glb", force="mesh")
     mesh.merge_vertices(merge_norm=True, merge_tex=True)
     return trimesh.Trimesh(*trimesh.remesh.subdivide_loop(mesh.vertices, mesh.faces, iterations=2))
 
 
 def _stood(mesh: Any, height: float, turn: float = 0.0) -> Any:
-    """The mesh, whose y points up, scaled to `height`, standing on the origin and turned by degrees about z."""
+    """The mesh, whose y points up, scaled to `height`, standing on the origin, turned by degrees about z."""
     upright = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], float)
     c, s = np.cos(radians(turn)), np.sin(radians(turn))
     mesh.vertices = mesh.vertices @ (np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ upright).T
@@ -320,9 +323,7 @@ def _asset(assets: Path, name: str) -> bytes:
     """A file of @pmndrs/assets: a JavaScript module that exports it as a base64 URL."""
     module = assets / f"{name}.js"
     if not module.is_file():
-        raise InputError(
-            f"--assets {assets} has no {name}.js; give the unpacked folder of npm's @pmndrs/assets."
-        )
+        raise InputError(f"--assets {assets} has no {name}.js; give npm's @pmndrs/assets, unpacked.")
     return base64.b64decode(module.read_text().split(";base64,", 1)[1].split("'", 1)[0])
 
 
@@ -333,16 +334,14 @@ def _shape(name: str, surface: Surface, photos: Path) -> Any:
     colours = triplanar(points - surface.corner, normals, surface.photograph.read(photos), surface.side)
     base = {"type": "mesh_attribute", "name": "vertex_color"}
     material = mi.Properties()
-    material["bsdf"] = mi.load_dict(
-        {"type": "principled", "base_color": base, "roughness": 0.5, "specular": 0.3}
-    )
-    shape = mi.Mesh(
-        name, len(points), len(surface.mesh.faces), has_vertex_normals=surface.smooth, props=material
-    )
+    gloss = {"roughness": 0.5, "specular": 0.3}
+    material["bsdf"] = mi.load_dict({"type": "principled", "base_color": base, **gloss})
+    faces = surface.mesh.faces
+    shape = mi.Mesh(name, len(points), len(faces), has_vertex_normals=surface.smooth, props=material)
     shape.add_attribute("vertex_color", 3, colours.ravel().astype(np.float32))
     arrays = mi.traverse(shape)
     arrays["vertex_positions"] = points.ravel().astype(np.float32)
-    arrays["faces"] = surface.mesh.faces.ravel().astype(np.uint32)
+    arrays["faces"] = faces.ravel().astype(np.uint32)
     if surface.smooth:
         arrays["vertex_normals"] = normals.ravel().astype(np.float32)
     arrays.update()
@@ -352,20 +351,14 @@ def _shape(name: str, surface: Surface, photos: Path) -> Any:
 def _sensor(camera: ndarray, size: int, samples: int) -> Any:
     import mitsuba as mi
 
-    film = {
-        "type": "hdrfilm",
-        "width": size,
-        "height": size,
-        "rfilter": {"type": "box"},
-        "pixel_format": "rgb",
-    }
+    film = {"type": "hdrfilm", "pixel_format": "rgb", "rfilter": {"type": "box"}}
     return mi.load_dict(
         {
             "type": "perspective",
             "fov": FOV,
             "near_clip": 0.01,
             "to_world": mi.ScalarTransform4f(camera @ np.diag([-1.0, 1, -1, 1])),  # x left, looking along z
-            "film": film,
+            "film": film | {"width": size, "height": size},
             "sampler": {"type": "multijitter", "sample_count": samples},
         }
     )
@@ -394,9 +387,7 @@ def main(argv: list[str] | None = None) -> None:
         "csd-make-scene", description="Renders a shipped scene; needs the extra render."
     )
     parser.add_argument("scene", choices=SCENES)
-    parser.add_argument(
-        "--assets", type=Path, required=True, help="the unpacked folder of npm's @pmndrs/assets"
-    )
+    parser.add_argument("--assets", type=Path, required=True, help="npm's @pmndrs/assets, unpacked")
     parser.add_argument("--photos", type=Path, required=True, help="the folder of the CC0 photographs")
     parser.add_argument("--to", type=Path, required=True, help="the folder to write")
     parser.add_argument("--size", type=int, default=128, help="pixels along each side of a view")
@@ -409,9 +400,15 @@ def main(argv: list[str] | None = None) -> None:
         write_scene(
             SCENES[options.scene](options.assets), options.photos, options.to, options.size, options.samples
         )
-    except (InputError, ImportError) as error:
-        print(f"csd-make-scene: {error}", file=sys.stderr)
-        sys.exit(2)
+    except InputError as error:
+        sys.exit(_refused(str(error)))
+    except ImportError as error:
+        sys.exit(_refused(f"{error.name} is not installed; pip install 'csd_exp[render]' brings it."))
+
+
+def _refused(sentence: str) -> int:
+    print(f"csd-make-scene: {sentence}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
