@@ -20,7 +20,7 @@ SHELL = 0.6  # what all that lies outside of the bounds is contracted to, in hal
 FAR = 100.0  # in the same unit; beyond is the background
 UNIT = 0.05  # the length over which densities are counted, in the same unit
 FAINT = 1e-3  # opacity over a UNIT where nothing is known
-EMPTY = 0.05  # a cell of less weight in every view is taken for nothing when the grid is refined
+EMPTY = 0.05  # a cell of less weight in every view, the most being 1, is taken for nothing when the grid is refined
 UNSEEN = 1e-4  # a sample of less weight has no colour
 SKY = (64, 128)  # rows and columns of a learned background
 
@@ -271,7 +271,7 @@ class Voxels(Field):
     def _refine(self, cameras: Cameras, resolution: int) -> None:
         """Go to a finer grid, over the cells that cameras see something in, and their neighbours."""
         seen = self._seen(cameras).view((self.resolution - 1,) * 3)
-        kept = F.max_pool3d((seen > EMPTY).float()[None, None], 3, 1, padding=1)[0, 0] > 0
+        kept = F.max_pool3d((seen > EMPTY * seen.max()).float()[None, None], 3, 1, padding=1)[0, 0] > 0
         scale = (self.resolution - 1) / (resolution - 1)
         at = ((torch.arange(resolution - 1) + 0.5) * scale).long().to(kept.device)
         fine = kept[at[:, None, None], at[:, None], at]
