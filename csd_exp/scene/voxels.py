@@ -22,7 +22,8 @@ UNIT = 0.05  # the length over which densities are counted, in the same unit
 FAINT = 1e-3  # opacity over a UNIT where nothing is known
 EMPTY = 0.05  # a cell of less weight in every view, the most being 1, is taken for nothing when the grid is refined
 UNSEEN = 1e-4  # a sample of less weight has no colour
-SKY = (64, 128)  # rows and columns of a learned background
+COLOURS = 0.02  # what a difference of colours counts for beside one of densities
+SKY = (128, 256)  # rows and columns of a learned background
 
 BASIS = (0.28209479177387814, 0.4886025119029199)  # of spherical harmonics of degree 0 and 1
 CORNERS = tuple(product((0, 1), repeat=3))
@@ -244,16 +245,16 @@ class Voxels(Field):
 
     def roughness(self, draw: Draw) -> Tensor:
         """Mean squared difference of corners to their next ones along each axis, over a random tenth of them."""
-        share = draw.generator("corners").integers(len(self.corners), size=max(1, len(self.corners) // 10))
-        corners = self.corners[torch.from_numpy(share).to(self.corners.device)]
+        drawn = draw.generator("corners").integers(len(self.corners), size=max(1, len(self.corners) // 10))
+        corners = self.corners[torch.from_numpy(drawn).to(self.corners.device)]
         flat, total = self.index.flatten(), self.density.new_zeros(())
         rows = flat[_flat(corners, self.resolution)]
         for axis in torch.eye(3, dtype=torch.long, device=corners.device):
             following = flat[_flat((corners + axis).clamp(max=self.resolution - 1), self.resolution)]
             both = following > 0
-            for table in (self.density, self.colour):
+            for table, share in ((self.density, 1.0), (self.colour, COLOURS)):
                 difference = table.index_select(0, rows[both]) - table.index_select(0, following[both])
-                total = total + difference.square().sum(1).mean()
+                total = total + share * difference.square().sum(1).mean()
         return total
 
     def parameter_groups(self) -> list[dict[str, Any]]:
