@@ -177,13 +177,16 @@ def bounds(cameras: Cameras, centre: Sequence[float] | None = None, half: float 
     Cameras that face the point nearest to all their axes look inward: the cube lies about it and reaches over
     half of their median distance. Others look outward from where they are, as in a room: the cube holds twice
     the space that they take. Near is a twentieth of the cube. Up is the mean of what the pictures have up.
-    Raises InputError where nothing can be told, as of one camera.
+    Raises InputError where nothing can be told, as of one camera, and where no camera faces a given centre.
     """
     up = torch.nn.functional.normalize(-cameras.pose[:, :, 1].mean(0), dim=0)
-    if centre is not None and half is not None:
-        middle = up.new_tensor(list(centre))
-        facing = ((middle - cameras.positions) * cameras.forward).sum(1) > 0
-        return Bounds(middle, half, half / 20, up, bool(facing.double().mean() > 0.8))
+    if centre is not None:
+        given = up.new_tensor(list(centre))
+        faced = ((given - cameras.positions) * cameras.forward).sum(1) > 0
+        if not faced.any():
+            raise InputError("No camera faces the centre of modality.bounds, so nothing of it would be seen.")
+        if half is not None:
+            return Bounds(given, half, half / 20, up, bool(faced.double().mean() > 0.8))
     positions, point = cameras.positions, focus(cameras)
     spread = (positions - positions.mean(0)).norm(dim=1).max()
     if len(cameras) < 2 or spread == 0:
@@ -198,6 +201,6 @@ def bounds(cameras: Cameras, centre: Sequence[float] | None = None, half: float 
         inward = True
     else:
         middle, side, inward = positions.mean(0), 2 * float(spread), False
-    middle = middle if centre is None else up.new_tensor(list(centre))
+    middle = middle if centre is None else given
     side = side if half is None else half
     return Bounds(middle, side, side / 20, up, inward)

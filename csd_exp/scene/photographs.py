@@ -157,6 +157,11 @@ def split(every: Sequence[Photograph]) -> tuple[list[int], list[int]]:
     return [i for i in range(len(every)) if i not in test], test
 
 
+def missing(path: Path, names: Sequence[str], of: int, what: str) -> InputError:
+    """What to raise where files are not there."""
+    return InputError(f"modality.path={path}: {len(names)} of {of} {what} are missing, first {names[0]}.")
+
+
 def lens_of_file(lens: Lens, file: Path, path: Path) -> Lens:
     """A lens at the size of its picture file, which may be a smaller or larger copy.
 

@@ -21,6 +21,7 @@ from csd_exp.scene.photographs import (
     Photographs,
     in_natural_order,
     lens_of_file,
+    missing,
     split,
     stored_size,
 )
@@ -95,8 +96,8 @@ def _parsed(file: Path) -> dict[str, Any]:
 def _photographs(meta: Mapping[str, Any], file: Path) -> list[Photograph]:
     frames = meta["frames"]
     files = _found(file, [frame["file_path"] for frame in frames], "photographs")
-    masks = _found(file, [frame.get("mask_path") for frame in frames], "masks")
-    depths = _found(file, [frame.get("depth_file_path") for frame in frames], "depth files")
+    masks = _found(file, [frame.get("mask_path") or None for frame in frames], "masks")
+    depths = _found(file, [frame.get("depth_file_path") or None for frame in frames], "depth files")
     return [
         Photograph(
             name=PurePosixPath(frame["file_path"].replace("\\", "/")).as_posix(),
@@ -113,11 +114,9 @@ def _photographs(meta: Mapping[str, Any], file: Path) -> list[Photograph]:
 def _found(file: Path, names: list[Any], what: str) -> list[Any]:
     """The file of each name, which is relative to the JSON file and may lack its suffix; None stays None."""
     files = [None if name is None else _resolved(file.parent, str(name)) for name in names]
-    missing = [name for name, found in zip(names, files, strict=True) if name is not None and found is None]
-    if missing:
-        raise InputError(
-            f"modality.path={file}: {len(missing)} of {len(names)} {what} are missing, first {missing[0]}."
-        )
+    absent = [str(name) for name, f in zip(names, files, strict=True) if name is not None and f is None]
+    if absent:
+        raise missing(file, absent, len(names), what)
     return files
 
 
@@ -274,18 +273,20 @@ def _points(meta: Mapping[str, Any], file: Path) -> tuple[Tensor, Tensor] | None
     name = meta.get("ply_file_path")
     if not name:
         return None
-    from plyfile import PlyData  # of the extra `scene`
-
     ply = file.parent / str(name)
     try:
+        from plyfile import PlyData  # of the extra `scene`
+
         vertex = PlyData.read(str(ply))["vertex"]
         xyz = np.stack([vertex[axis] for axis in "xyz"], 1).astype(np.float64)
         colours = [vertex[c] for c in ("red", "green", "blue")] if "red" in vertex else None
     except Exception as e:  # plyfile raises many types; all mean that the file is unusable
         raise InputError(f"modality.path={file}: ply_file_path {name} cannot be read as points ({e}).") from e
-    rgb = np.full(xyz.shape, 0.5) if colours is None else np.stack(colours, 1) / 255
+    rgb = np.full(xyz.shape, 0.5) if colours is None else np.stack(colours, 1)
+    if np.issubdtype(rgb.dtype, np.integer):
+        rgb = rgb / np.iinfo(rgb.dtype).max
     kept = np.isfinite(xyz).all(1)
-    return torch.from_numpy(xyz[kept]), torch.from_numpy(rgb[kept])
+    return torch.from_numpy(xyz[kept]), torch.from_numpy(rgb[kept].astype(np.float64))
 
 
 def _number(given: Mapping[str, Any], key: str, file: Path, default: float | None = None) -> float:
