@@ -88,7 +88,6 @@ def centroid(view, place):
 
 SIZE = (96, 128)
 K = {"fl_x": 90.0, "fl_y": 84.0, "cx": 61.0, "cy": 50.5}
-PERSPECTIVE = ["k1", "k2", "p1", "p2", "k3"]
 LENSES = {
     "pinhole": {},
     "barrel": {"k1": -0.25, "k2": 0.04, "p1": 0.01, "p2": -0.012},
@@ -113,18 +112,15 @@ def test_what_a_lens_distorts_lands_where_the_cameras_project(kind, tmp_path):
         dict(zip(names, given["distortion_params"], strict=True)) if "distortion_params" in given else given
     )
     matrix = np.array([[given["fl_x"], 0, K["cx"] - 0.5], [0, given["fl_y"], K["cy"] - 0.5], [0, 0, 1]])
-    for i in range(2):
-        rotation = pose[i, :, :3].T.numpy()
-        shift = -rotation @ pose[i, :, 3].numpy()
-        if "fisheye" in kind:
-            lens = np.array([terms.get(k, 0.0) for k in ("k1", "k2", "k3", "k4")])
-            out = cv2.fisheye.projectPoints(world[:, None], cv2.Rodrigues(rotation)[0], shift, matrix, lens)[
-                0
-            ]
-        else:
-            lens = np.array([terms.get(k, 0.0) for k in PERSPECTIVE])
-            out = cv2.projectPoints(world, cv2.Rodrigues(rotation)[0], shift, matrix, lens)[0]
-        dots(tmp_path / f"images/f_{i}.png", out.reshape(-1, 2) + 0.5, SIZE)
+    rotation = pose[0, :, :3].T.numpy()
+    turn, shift = cv2.Rodrigues(rotation)[0], -rotation @ pose[0, :, 3].numpy()
+    if "fisheye" in kind:
+        lens = np.array([terms.get(k, 0.0) for k in ("k1", "k2", "k3", "k4")])
+        out = cv2.fisheye.projectPoints(world[:, None], turn, shift, matrix, lens)[0]
+    else:
+        lens = np.array([terms.get(k, 0.0) for k in ("k1", "k2", "p1", "p2", "k3")])
+        out = cv2.projectPoints(world, turn, shift, matrix, lens)[0]
+    dots(tmp_path / "images/f_0.png", out.reshape(-1, 2) + 0.5, SIZE)
     views = read_scene(write(tmp_path, 2, size=SIZE, **given)).views(80, 16)
     assert views.size == (80, 96)
     places = views.cameras.project(torch.from_numpy(world).expand(2, -1, -1))[0][0].numpy()
@@ -258,6 +254,9 @@ def test_masks_and_depth_follow_their_views(tmp_path):
     assert views.alpha(0)[:, 14:].min() == 1
     assert views.depth(0)[:8].numpy() == pytest.approx(3.0)  # in millimetres, scaled as the poses are
     assert views.depth(0)[8:].max() == 0
+    np.save(tmp_path / "depth.npy", np.where(depth > 0, 7.0, np.inf))
+    npy = write(tmp_path, 2, [{"depth_file_path": "depth.npy"}], depth_unit_scale_factor=1)
+    assert torch.equal(read_scene(npy).views(16, 8).depth(0) > 0, views.depth(0) > 0)
     assert views.alpha(1) is None
     assert views.depth(1) is None
 
@@ -338,6 +337,14 @@ def test_no_picture_is_decoded_before_it_is_asked_for(tmp_path):
         views[1]
 
 
+def test_many_large_photographs_are_told_by_their_headers(tmp_path):
+    file = tmp_path / "large.png"
+    Image.new("L", (4000, 3000)).save(file, compress_level=1)
+    file.write_bytes(file.read_bytes()[:2000])
+    views = read_scene(write(tmp_path, 300, [{"file_path": "large.png"}] * 300, (3000, 4000))).views(512, 64)
+    assert (len(views), views.size) == (300, (512, 640))
+
+
 def changed(matrix):
     return [{"transform_matrix": matrix}]
 
@@ -372,9 +379,13 @@ ALL = [f"images/f_{i}.png" for i in range(3)]
         ({"applied_transform": FLAT}, "applied_transform is singular"),
         (
             {"camera_model": "EQUIRECTANGULAR"},
-            "camera_model EQUIRECTANGULAR of images/f_0.png cannot be read",
+            "camera model EQUIRECTANGULAR of images/f_0.png cannot be read",
         ),
         ({"camera_model": "OPENCV_FISHEY"}, "did you mean OPENCV_FISHEYE; accepted are SIMPLE_PINHOLE"),
+        ({"latlong": True}, "camera model latlong of images/f_0.png cannot be read"),
+        ({"k1": -1e6}, r"f_0\.png cannot be used: A lens with the distortion .* cannot be undistorted"),
+        ({"w": 0.2}, "has 48 x 32 pixels, but its camera 1 x 32"),
+        ({"cx": 10**400}, "cx must be a finite number"),
         ({"camera_model": "OPENCV", "k4": 0.1}, "k4 is accepted of a fisheye only"),
         ({"is_fisheye": True, "p1": 0.1}, "a fisheye has no p1 and p2"),
         ({"distortion_params": [0.1]}, "distortion_params must be the list"),
@@ -395,6 +406,19 @@ def test_what_cannot_be_used_is_said_in_one_sentence(given, words, tmp_path):
         read_scene(write(tmp_path, **given))
     assert "\n" not in str(refused.value)
     assert str(refused.value).endswith(".")
+
+
+def test_masks_and_depth_of_other_shapes_are_refused(tmp_path):
+    Image.new("L", (32, 32)).save(tmp_path / "square.png")
+    for key in ("mask_path", "depth_file_path"):
+        with pytest.raises(
+            InputError, match=r"square\.png has 32 x 32 pixels, but its photograph f_0\.png 48 x 32"
+        ):
+            read_scene(write(tmp_path, 2, [{key: "square.png"}]))
+    picture(tmp_path / "colours.png")
+    views = read_scene(write(tmp_path, 2, [{"depth_file_path": "colours.png"}])).views(32, 16)
+    with pytest.raises(InputError, match="must have one number per pixel"):
+        views.depth(0)
 
 
 def test_folders_without_a_scene_are_refused(tmp_path):

@@ -22,11 +22,13 @@ from csd_exp.scene.photographs import (
     in_natural_order,
     lens_of_file,
     missing,
+    proportional,
     split,
     stored_size,
 )
 from csd_exp.scene.poses import checked_pose
 
+NGP_LENSES = ("equirectangular", "latlong", "ftheta_p0")  # the keys by which instant-ngp has other lenses
 MILLIMETRE = 0.001  # nerfstudio's unit of depth files
 
 
@@ -98,6 +100,10 @@ def _photographs(meta: Mapping[str, Any], file: Path) -> list[Photograph]:
     files = _found(file, [frame["file_path"] for frame in frames], "photographs")
     masks = _found(file, [frame.get("mask_path") or None for frame in frames], "masks")
     depths = _found(file, [frame.get("depth_file_path") or None for frame in frames], "depth files")
+    for picture, *others in zip(files, masks, depths, strict=True):
+        for other in others:
+            if other is not None and other.suffix != ".npy":
+                _check_shape(other, picture, file)
     return [
         Photograph(
             name=PurePosixPath(frame["file_path"].replace("\\", "/")).as_posix(),
@@ -109,6 +115,17 @@ def _photographs(meta: Mapping[str, Any], file: Path) -> list[Photograph]:
         )
         for frame, picture, mask, depth in zip(frames, files, masks, depths, strict=True)
     ]
+
+
+def _check_shape(other: Path, picture: Path, file: Path) -> None:
+    """Raise InputError where a mask or depth file is no picture of the shape of its photograph."""
+    sizes = [stored_size(f) for f in (other, picture)]
+    if not proportional(*sizes):
+        other_size, size = (f"{width} x {height}" for height, width in sizes)
+        raise InputError(
+            f"modality.path={file}: {other} has {other_size} pixels, but its photograph {picture.name} "
+            f"{size}; they must be in one proportion."
+        )
 
 
 def _found(file: Path, names: list[Any], what: str) -> list[Any]:
@@ -140,7 +157,7 @@ def _matrix(given: object, where: str) -> Tensor:
     """[3, 4] of numbers given as 3 x 4, or as 4 x 4 whose last row is 0 0 0 1."""
     try:
         matrix = torch.tensor(given, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         matrix = torch.empty(0)
     if matrix.shape not in ((3, 4), (4, 4)):
         raise InputError(f"{where} must be 4 x 4 or 3 x 4 numbers.")
@@ -153,13 +170,15 @@ def _lens(meta: Mapping[str, Any], frame: Mapping[str, Any], picture: Path, file
     both = {**meta, **frame}
     stored = stored_size(picture)
     width, height = (
-        round(_positive(both, key, file, side)) for key, side in zip("wh", reversed(stored), strict=True)
+        max(1, round(_positive(both, key, file, side)))
+        for key, side in zip("wh", reversed(stored), strict=True)
     )
-    name = str(both.get("camera_model") or "OPENCV")
+    other = next((key for key in NGP_LENSES if both.get(key)), None)
+    name = str(other or both.get("camera_model") or "OPENCV")
     if name not in MODELS or name in ("FULL_OPENCV",):
         known = [model for model in MODELS if model != "FULL_OPENCV"]
         raise InputError(
-            f"modality.path={file}: camera_model {name} of {frame['file_path']} cannot be read"
+            f"modality.path={file}: the camera model {name} of {frame['file_path']} cannot be read"
             f"{closest(name, known)}; accepted are {', '.join(known)}."
         )
     fisheye = MODELS[name][1] or bool(both.get("is_fisheye"))
@@ -225,7 +244,7 @@ def _split_by_lists(
     named = {s: _ids(names, every, f"modality.path={file}: {s}_filenames") for s, names in lists.items()}
     held_out = named.get("test", named.get("val", set()))
     train = named.get("train", set(range(len(every))) - set().union(*named.values()))
-    if train & held_out and train - held_out != train:
+    if train & held_out:
         notice(
             f"{file} names {len(train & held_out)} photographs to train on and to test; they are trained on."
         )
@@ -250,7 +269,7 @@ def _up(meta: Mapping[str, Any], file: Path) -> Tensor | None:
         return None
     try:
         up = torch.tensor(meta["up"], dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         up = torch.empty(0)
     if up.shape != (3,) or not (torch.isfinite(up).all() and up.norm() > 0):
         raise InputError(f"modality.path={file}: up must be three numbers that are not all 0.")
@@ -291,7 +310,7 @@ def _points(meta: Mapping[str, Any], file: Path) -> tuple[Tensor, Tensor] | None
 
 def _number(given: Mapping[str, Any], key: str, file: Path, default: float | None = None) -> float:
     value = given.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
         raise InputError(f"modality.path={file}: {key} must be a finite number, not {value!r}.")
     return float(value)
 
