@@ -223,6 +223,7 @@ def test_blender_scenes(tmp_path):
     assert views[3].permute(1, 2, 0).numpy() == pytest.approx(on_white, abs=1.01 / 255)
     assert views.alpha(3).numpy() == pytest.approx(alpha[..., 0], abs=1e-6)
     assert views.mask(3) is None
+    assert {file.parent.name for file in read_scene(tmp_path).files} == {tmp_path.name, "train", "test"}
 
 
 def test_frames_are_in_natural_order_and_every_eighth_is_held_out(tmp_path):
@@ -271,6 +272,8 @@ def test_the_way_back_to_the_original_world_and_points(tmp_path):
     given = {"applied_transform": applied, "applied_scale": 0.5, "ply_file_path": "points.ply"}
     views = read_scene(write(tmp_path, orientation_override="none", **given)).views(32, 16)
     original = torch.tensor([1.0, 2, 3, 1]).double()
+    names = {file.name for file in read_scene(tmp_path).files}
+    assert names == {"transforms.json", "points.ply", "f_0.png", "f_1.png", "f_2.png"}
     there = torch.cat([0.5 * torch.tensor(applied).double() @ original, original[3:]])
     assert torch.allclose(views.to_original @ there, original)
     assert views.points[0].tolist() == [[1, 2, 3]]
@@ -289,6 +292,7 @@ def test_colmap_models_in_text_and_binary(written, where, tmp_path):
     assert views.names == ["a/0.png", "a/1.png", "a/2.png"]
     assert views.points[0].tolist() == [[0.5, 1, 2]]
     assert torch.allclose(views.points[1], torch.tensor([[1, 0, 0.2]]).double())
+    assert {"0.png", "1.png", "2.png"} < {file.name for file in read_scene(tmp_path).files}
     back = pycolmap.Reconstruction(str(tmp_path / where))
     points = torch.tensor([[0.1, 0.2, 0.3], [-0.4, 0.5, 0]]).double()
     places, _ = views.cameras.project(points.expand(3, -1, -1))
@@ -457,6 +461,16 @@ def test_broken_models_of_colmap_are_refused(file, old, new, words, tmp_path):
     with pytest.raises(InputError, match=words) as refused:
         read_scene(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+def test_a_quaternion_of_no_rotation_is_refused(tmp_path, monkeypatch):
+    made = model(tmp_path)
+    made.write_binary(str(tmp_path / "sparse/0"))
+    pose = made.images[1].frame.rig_from_world
+    made.images[1].frame.rig_from_world = pycolmap.Rigid3d(pycolmap.Rotation3d(np.zeros(4)), pose.translation)
+    monkeypatch.setattr(colmap, "_loaded", lambda folder: made)
+    with pytest.raises(InputError, match=r"a/0\.png is no rotation: its quaternion has the length 0"):
+        read_scene(tmp_path)
 
 
 def test_a_model_without_pictures_beside_it_is_refused(tmp_path):

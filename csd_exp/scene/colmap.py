@@ -10,10 +10,10 @@ from torch import Tensor
 from csd_exp.errors import InputError, notice
 from csd_exp.scene.lenses import MODELS, TERMS, Lens
 from csd_exp.scene.photographs import Photograph, Photographs, in_natural_order, lens_of_file, missing, split
-from csd_exp.scene.poses import checked_pose
+from csd_exp.scene.poses import SLACK, checked_pose
 
 if TYPE_CHECKING:
-    from pycolmap import Camera, Reconstruction
+    from pycolmap import Camera, Reconstruction, Rigid3d
 
 MODEL_FOLDERS = ("sparse/0", "sparse", "colmap/sparse/0", "colmap/sparse", ".")
 
@@ -46,9 +46,7 @@ def read_colmap(model: Path) -> Photographs:
                 name=image.name,
                 file=pictures / image.name,
                 lens=lens_of_file(lenses[image.camera_id], pictures / image.name, model),
-                pose=_pose(
-                    image.cam_from_world().matrix(), f"modality.path={model}: the pose of {image.name}"
-                ),
+                pose=_pose(image.cam_from_world(), f"modality.path={model}: the pose of {image.name}"),
             )
             for image in posed
         ]
@@ -56,6 +54,7 @@ def read_colmap(model: Path) -> Photographs:
     train, test = split(every)
     return Photographs(
         path=model,
+        described_by=sorted(file for file in model.iterdir() if file.suffix in (".bin", ".txt")),
         every=every,
         train=train,
         test=test,
@@ -127,9 +126,14 @@ def _lens(camera: "Camera", model: Path) -> Lens:
     return Lens((camera.height, camera.width), focal, (given["cx"], given["cy"]), distortion, fisheye)
 
 
-def _pose(camera_from_world: np.ndarray, where: str) -> Tensor:
+def _pose(camera_from_world: "Rigid3d", where: str) -> Tensor:
     """[3, 4], the inverse: camera to world."""
-    inverse = checked_pose(torch.from_numpy(np.array(camera_from_world, dtype=np.float64)), where)
+    length = np.linalg.norm(camera_from_world.rotation.quat)
+    if not abs(length - 1) < SLACK:
+        raise InputError(
+            f"{where} is no rotation: its quaternion has the length {length:g}, which must be 1."
+        )
+    inverse = checked_pose(torch.from_numpy(camera_from_world.matrix().copy()), where)
     rotation = inverse[:, :3].T
     return torch.cat([rotation, -rotation @ inverse[:, 3:]], 1)
 

@@ -40,10 +40,11 @@ class Photographs:
 
     train, test: indices. points: xyz [p, 3] in float64 and rgb [p, 3] in [0, 1]. up: [3], where it is known.
     depth_unit: what one step of a depth file is in units of the world. to_original: [4, 4], from the
-    world of the poses to the one that they were brought from.
+    world of the poses to the one that they were brought from. described_by: the files that say all this.
     """
 
     path: Path
+    described_by: list[Path]
     every: list[Photograph]
     train: list[int]
     test: list[int]
@@ -54,6 +55,12 @@ class Photographs:
 
     def __len__(self) -> int:
         return len(self.every)
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that a scene is made of, each once: what describes it, pictures, masks and depth."""
+        beside = [file for photo in self.every for file in (photo.file, photo.mask, photo.depth) if file]
+        return list(dict.fromkeys([*self.described_by, *beside]))
 
     def views(self, side: int, multiple: int) -> "Views":
         """Each photograph as a view: undistorted, its shorter side resized to `side` pixels and cropped.

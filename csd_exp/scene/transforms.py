@@ -37,41 +37,39 @@ def read_transforms(file: Path) -> Photographs:
     meta = _parsed(file)
     every = in_natural_order(_photographs(meta, file))
     train, test = _split_by_lists(meta, every, file)
-    return _scene(meta, file, every, train, test, up=_up(meta, file))
+    return _scene(meta, [file], every, train, test, _up(meta, file))
 
 
 def read_blender(folder: Path) -> Photographs:
-    """The photographs of `transforms_train.json` and, as test, of `_test`, or else of `_val`."""
-    file = folder / "transforms_train.json"
-    meta = _parsed(file)
-    train = in_natural_order(_photographs(meta, file))
-    held_out = [f for f in (folder / f"transforms_{s}.json" for s in ("test", "val")) if f.is_file()][:1]
-    test = [photo for f in held_out for photo in in_natural_order(_photographs(_parsed(f), f))]
-    every = [*train, *test]
-    if test:
-        train_ids, test_ids = list(range(len(train))), list(range(len(train), len(every)))
-    else:
-        train_ids, test_ids = split(every)
-    return _scene(
-        meta, file, every, train_ids, test_ids, up=torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
-    )
+    """The photographs of `transforms_train.json` and, as test, of `_test`, or else `_val`; z is upwards."""
+    files = [folder / f"transforms_{name}.json" for name in ("train", "test", "val")]
+    files = [file for file in files if file.is_file()][:2]
+    metas = [_parsed(file) for file in files]
+    parts = [in_natural_order(_photographs(meta, file)) for meta, file in zip(metas, files, strict=True)]
+    every = [photograph for part in parts for photograph in part]
+    train, test = list(range(len(parts[0]))), list(range(len(parts[0]), len(every)))
+    if not test:
+        train, test = split(every)
+    up = torch.tensor([0, 0, 1], dtype=torch.float64)
+    return _scene(metas[0], files, every, train, test, up)
 
 
 def _scene(
     meta: Mapping[str, Any],
-    file: Path,
+    files: list[Path],
     every: list[Photograph],
     train: list[int],
     test: list[int],
     up: Tensor | None,
 ) -> Photographs:
+    file = files[0]
     scale = _positive(meta, "applied_scale", file, 1.0)
-    _positive(
-        meta, "scale", file, 1.0
-    )  # instant-ngp's, which brings the poses into its cube: not needed here
+    _positive(meta, "scale", file, 1.0)  # instant-ngp's, from the poses into its cube, is not needed here
     unit = _positive(meta, "depth_unit_scale_factor", file, MILLIMETRE) * scale
+    points = [file.parent / str(meta["ply_file_path"])] if meta.get("ply_file_path") else []
     return Photographs(
         path=file,
+        described_by=[*files, *points],
         every=every,
         train=train,
         test=test,
@@ -84,7 +82,7 @@ def _scene(
 
 def _parsed(file: Path) -> dict[str, Any]:
     try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
+        meta = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as e:
         raise InputError(f"modality.path={file} cannot be read as JSON ({e}).") from e
     if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list) or not meta["frames"]:
