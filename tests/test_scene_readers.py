@@ -190,7 +190,9 @@ def test_pixels_are_those_of_the_file_where_nothing_is_resized(tmp_path):
 
 def test_copies_of_another_size_scale_their_lenses(tmp_path):
     picture(tmp_path / "images/f_0.png", (16, 24))
-    cameras = read_scene(write(tmp_path, 3, cx=20)).views(16, 8).cameras
+    scene = read_scene(write(tmp_path, 3, cx=20))
+    assert scene.every[0].lens == Lens((16, 24), (20.0, 20.0), (10.0, 8.0), (0.0,) * 5)
+    cameras = scene.views(16, 8).cameras
     assert torch.allclose(cameras.focal, torch.tensor(20.0).double())
     assert torch.allclose(cameras.centre, torch.tensor([10.0, 8.0]).double())
 
