@@ -171,7 +171,7 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _contents(path: Path) -> dict[str, str]:
-    inside = (file for file in path.iterdir() if not file.name.startswith("."))
+    inside = (file for file in path.rglob("*") if not file.name.startswith("."))
     files = sorted(inside) if path.is_dir() else [path]
     return {str(file): sha256(file) for file in files if file.is_file()}
 

@@ -34,7 +34,14 @@ def around(count: int, side: int, start: float = 0.0, distance: float = 2.2) -> 
 def photographs(cameras: Cameras) -> tuple[torch.Tensor, torch.Tensor]:
     """What the cameras see of the scene, [n, 3, H, W] in [0, 1], and its depth [n, H, W], 0 for the sky."""
     origins, directions = cameras.rays()
-    sky = torch.stack([0.55 + 0.0 * directions[..., 0], 0.7 + 0.0 * directions[..., 0], torch.ones_like(directions[..., 0])], -1)
+    sky = torch.stack(
+        [
+            0.55 + 0.0 * directions[..., 0],
+            0.7 + 0.0 * directions[..., 0],
+            torch.ones_like(directions[..., 0]),
+        ],
+        -1,
+    )
     ground = (-RADIUS - origins[..., 2]) / directions[..., 2]
     place = origins + ground[..., None] * directions
     pattern = 0.5 + 0.3 * torch.sin(2 * place[..., 0]) * torch.cos(2 * place[..., 1])
@@ -70,6 +77,11 @@ def write_scene(folder: Path, trained: int = 12, held_out: int = 4, side: int = 
             names.setdefault(f"{split}_filenames", []).append(name)
     focal = float(around(1, side).focal[0, 0])
     intrinsics = {"w": side, "h": side, "fl_x": focal, "fl_y": focal, "cx": side / 2, "cy": side / 2}
-    written = {"camera_model": "PINHOLE", "depth_unit_scale_factor": 0.001} | intrinsics | names | {"frames": frames}
+    written = (
+        {"camera_model": "PINHOLE", "depth_unit_scale_factor": 0.001}
+        | intrinsics
+        | names
+        | {"frames": frames}
+    )
     (folder / "transforms.json").write_text(json.dumps(written))
     return folder

@@ -62,13 +62,30 @@ class EditedPhotographs(WholePictures):
         prompt: str = "",
         dtype: str = "float32",
     ):
-        for key, value, least in (("views", views, 1), ("edit_steps", edit_steps, 1), ("fit_steps", fit_steps, 0)):
+        for key, value, least in (
+            ("views", views, 1),
+            ("edit_steps", edit_steps, 1),
+            ("fit_steps", fit_steps, 0),
+        ):
             if value is not None and value < least:
                 raise InputError(f"modality.{key} must be at least {least}, not {value}.")
         side = window * factor
-        scene = Scene(path, side, factor * multiple, field, reconstruction_steps, seed, cache, bounds, trajectory, frames)
+        scene = Scene(
+            path,
+            side,
+            factor * multiple,
+            field,
+            reconstruction_steps,
+            seed,
+            cache,
+            bounds,
+            trajectory,
+            frames,
+        )
         trained = len(scene.train)
-        super().__init__(scene.views.size, factor, multiple, batch, None, mask, feather, prompt, dtype, trained)
+        super().__init__(
+            scene.views.size, factor, multiple, batch, None, mask, feather, prompt, dtype, trained
+        )
         self.scene, self.film = scene, scene.film
         self.round_of = trained if views is None else min(views, trained)
         self.edit_steps, self.fit_steps = edit_steps, fit_steps
@@ -198,7 +215,16 @@ class EditedField(Particles):
         super().__init__(prompt, dtype)
         side = window * factor
         self.scene = Scene(
-            path, side, factor * multiple, field, reconstruction_steps, seed, cache, bounds, trajectory, frames
+            path,
+            side,
+            factor * multiple,
+            field,
+            reconstruction_steps,
+            seed,
+            cache,
+            bounds,
+            trajectory,
+            frames,
         )
         self.film, self.batch = self.scene.film, batch
 

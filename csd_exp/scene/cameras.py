@@ -185,7 +185,8 @@ def bounds(cameras: Cameras, centre: Sequence[float] | None = None, half: float 
     Cameras that face the point nearest to all their axes look inward: the cube lies about it and reaches over
     half of their median distance, and nothing is nearer to one than a quarter of it. Others look outward from
     where they are, as in a room: the cube holds twice the space that they take, and near is a twentieth of it.
-    Up is the mean of what the pictures have up. Raises InputError where nothing can be told, as of one place.
+    Up is the mean of what the pictures have up. Raises InputError where nothing can be told, as of one place,
+    and where no camera faces a given centre.
     """
     positions, point = cameras.positions, focus(cameras)
     up = torch.nn.functional.normalize(-cameras.pose[:, :, 1].mean(0), dim=0)
@@ -197,7 +198,11 @@ def bounds(cameras: Cameras, centre: Sequence[float] | None = None, half: float 
     middle = point if centre is None else up.new_tensor(list(centre))
     away = (middle - positions).norm(dim=1)
     facing = ((middle - positions) * cameras.forward).sum(1) / away
-    inward = bool(torch.isfinite(middle).all() and facing.median() > 0.8 and (facing > 0).double().mean() > 0.9)
+    if centre is not None and not (facing > 0).any():
+        raise InputError("No camera faces the centre of modality.bounds, so nothing of it would be seen.")
+    inward = bool(
+        torch.isfinite(middle).all() and facing.median() > 0.8 and (facing > 0).double().mean() > 0.9
+    )
     if inward:
         distance = float(away.median())
         return Bounds(middle, half or 0.55 * distance, distance / 4, positions, up, inward)

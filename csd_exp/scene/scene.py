@@ -72,7 +72,9 @@ class Scene:
         if trajectory == "held_out" and not self.test:
             raise InputError("modality.trajectory=held_out needs photographs that are held out; give orbit.")
         self.held_out = trajectory == "held_out"
-        cameras = self.views.cameras[self.test] if self.held_out else turned(self.cameras, self.bounds, frames)
+        cameras = (
+            self.views.cameras[self.test] if self.held_out else turned(self.cameras, self.bounds, frames)
+        )
         self.film = Path3D(cameras)
 
     def album(self) -> Album:
@@ -105,7 +107,13 @@ class Scene:
         digest = hashlib.sha256()
         for k in range(len(self.train)):
             digest.update(album.raw(k))
-        for tensor in (self.cameras.pose, self.cameras.focal, self.cameras.centre, self.bounds.centre, self.bounds.up):
+        for tensor in (
+            self.cameras.pose,
+            self.cameras.focal,
+            self.cameras.centre,
+            self.bounds.centre,
+            self.bounds.up,
+        ):
             digest.update(tensor.contiguous().numpy().tobytes())
         settings = (getattr(self.make, "func", self.make), getattr(self.make, "keywords", None))
         digest.update(repr((self.bounds.half, self.bounds.near, settings, self.steps, self.seed)).encode())
