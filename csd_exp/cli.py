@@ -81,13 +81,15 @@ def _refuse(message: str) -> NoReturn:
 def csd(args: Sequence[str]) -> None:
     """Check every run that a command line asks for, then let Hydra start them."""
     flags = _parsed(args)
-    if flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
-        check_choices(flags.overrides)
-        return _hydra(args)
     for flag in ("config_path", "experimental_rerun"):
         if getattr(flags, flag) is not None:
             raise InputError(f"--{flag.replace('_', '-')} is not accepted; --config-dir adds a folder.")
     overrides, name = [*flags.overrides, *_searched(flags)], flags.config_name or "run"
+    if flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
+        check_choices(flags.overrides)
+        if len(overrides) > len(flags.overrides) or any("hydra.searchpath" in o for o in overrides):
+            composed(overrides, name)  # Hydra starts logging as the configuration says
+        return _hydra(args)
     if is_child():
         return _rank(overrides, name)
     _check_quoting(flags.overrides, flags.multirun)

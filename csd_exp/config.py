@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from csd_exp.errors import InputError, closest
 from csd_exp.targets import check_name, check_targets, in_hydra, nodes
+from csd_exp.trust import check_places, check_resolvers
 
 PACKAGE = Path(__file__).parent
 
@@ -33,6 +34,16 @@ def conf_dir() -> Path:
     """Where `conf/` is: inside an installed package, beside it in a checkout."""
     inside = PACKAGE / "conf"
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
+
+
+# Where commands write, beside the folder of a run.
+PLACES = ("folder", "dir", "json", "run_dir", "export_dir", "data.cache")
+# Of Hydra's keys, what a search tries, which a file may say, and what Hydra notes by itself.
+NO_WAYS = (
+    *(f"hydra.sweeper.{key}" for key in ("params", "direction", "n_trials", "n_jobs", "sampler")),
+    *("hydra.sweeper.max_batch_size", "hydra.overrides", "hydra.runtime", "hydra.searchpath"),
+    *(f"hydra.job.{key}" for key in ("override_dirname", "config_name", "id", "num")),
+)
 
 
 @dataclass
@@ -112,7 +123,42 @@ def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
         composed([o for o in overrides if not is_allow(o)], config_name)  # refuses a file's own
     if list(config.get("allow") or ()) != own:
         raise InputError("allow may be given on the command line alone, not by a configuration file.")
+    check_resolvers(config)
+    _check_files(config, overrides, config_name)
     return config
+
+
+def _check_files(config: DictConfig, overrides: Sequence[str], config_name: str) -> None:
+    """Refuse what files of others say of where and how a command works; it is the command line's alone."""
+    keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
+    if "hydra.searchpath" not in keys:
+        return
+    given = [
+        override
+        for key, override in zip(keys, overrides, strict=True)
+        if key in PLACES or re.match(r"hydra[./](?!searchpath)", key)
+    ]
+    choices = config.hydra.runtime.choices
+    plugins = [f"{group}={choices[group]}" for group in ("hydra/sweeper", "hydra/launcher")]
+    packaged = (conf_dir() / f"{config_name}.yaml").is_file()
+    without = composed([*plugins, *given], config_name if packaged else "run")
+    ours, theirs = _ways(without), _ways(config)
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise InputError(f"{key} may be given on the command line alone, not by a configuration file.")
+
+
+def _ways(config: DictConfig) -> dict[str, Any]:
+    """Where a command writes and how it starts, key by key, as the files say it."""
+    found: dict[str, Any] = {}
+    waiting: list[tuple[str, Any]] = [("", OmegaConf.to_container(config, resolve=False))]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict) and value:
+            waiting += [(f"{key}.{name}" if key else str(name), child) for name, child in value.items()]
+        elif key in PLACES or (key.startswith("hydra.") and not key.startswith(NO_WAYS)):
+            found[key] = value
+    return found
 
 
 @contextmanager
@@ -237,8 +283,11 @@ def _unknown_key(parent: str, leaf: str, known: Sequence[str]) -> str:
 
 def check(config: DictConfig) -> None:
     """Everything about a composed run that can be wrong before a weight is loaded; raises InputError."""
+    check_resolvers(config)
     check_values(config)
     check_targets(config)
+    if config.dir is not None:
+        check_places(config)
 
 
 def check_values(config: DictConfig) -> None:

@@ -14,6 +14,7 @@ from csd_exp.config import plain
 from csd_exp.errors import InputError
 from csd_exp.files import sha256
 from csd_exp.targets import ALLOWED_EXACT, RENAMED
+from csd_exp.trust import check_resolvers
 
 INPUTS = "inputs.json"
 
@@ -111,6 +112,7 @@ def check_same_science(folder: Path, config: DictConfig) -> None:
 def _saved(folder: Path) -> tuple[DictConfig, dict[str, dict[str, str]]]:
     """The configuration of the run in a folder, and the files that it has read."""
     config = _whole(folder / "config.yaml", OmegaConf.load, DictConfig)
+    check_resolvers(config)
     file = folder / INPUTS
     if not file.is_file():
         return config, {}

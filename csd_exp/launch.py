@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from csd_exp.config import at_home, check_values, composed, is_allow, literal, quoted
 from csd_exp.errors import InputError
 from csd_exp.identity import check_same_science
+from csd_exp.trust import check_links
 
 CHILD = "CSD_EXP_RANK_OF"  # the folder of the run that Lightning has started this process for
 PATIENCE = timedelta(minutes=10)  # with the first process of a run, which checks it
@@ -104,6 +105,7 @@ def check_folder(config: DictConfig) -> None:
             f"ckpt_path={config.ckpt_path} has no config.yaml beside it, so it is no run of csd."
         )
     else:
+        check_links(run_dir)
         check_same_science(run_dir, config)
 
 
