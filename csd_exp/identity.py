@@ -21,7 +21,8 @@ INPUTS = "inputs.json"
 # Keys that do not touch the numbers; any other does.
 HARMLESS = (
     *("allow", "ckpt_path", "dir", "logger", "metrics", "name", "optimized_metric", "prompt_file", "tags"),
-    *("prior.device", "prior.row_chunk", "prior.compile", "prior.channels_last", "features.device"),
+    *("prior.device", "prior.row_chunk", "prior.compile", "prior.channels_last", "prior.allow_pickle"),
+    "features.device",
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.precision"),
     *("trainer.default_root_dir", "trainer.enable_checkpointing", "trainer.enable_model_summary"),
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
