@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from csd_exp.config import (
+    CONTINUED,
     at_home,
     check_choices,
     check_values,
@@ -39,6 +40,7 @@ from csd_exp.config import (
     quoted,
     refuse_allow,
     sentence,
+    source,
 )
 from csd_exp.errors import InputError
 from csd_exp.files import short, unwritable
@@ -101,7 +103,8 @@ def csd(args: Sequence[str]) -> None:
         return _rank([*overrides, *place.overrides], name)
     handle(SIGNALS, stop)
     with made(place.new):
-        _hydra([*_named(name), *overrides, *place.overrides])
+        given = [*overrides, *place.overrides]
+        _hydra([*_named(source(given, name)), *given])
 
 
 def _parsed(args: Sequence[str]) -> Namespace:
@@ -259,7 +262,8 @@ def job(config: DictConfig) -> float | None:
     run_dir = Path(hydra_config.runtime.output_dir)
     searched = [o for o in hydra_config.overrides.hydra if o.startswith("hydra.searchpath=")]
     try:
-        words = [*_named(hydra_config.job.config_name), *searched, *hydra_config.overrides.task]
+        named = hydra_config.job.config_name
+        words = [*([] if named == CONTINUED else _named(named)), *searched, *hydra_config.overrides.task]
         metrics = run(config, run_dir, words).metrics
         print(f"run directory: {short(run_dir)}")
         return _optimized(metrics, config.optimized_metric)

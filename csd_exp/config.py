@@ -24,6 +24,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from csd_exp.errors import InputError, closest
+from csd_exp.saved import saved
 from csd_exp.targets import check_name, check_targets, in_hydra, nodes
 from csd_exp.trust import check_places, check_resolvers
 
@@ -44,6 +45,9 @@ NO_WAYS = (
     *("hydra.sweeper.max_batch_size", "hydra.overrides", "hydra.runtime", "hydra.searchpath"),
     *(f"hydra.job.{key}" for key in ("override_dirname", "config_name", "id", "num")),
 )
+
+
+CONTINUED = "continued"  # the name of a configuration that is read from the folder of a run
 
 
 @dataclass
@@ -106,9 +110,10 @@ def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
     """The configuration of these overrides, `hydra` node included; raises InputError in one sentence."""
     check_choices(overrides)
     own = allowed(overrides)
+    source_name = source(overrides, config_name)
     try:
         with _own_hydra():
-            config = compose(config_name, list(overrides), return_hydra_config=True)
+            config = compose(source_name, list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as e:
         unknown = re.match(r"Could not override '([^']+)\.([^.']+)'", str(e))
         others = [o for o in overrides if unknown and o.split("=")[0] != f"{unknown[1]}.{unknown[2]}"]
@@ -159,6 +164,30 @@ def _ways(config: DictConfig) -> dict[str, Any]:
         elif key in PLACES or (key.startswith("hydra.") and not key.startswith(NO_WAYS)):
             found[key] = value
     return found
+
+
+def source(overrides: Sequence[str], config_name: str) -> str:
+    """The primary configuration of a command line: `config_name`, or that of the run which it continues.
+
+    It is the latter where `ckpt_path=FILE` stands alone, or with `allow` and keys of Hydra. What was allowed
+    then is not, and neither Hydra's keys nor a list of defaults are taken from it.
+    """
+    key = "ckpt_path"
+    given = [override for override in overrides if override.startswith(f"{key}=")]
+    others = [o for o in overrides if o not in given and not is_allow(o) and not re.match(r"\+*hydra[./]", o)]
+    if config_name != "run" or not given or others:
+        return config_name
+    try:
+        checkpoint = Path(at_home(str(OverridesParser.create().parse_override(given[-1]).value())))
+    except HydraException:
+        return config_name
+    if not checkpoint.is_file() or not (checkpoint.parent / "config.yaml").is_file():
+        return config_name
+    run = literal(plain(saved(checkpoint.parent)[0]))
+    own = {name: value for name, value in run.items() if name not in ("allow", "defaults")}
+    hydra = cast(DictConfig, OmegaConf.load(conf_dir() / "run.yaml")).hydra
+    ConfigStore.instance().store(CONTINUED, {"defaults": ["run_schema", "_self_"], "hydra": hydra, **own})
+    return CONTINUED
 
 
 @contextmanager

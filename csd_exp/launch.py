@@ -56,7 +56,8 @@ class Place:
 def placed(overrides: Sequence[str], config_name: str = "run") -> tuple[DictConfig, Place]:
     """The configuration of a run in its place, checked as far as no class is needed.
 
-    `ckpt_path=last` is the newest last.ckpt below outputs/NAME; a run goes on in its checkpoint's folder.
+    `ckpt_path=last` is the newest last.ckpt below outputs/NAME; a run goes on in its checkpoint's folder. Of
+    `ckpt_path=FILE` alone the configuration is the one beside it, see `csd_exp.config.source`.
     Raises InputError where there is none, and as `check_values` and `check_folder` do.
     """
     config = composed(overrides, config_name)
@@ -82,7 +83,8 @@ def _checkpoint(config: DictConfig) -> Path:
     found = sorted(Path("outputs", config.name).rglob("last.ckpt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise InputError(
-            f"ckpt_path=last finds no last.ckpt under outputs/{config.name}; nothing to continue."
+            f"ckpt_path=last finds no last.ckpt under outputs/{config.name}; from another working "
+            "folder give the file itself, ckpt_path=FILE, which needs nothing else."
         )
     return found[-1]
 

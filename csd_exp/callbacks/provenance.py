@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 import csd_exp
 from csd_exp.files import write_whole
-from csd_exp.identity import INPUTS
+from csd_exp.saved import INPUTS, LAUNCHED
 
 
 class Provenance(L.Callback):
@@ -26,7 +26,8 @@ class Provenance(L.Callback):
 
     `config.yaml`, the resolved configuration as given, which the loggers get too; `command.txt`, the
     command as a shell takes it; `inputs.json`, the files that the run reads with their checksums, see
-    `csd_exp.identity.inputs`; `provenance.json`, git commit, package versions, Python, platform and device;
+    `csd_exp.identity.inputs`; `provenance.json`, the working folder, git commit, package versions,
+    Python, platform and device;
     `git_diff.patch`, where tracked files differ from that commit, both of the package's own checkout alone. A
     resumed run adds its command as one more line, and its own `provenance_000050.json` and
     `git_diff_000050.patch`, named after the step it goes on from.
@@ -52,6 +53,7 @@ class Provenance(L.Callback):
         git, diff = _git()
         record = {
             "command": self.command,
+            LAUNCHED: str(Path.cwd()),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "resumed_from_step": step or None,
             "git": git,
