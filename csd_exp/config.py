@@ -24,7 +24,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from csd_exp.errors import InputError, closest
-from csd_exp.saved import saved
+from csd_exp.saved import moved, saved
 from csd_exp.targets import check_name, check_targets, in_hydra, nodes
 from csd_exp.trust import check_places, check_resolvers
 
@@ -183,7 +183,9 @@ def source(overrides: Sequence[str], config_name: str) -> str:
         return config_name
     if not checkpoint.is_file() or not (checkpoint.parent / "config.yaml").is_file():
         return config_name
-    run = literal(plain(saved(checkpoint.parent)[0]))
+    folder = checkpoint.parent
+    run = literal(plain(saved(folder)[0]))
+    run |= {group: moved(run.get(group), literal(str(folder)), "${dir}") for group in ("callbacks", "logger")}
     own = {name: value for name, value in run.items() if name not in ("allow", "defaults")}
     hydra = cast(DictConfig, OmegaConf.load(conf_dir() / "run.yaml")).hydra
     ConfigStore.instance().store(CONTINUED, {"defaults": ["run_schema", "_self_"], "hydra": hydra, **own})

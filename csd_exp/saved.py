@@ -29,7 +29,7 @@ def saved(folder: Path) -> tuple[DictConfig, dict[str, dict[str, str]]]:
     said = config.get("dir")
     for group in ("callbacks", "logger"):
         if said and said != str(folder) and config.get(group):
-            config[group] = _moved(OmegaConf.to_container(config[group]), str(said), str(folder))
+            config[group] = moved(OmegaConf.to_container(config[group]), str(said), str(folder))
     return config, inputs
 
 
@@ -49,12 +49,12 @@ def _relocate(config: DictConfig, key: str, launched: str | None) -> None:
         OmegaConf.update(config, key, there.replace("${", "\\${"))
 
 
-def _moved(value: Any, was: str, now: str) -> Any:
+def moved(value: Any, was: str, now: str) -> Any:
     """What a run writes into its folder, in the folder's new place."""
     if isinstance(value, dict):
-        return {key: _moved(child, was, now) for key, child in value.items()}
+        return {key: moved(child, was, now) for key, child in value.items()}
     if isinstance(value, list):
-        return [_moved(child, was, now) for child in value]
+        return [moved(child, was, now) for child in value]
     inside = isinstance(value, str) and (value == was or value.startswith(was + os.sep))
     return now + value[len(was) :] if inside else value
 

@@ -57,6 +57,10 @@ def test_a_checkpoint_alone_continues_its_run(stopped: Path, tmp_path: Path, mon
     assert config.callbacks.media.dir == str(moved)
     assert config.tags[0] == "${b}"
     assert os.listdir(tmp_path) == ["received"]
+    monkeypatch.chdir(stopped)
+    again = composed(["ckpt_path=" + os.path.relpath(moved / "last.ckpt"), "hydra.run.dir=there"])
+    again.dir = "there"
+    assert again.callbacks.media.dir == again.logger.csv.save_dir == "there"
 
 
 @pytest.mark.parametrize(
