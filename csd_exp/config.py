@@ -145,8 +145,7 @@ def _check_files(config: DictConfig, overrides: Sequence[str], config_name: str)
     ]
     choices = config.hydra.runtime.choices
     plugins = [f"{group}={choices[group]}" for group in ("hydra/sweeper", "hydra/launcher")]
-    packaged = (conf_dir() / f"{config_name}.yaml").is_file()
-    without = composed([*plugins, *given], config_name if packaged else "run")
+    without = composed([*plugins, *given], config_name)
     ours, theirs = _ways(without), _ways(config)
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
@@ -186,7 +185,7 @@ def source(overrides: Sequence[str], config_name: str) -> str:
     folder = checkpoint.parent
     run = literal(plain(saved(folder)[0]))
     run |= {group: moved(run.get(group), literal(str(folder)), "${dir}") for group in ("callbacks", "logger")}
-    own = {name: value for name, value in run.items() if name not in ("allow", "defaults")}
+    own = {name: value for name, value in run.items() if name not in ("allow", "defaults", "dir")}
     hydra = cast(DictConfig, OmegaConf.load(conf_dir() / "run.yaml")).hydra
     ConfigStore.instance().store(CONTINUED, {"defaults": ["run_schema", "_self_"], "hydra": hydra, **own})
     return CONTINUED

@@ -96,7 +96,7 @@ def test_with_other_keys_the_command_line_says_all(stopped: Path, monkeypatch) -
     monkeypatch.chdir(stopped)
     assert source([*RUN, "ckpt_path=whole/last.ckpt"], "run") == "run"
     assert source(["ckpt_path=last"], "run") == source(["ckpt_path=gone.ckpt"], "run") == "run"
-    again = ["ckpt_path=whole/last.ckpt", "allow=[mine]", "hydra.job.name=x"]
+    again = ["ckpt_path=whole/last.ckpt", "allow=[mine]", "hydra.searchpath=[file://.]"]
     assert composed(again).modality.path == "picture.png"
     with pytest.raises(InputError, match=r"finds no last\.ckpt under outputs/run; from another"):
         cli.csd(["ckpt_path=last", "name=run"])
