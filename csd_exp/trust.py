@@ -24,6 +24,7 @@ RESOLVERS = ("asset", "device", "hydra", "nosvgd_weight", "now")
 QUOTING = ("hydra.overrides", "hydra.job.override_dirname")
 
 WRITING = ("callbacks", "logger")  # the groups whose parts write files
+WANDB_LOG = "wandb/*/logs/debug-core.log"  # a link that W&B makes to its own cache, and writes to no more
 FOLDER = re.compile(r"(.+_)?(dir|dirpath|directory|folder)")
 
 
@@ -123,5 +124,7 @@ def _check_place(key: str, value: Any, run_dir: Path) -> None:
 def check_links(run_dir: Path) -> None:
     """Refuse a folder that is written into again and holds a link to somewhere else; raises InputError."""
     for file in run_dir.rglob("*"):
-        if file.is_symlink() and not file.resolve().is_relative_to(run_dir.resolve()):
+        if not file.is_symlink() or file.resolve().is_relative_to(run_dir.resolve()):
+            continue
+        if not file.relative_to(run_dir).match(WANDB_LOG):
             raise InputError(f"{file} is a link that leads out of the run's folder; remove it.")
