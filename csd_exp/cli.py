@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from csd_exp.config import (
+    CONTINUED,
     at_home,
     check_choices,
     check_values,
@@ -39,6 +40,7 @@ from csd_exp.config import (
     quoted,
     refuse_allow,
     sentence,
+    source,
 )
 from csd_exp.errors import InputError
 from csd_exp.files import short, unwritable
@@ -81,13 +83,15 @@ def _refuse(message: str) -> NoReturn:
 def csd(args: Sequence[str]) -> None:
     """Check every run that a command line asks for, then let Hydra start them."""
     flags = _parsed(args)
-    if flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
-        check_choices(flags.overrides)
-        return _hydra(args)
     for flag in ("config_path", "experimental_rerun"):
         if getattr(flags, flag) is not None:
             raise InputError(f"--{flag.replace('_', '-')} is not accepted; --config-dir adds a folder.")
     overrides, name = [*flags.overrides, *_searched(flags)], flags.config_name or "run"
+    if flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
+        check_choices(flags.overrides)
+        if len(overrides) > len(flags.overrides) or any("hydra.searchpath" in o for o in overrides):
+            composed(overrides, name)  # Hydra starts logging as the configuration says
+        return _hydra(args)
     if is_child():
         return _rank(overrides, name)
     _check_quoting(flags.overrides, flags.multirun)
@@ -99,7 +103,8 @@ def csd(args: Sequence[str]) -> None:
         return _rank([*overrides, *place.overrides], name)
     handle(SIGNALS, stop)
     with made(place.new):
-        _hydra([*_named(name), *overrides, *place.overrides])
+        given = [*overrides, *place.overrides]
+        _hydra([*_named(source(given, name)), *given])
 
 
 def _parsed(args: Sequence[str]) -> Namespace:
@@ -257,7 +262,8 @@ def job(config: DictConfig) -> float | None:
     run_dir = Path(hydra_config.runtime.output_dir)
     searched = [o for o in hydra_config.overrides.hydra if o.startswith("hydra.searchpath=")]
     try:
-        words = [*_named(hydra_config.job.config_name), *searched, *hydra_config.overrides.task]
+        named = hydra_config.job.config_name
+        words = [*([] if named == CONTINUED else _named(named)), *searched, *hydra_config.overrides.task]
         metrics = run(config, run_dir, words).metrics
         print(f"run directory: {short(run_dir)}")
         return _optimized(metrics, config.optimized_metric)

@@ -24,7 +24,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from csd_exp.errors import InputError, closest
+from csd_exp.saved import moved, saved
 from csd_exp.targets import check_name, check_targets, in_hydra, nodes
+from csd_exp.trust import check_places, check_resolvers
 
 PACKAGE = Path(__file__).parent
 
@@ -33,6 +35,19 @@ def conf_dir() -> Path:
     """Where `conf/` is: inside an installed package, beside it in a checkout."""
     inside = PACKAGE / "conf"
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
+
+
+# Where commands write, beside the folder of a run.
+PLACES = ("folder", "dir", "json", "run_dir", "export_dir", "data.cache")
+# Of Hydra's keys, what a search tries, which a file may say, and what Hydra notes by itself.
+NO_WAYS = (
+    *(f"hydra.sweeper.{key}" for key in ("params", "direction", "n_trials", "n_jobs", "sampler")),
+    *("hydra.sweeper.max_batch_size", "hydra.overrides", "hydra.runtime", "hydra.searchpath"),
+    *(f"hydra.job.{key}" for key in ("override_dirname", "config_name", "id", "num")),
+)
+
+
+CONTINUED = "continued"  # the name of a configuration that is read from the folder of a run
 
 
 @dataclass
@@ -95,9 +110,10 @@ def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
     """The configuration of these overrides, `hydra` node included; raises InputError in one sentence."""
     check_choices(overrides)
     own = allowed(overrides)
+    source_name = source(overrides, config_name)
     try:
         with _own_hydra():
-            config = compose(config_name, list(overrides), return_hydra_config=True)
+            config = compose(source_name, list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as e:
         unknown = re.match(r"Could not override '([^']+)\.([^.']+)'", str(e))
         others = [o for o in overrides if unknown and o.split("=")[0] != f"{unknown[1]}.{unknown[2]}"]
@@ -112,7 +128,67 @@ def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
         composed([o for o in overrides if not is_allow(o)], config_name)  # refuses a file's own
     if list(config.get("allow") or ()) != own:
         raise InputError("allow may be given on the command line alone, not by a configuration file.")
+    check_resolvers(config)
+    _check_files(config, overrides, config_name)
     return config
+
+
+def _check_files(config: DictConfig, overrides: Sequence[str], config_name: str) -> None:
+    """Refuse what files of others say of where and how a command works; it is the command line's alone."""
+    keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
+    if "hydra.searchpath" not in keys:
+        return
+    given = [
+        override
+        for key, override in zip(keys, overrides, strict=True)
+        if key in PLACES or re.match(r"hydra[./](?!searchpath)", key)
+    ]
+    choices = config.hydra.runtime.choices
+    plugins = [f"{group}={choices[group]}" for group in ("hydra/sweeper", "hydra/launcher")]
+    without = composed([*plugins, *given], config_name)
+    ours, theirs = _ways(without), _ways(config)
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise InputError(f"{key} may be given on the command line alone, not by a configuration file.")
+
+
+def _ways(config: DictConfig) -> dict[str, Any]:
+    """Where a command writes and how it starts, key by key, as the files say it."""
+    found: dict[str, Any] = {}
+    waiting: list[tuple[str, Any]] = [("", OmegaConf.to_container(config, resolve=False))]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict) and value:
+            waiting += [(f"{key}.{name}" if key else str(name), child) for name, child in value.items()]
+        elif key in PLACES or (key.startswith("hydra.") and not key.startswith(NO_WAYS)):
+            found[key] = value
+    return found
+
+
+def source(overrides: Sequence[str], config_name: str) -> str:
+    """The primary configuration of a command line: `config_name`, or that of the run which it continues.
+
+    It is the latter where `ckpt_path=FILE` stands alone, or with `allow` and keys of Hydra. What was allowed
+    then is not, and neither Hydra's keys nor a list of defaults are taken from it.
+    """
+    key = "ckpt_path"
+    given = [override for override in overrides if override.startswith(f"{key}=")]
+    others = [o for o in overrides if o not in given and not is_allow(o) and not re.match(r"\+*hydra[./]", o)]
+    if config_name != "run" or not given or others:
+        return config_name
+    try:
+        checkpoint = Path(at_home(str(OverridesParser.create().parse_override(given[-1]).value())))
+    except HydraException:
+        return config_name
+    if not checkpoint.is_file() or not (checkpoint.parent / "config.yaml").is_file():
+        return config_name
+    folder = checkpoint.parent
+    run = literal(plain(saved(folder)[0]))
+    run |= {group: moved(run.get(group), literal(str(folder)), "${dir}") for group in ("callbacks", "logger")}
+    own = {name: value for name, value in run.items() if name not in ("allow", "defaults", "dir")}
+    hydra = cast(DictConfig, OmegaConf.load(conf_dir() / "run.yaml")).hydra
+    ConfigStore.instance().store(CONTINUED, {"defaults": ["run_schema", "_self_"], "hydra": hydra, **own})
+    return CONTINUED
 
 
 @contextmanager
@@ -237,8 +313,11 @@ def _unknown_key(parent: str, leaf: str, known: Sequence[str]) -> str:
 
 def check(config: DictConfig) -> None:
     """Everything about a composed run that can be wrong before a weight is loaded; raises InputError."""
+    check_resolvers(config)
     check_values(config)
     check_targets(config)
+    if config.dir is not None:
+        check_places(config)
 
 
 def check_values(config: DictConfig) -> None:

@@ -25,6 +25,7 @@ from csd_exp.images import saved_pictures
 from csd_exp.metrics.clip import TINY, tiny_weights
 from csd_exp.report import write_report
 from csd_exp.targets import check_targets
+from csd_exp.trust import check_links, check_resolvers
 
 USAGE = """csd-eval RUN_DIR [metrics=NAME] [metrics.KEY=VALUE ...]
 
@@ -136,6 +137,8 @@ def _config(run_dir: Path) -> DictConfig:
         raise InputError(f"{file} cannot be read ({' '.join(str(e).split())}).") from e
     if not isinstance(config, DictConfig):
         raise InputError(f"{file} is no configuration of csd.")
+    check_resolvers(config)
+    check_links(run_dir)
     return config
 
 

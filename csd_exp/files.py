@@ -30,9 +30,13 @@ def short(path: Path) -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to: it becomes `path` at the end of the block, or goes if that fails."""
+    """A path beside `path` to write to: it becomes `path` at the end of the block, or goes if that fails.
+
+    What lies in its place before, a link that would lead elsewhere above all, goes at once.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
+    partial.unlink(missing_ok=True)
     try:
         yield partial
         partial.replace(path)

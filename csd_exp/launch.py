@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from csd_exp.config import at_home, check_values, composed, is_allow, literal, quoted
 from csd_exp.errors import InputError
 from csd_exp.identity import check_same_science
+from csd_exp.trust import check_links
 
 CHILD = "CSD_EXP_RANK_OF"  # the folder of the run that Lightning has started this process for
 PATIENCE = timedelta(minutes=10)  # with the first process of a run, which checks it
@@ -55,7 +56,8 @@ class Place:
 def placed(overrides: Sequence[str], config_name: str = "run") -> tuple[DictConfig, Place]:
     """The configuration of a run in its place, checked as far as no class is needed.
 
-    `ckpt_path=last` is the newest last.ckpt below outputs/NAME; a run goes on in its checkpoint's folder.
+    `ckpt_path=last` is the newest last.ckpt below outputs/NAME; a run goes on in its checkpoint's folder. Of
+    `ckpt_path=FILE` alone the configuration is the one beside it, see `csd_exp.config.source`.
     Raises InputError where there is none, and as `check_values` and `check_folder` do.
     """
     config = composed(overrides, config_name)
@@ -81,7 +83,8 @@ def _checkpoint(config: DictConfig) -> Path:
     found = sorted(Path("outputs", config.name).rglob("last.ckpt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise InputError(
-            f"ckpt_path=last finds no last.ckpt under outputs/{config.name}; nothing to continue."
+            f"ckpt_path=last finds no last.ckpt under outputs/{config.name}; from another working "
+            "folder give the file itself, ckpt_path=FILE, which needs nothing else."
         )
     return found[-1]
 
@@ -104,6 +107,7 @@ def check_folder(config: DictConfig) -> None:
             f"ckpt_path={config.ckpt_path} has no config.yaml beside it, so it is no run of csd."
         )
     else:
+        check_links(run_dir)
         check_same_science(run_dir, config)
 
 

@@ -141,13 +141,13 @@ def test_target_of_a_nested_or_listed_node_is_checked(picture: str) -> None:
         check_targets(config)
 
 
-def test_target_that_an_interpolation_makes_is_checked(picture: str, tmp_path: Path) -> None:
-    made = "${oc.create:{_target_: torch.hub.load}}"
-    assert "callbacks.x._target_=torch.hub.load" in refusal(picture, f"+callbacks.x='{made}'")
-    (tmp_path / "preset").mkdir()
-    (tmp_path / "preset/theirs.yaml").write_text(f'# @package _global_\nkernel: "{made}"\n')
-    message = refusal(picture, "preset=theirs", f"hydra.searchpath=[file://{tmp_path}]")
-    assert "kernel._target_=torch.hub.load" in message
+def test_target_that_an_interpolation_makes_is_checked(picture: str) -> None:
+    config = run_config(picture)
+    OmegaConf.set_struct(config, False)
+    config.features = {"made": {"_target_": "torch.hub.load"}}
+    config.kernel = "${features.made}"
+    with pytest.raises(InputError, match=r"\._target_=torch\.hub\.load"):
+        check_targets(config)
 
 
 def test_hydras_own_targets_are_checked(picture: str) -> None:
