@@ -72,10 +72,10 @@ def _listed(camera: Cameras) -> dict[str, Any]:
 def _view(facts: dict[str, Any], media: Path) -> tuple[Cameras, Tensor]:
     """The camera and the depth of a picture."""
     known = facts["camera"]
-    numbers = (torch.tensor([known[name]], dtype=torch.float64) for name in ("pose", "focal", "centre"))
+    pose, focal, centre = (torch.tensor([known[n]]).double() for n in ("pose", "focal", "centre"))
     with Image.open(media / facts["depth"]["file"]) as image:
         depth = torch.from_numpy(np.array(image).astype("float64")) * facts["depth"]["unit"]
-    return Cameras(*numbers, (known["size"][0], known["size"][1])), depth
+    return Cameras(pose, focal, centre, (known["size"][0], known["size"][1])), depth
 
 
 def read_facts(media: Path) -> Iterator[dict[str, Any]]:

@@ -29,7 +29,7 @@ OWN_PARTS = tuple(
     f"csd_exp.{room}."
     for room in (
         *("callbacks", "features", "figures.drawing", "figures.forms", "loggers", "methods", "metrics"),
-        *("particles", "priors", "samplers", "schedules", "svgd"),
+        *("particles", "priors", "samplers", "scene.splats", "scene.voxels", "schedules", "svgd"),
     )
 )
 OWN_FUNCTIONS = ("csd_exp.methods.", "csd_exp.metrics.")

@@ -1,4 +1,4 @@
-"""A small scene in closed form: a patterned ball over a ground that reaches to a sky, photographed from around."""
+"""A small scene in closed form: a patterned ball over a ground that reaches to a sky, seen from around."""
 
 import json
 import math

@@ -52,7 +52,8 @@ def test_flow_by_depth_carries_one_view_into_the_next():
     assert seen.float().mean() > 0.3
     error = (warped(images[1], there.nan_to_num()) - images[0])[:, seen].abs().mean()
     assert error < 0.02 < (images[1] - images[0])[:, seen].abs().mean() / 3
-    assert torch.isnan(there[:, depths[0] == 0]).all() and torch.isfinite(there[:, depths[0] > 0]).all()
+    assert torch.isnan(there[:, depths[0] == 0]).all()
+    assert torch.isfinite(there[:, depths[0] > 0]).all()
 
 
 def test_flow_of_a_plane_under_a_sideways_step_is_its_disparity():
@@ -80,8 +81,10 @@ def test_orbits_stand_where_they_are_told_upright_and_look_at_the_target():
 
 def test_bounds_of_cameras_around_an_object_lie_about_it():
     found = bounds(around(12, 16))
-    assert found.inward and torch.allclose(found.centre, torch.zeros(3).double(), atol=1e-9)
-    assert found.half == pytest.approx(0.55 * 2.2) and found.near == pytest.approx(2.2 / 4)
+    assert found.inward
+    assert torch.allclose(found.centre, torch.zeros(3).double(), atol=1e-9)
+    assert found.half == pytest.approx(0.55 * 2.2)
+    assert found.near == pytest.approx(2.2 / 4)
     assert found.up @ UP > 0.95
     assert torch.allclose(focus(around(12, 16)), torch.zeros(3).double(), atol=1e-9)
 
@@ -92,7 +95,8 @@ def test_bounds_of_cameras_in_a_room_hold_twice_their_space():
     outward[:, :, [0, 2]] *= -1
     found = bounds(Cameras(outward, inside.focal, inside.centre, inside.size))
     spread = (inside.positions - inside.positions.mean(0)).norm(dim=1).max()
-    assert not found.inward and found.half == pytest.approx(2 * float(spread))
+    assert not found.inward
+    assert found.half == pytest.approx(2 * float(spread))
 
 
 def test_cameras_in_one_place_tell_no_size():

@@ -1,4 +1,4 @@
-"""What is optimised: a set of images, a panorama as overlapping windows, a video, a scene, or pictures from noise."""
+"""What is optimised: images, a panorama as overlapping windows, a video, a scene, or pictures from noise."""
 
 from csd_exp.particles.base import Particles as Particles
 from csd_exp.particles.canvas import Canvas as Canvas

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from csd_exp.errors import InputError
-from csd_exp.images import natural, opened_image, read_image
-from csd_exp.images import resized
+from csd_exp.images import natural, opened_image, read_image, resized
 from csd_exp.scene.cameras import Cameras
 from csd_exp.scene.lenses import Lens
 

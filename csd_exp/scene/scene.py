@@ -1,4 +1,4 @@
-"""A scene that is edited: its photographs, the field that they are views of, and a path to look at it along."""
+"""A scene that is edited: its photographs, the field that they are views of, and a path along it."""
 
 import hashlib
 import math
@@ -42,8 +42,8 @@ class Scene:
     path: posed photographs, see `csd_exp.scene.readers.read_scene`. side, multiple: of a view, in pixels, see
     `Photographs.views`. make: a field from `Bounds`. steps, seed: of its reconstruction, which is kept in
     `cache` under its content and used again. limits: centre (x, y, z) and half side of what the field
-    resolves, None for what the cameras suggest. trajectory: an `orbit` of `frames` cameras around what they look
-    at (where they look outward, a turn), or the `held_out` photographs' own.
+    resolves, None for what the cameras suggest. trajectory: an `orbit` of `frames` cameras around what they
+    look at (where they look outward, a turn), or the `held_out` photographs' own.
     Raises InputError for what cannot be used.
     """
 
@@ -91,8 +91,8 @@ class Scene:
         file = self.cache / f"{self._content(album)}.pt"
         if not file.is_file() and not (distributed.is_initialized() and distributed.get_rank()):
             notice(
-                f"reconstructing the scene from {len(self.train)} photographs in {self.steps} steps; it is kept "
-                f"in {self.cache} and used again."
+                f"reconstructing the scene from {len(self.train)} photographs in {self.steps} steps; it is "
+                f"kept in {self.cache} and used again."
             )
             fit(field, album, self.steps, self.seed)
             with whole(file) as partial:

@@ -1,4 +1,4 @@
-"""A radiance field on a grid in plain PyTorch: densities and colours at the corners of the cells that matter."""
+"""A radiance field on a grid in plain PyTorch: densities and colours at the corners of cells that matter."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ SHELL = 0.6  # what all that lies outside of the bounds is contracted to, in hal
 FAR = 100.0  # in the same unit; beyond is the background
 UNIT = 0.05  # the length over which densities are counted, in the same unit
 FAINT = 1e-3  # opacity over a UNIT where nothing is known
-EMPTY = 0.05  # a cell of less weight in every view, the most being 1, is taken for nothing when the grid is refined
+EMPTY = 0.05  # a cell of less weight in every view, the most being 1, does not outlive a refinement
 UNSEEN = 1e-4  # a sample of less weight has no colour
 COLOURS = 0.02  # what a difference of colours counts for beside one of densities
 SKY = (128, 256)  # rows and columns of a learned background
@@ -54,13 +54,15 @@ class Voxels(Field):
     in such cells are looked up, so that fine grids take little. Colours are spherical harmonics.
 
     bounds: what is resolved. resolutions: corners along a side, coarse to fine; a fit goes through them.
-    harmonics: their degree, 0 or 1. background: what is at infinity, `learned` by direction, `white` or `black`.
+    harmonics: their degree, 0 or 1. background: what is at infinity, `learned`, `white` or `black`.
     rays: how many a step of fitting takes. dtype: `float32` or `float64`.
     """
 
     occupied: Tensor
     index: Tensor
     corners: Tensor
+    middle: Tensor
+    upright: Tensor
 
     def __init__(
         self,
@@ -68,13 +70,14 @@ class Voxels(Field):
         resolutions: Sequence[int] = (40, 80, 144),
         harmonics: int = 1,
         background: Background = "learned",
-        rays: int = 4096,
-        smoothness: float = 1e-4,
+        rays: int = 2048,
+        smoothness: float = 1e-3,
         dtype: str = "float32",
     ):
         super().__init__()
         accept("modality.field.background", background, get_args(Background))
-        accept("modality.field.harmonics", harmonics, (0, 1))
+        if harmonics not in (0, 1):
+            raise InputError(f"modality.field.harmonics must be 0 or 1, not {harmonics}.")
         accept("modality.field.dtype", dtype, ("float32", "float64"))
         if not resolutions or any(r < 2 for r in resolutions):
             raise InputError(f"modality.field.resolutions must be of at least 2 corners, not {resolutions}.")
@@ -134,7 +137,7 @@ class Voxels(Field):
 
     @torch.no_grad()
     def _samples(self, origins: Tensor, heading: Tensor, jitter: Tensor | None) -> _Samples:
-        """One place in each interval of rays [m, 3], in units of half the bounds' side, where it is in a cell that counts."""
+        """One place in each interval of rays [m, 3], of those in cells that count; half a side is 1."""
         edges = self._edges(origins)
         spans = edges.diff()
         along = (edges[:-1] + (0.5 if jitter is None else jitter) * spans).expand(len(origins), -1)
@@ -158,7 +161,7 @@ class Voxels(Field):
         return _Samples(hit, ray, along.flatten()[hit], steps, cells[hit], rows, shares, len(spans))
 
     def _weights(self, samples: _Samples, rays: int) -> tuple[Tensor, Tensor]:
-        """How much of its ray each sample makes up, [samples]; and how much of each ray is left behind all, [rays, 1]."""
+        """What each sample is of its ray, [samples]; and what is left of each ray behind all, [rays, 1]."""
         # A gather of single numbers, many times as fast as one of rows of length 1.
         raw = self.density[:, 0].index_select(0, samples.rows.flatten()).view(samples.rows.shape)
         sigma = F.softplus((raw * samples.shares).sum(1) + self.shift) / UNIT
@@ -169,7 +172,7 @@ class Voxels(Field):
         return weights.flatten().index_select(0, samples.hit), torch.exp(-through[:, -1:])
 
     def _edges(self, origins: Tensor) -> Tensor:
-        """[intervals + 1], where rays are cut: a cell long up to where they leave the bounds, then by disparity."""
+        """[intervals + 1], where rays are cut: a cell long in the bounds, then by disparity."""
         step = 2 * (1 + SHELL) / (self.resolution - 1)
         near = self.bounds.near / self.bounds.half
         reach = float(origins.norm(dim=1).max()) + 3**0.5
@@ -244,7 +247,7 @@ class Voxels(Field):
         return error + self.smoothness * self.roughness(draw)
 
     def roughness(self, draw: Draw) -> Tensor:
-        """Mean squared difference of corners to their next ones along each axis, over a random tenth of them."""
+        """Mean squared difference of corners to the next along each axis, over a random tenth of them."""
         drawn = draw.generator("corners").integers(len(self.corners), size=max(1, len(self.corners) // 10))
         corners = self.corners[torch.from_numpy(drawn).to(self.corners.device)]
         flat, total = self.index.flatten(), self.density.new_zeros(())
@@ -284,7 +287,7 @@ class Voxels(Field):
             setattr(self, name, nn.Parameter(torch.cat([torch.zeros_like(value[:1]), value])))
 
     def _seen(self, cameras: Cameras) -> Tensor:
-        """The most that a cell weighs in any ray of the cameras' views at a quarter of their size, [cells]."""
+        """The most that a cell weighs in any ray of the views at a quarter of their size, [cells]."""
         most = self.density.new_zeros((self.resolution - 1) ** 3)
         small = cameras.resized((max(1, cameras.size[0] // 4), max(1, cameras.size[1] // 4))).to(self.density)
         for i in range(len(small)):
@@ -305,7 +308,7 @@ def _flat(cells: Tensor, side: int) -> Tensor:
 
 
 def _contracted(x: Tensor) -> Tensor:
-    """All space to the cube of half the side 1 + SHELL; what lies in that of 1 stays (mip-NeRF 360 Eq. 10)."""
+    """All space to the cube of half the side 1 + SHELL; what lies in that of 1 stays (as mip-NeRF 360)."""
     m = x.abs().amax(-1, keepdim=True).clamp(min=1)
     return (1 + SHELL - SHELL / m) * x / m
 
