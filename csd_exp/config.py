@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from math import isfinite
 from numbers import Real
 from pathlib import Path
 from typing import Any, cast
@@ -249,6 +250,8 @@ def check_values(config: DictConfig) -> None:
             "_target_" not in node and group not in ("method", "schedule")
         ):
             raise InputError(f"{group} is missing; choose one with {group}=NAME, csd --help lists them.")
+    _check_named(config)
+    _check_finite(cast(dict, OmegaConf.to_container(config, resolve=False)))
     _expand_home(config)
     config.prompt = literal(prompt_of(config))
     for path, node in nodes(config):
@@ -272,11 +275,36 @@ def check_values(config: DictConfig) -> None:
         )
 
 
+def _check_named(config: DictConfig) -> None:
+    """Refuse a part in whose place there is nothing, a number or a text."""
+    optimised = ["method.residual", "schedule.timestep", "schedule.lr"]
+    keys = ["method.sampler"] if "sampler" in config.method else optimised
+    for group in ("callbacks", "logger"):
+        keys += [f"{group}.{name}" for name in config.get(group) or ()]
+    for key in keys:
+        group, name = key.split(".")
+        node = config[group].get(name)
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise InputError(f"{key}={node} names no class; it must have a _target_, as csd --cfg job shows.")
+
+
+def _check_finite(value: Any, key: str = "") -> None:
+    """Refuse every number that is none, or has no end."""
+    if isinstance(value, float) and not isfinite(value):
+        raise InputError(f"{key} must be a finite number, not {value}.")
+    children = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for name, child in children:
+        if (key, name) != ("", "hydra"):
+            _check_finite(child, f"{key}.{name}" if key else str(name))
+
+
 def _expand_home(config: DictConfig) -> None:
     """Replace `~` at the beginning of every path, which no shell does after KEY=."""
     for path, node in [("", config), *nodes(config)]:
-        for key, value in cast(dict[str, Any], OmegaConf.to_container(node, resolve=False)).items():
-            if is_path(".".join((path, key))) and at_home(value) != value:
+        for key, value in cast(dict, OmegaConf.to_container(node, resolve=False)).items():
+            if is_path(f"{path}.{key}") and at_home(value) != value:
                 node[key] = literal(at_home(value))
 
 
