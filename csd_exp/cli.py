@@ -281,11 +281,11 @@ def _check_quoting(overrides: Sequence[str], multirun: bool) -> None:
     parser = OverridesParser.create()
     for i, override in enumerate(overrides):
         key, _, value = override.partition("=")
-        is_text = key in PROMPTS or is_path(key)
+        is_text = key in PROMPTS or (is_path(key) and not key.startswith("~"))
         try:
             parsed = parser.parse_override(override)
             understood = multirun or not (is_text and parsed.is_sweep_override())
-            followed = is_text and any("=" not in word for word in overrides[i + 1 : i + 2])
+            followed = is_text and any(map(_is_rest, overrides[i + 1 : i + 2]))
         except HydraException as e:
             if not re.fullmatch(r"\+{0,2}[\w./@-]+=.+", override) or value[0] in "[{":
                 raise InputError(
@@ -293,7 +293,7 @@ def _check_quoting(overrides: Sequence[str], multirun: bool) -> None:
                 ) from e
             understood, followed = False, False
         if not understood or followed:
-            rest = list(takewhile(lambda word: "=" not in word, overrides[i + 1 :]))
+            rest = list(takewhile(_is_rest, overrides[i + 1 :]))
             whole = " ".join([value, *rest]).strip("\"'")
             command = " ".join(
                 ["csd", *map(shlex.quote, overrides[:i]), shlex.quote(f"{key}={quoted(whole)}")]
@@ -302,3 +302,8 @@ def _check_quoting(overrides: Sequence[str], multirun: bool) -> None:
             raise InputError(
                 f"{key} has to be quoted twice, once for the shell and once for Hydra: {command}"
             )
+
+
+def _is_rest(word: str) -> bool:
+    """Whether a word is no override, so that the shell must have cut it off from the one before."""
+    return "=" not in word and not re.fullmatch(r"~[\w./@-]+", word)

@@ -109,11 +109,24 @@ def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
             key = f"{unknown[1]}.{unknown[2]}"
             raise InputError(f"{key} takes a new entry as +{key}.NAME=VALUE.") from e
         raise InputError(_unknown_key(unknown[1], unknown[2], [str(k) for k in known or ()])) from e
+    _check_merged(overrides, config)
     if any(map(is_allow, overrides)):
         composed([o for o in overrides if not is_allow(o)], config_name)  # refuses a file's own
     if list(config.get("allow") or ()) != own:
         raise InputError("allow may be given on the command line alone, not by a configuration file.")
     return config
+
+
+def _check_merged(overrides: Sequence[str], config: DictConfig) -> None:
+    """Refuse an empty dictionary where entries are: Hydra merges them, and nothing would change."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        empty = re.fullmatch(r"\w[\w.]*=\{\s*\}", override)
+        if empty and (had := OmegaConf.select(config, key)):
+            raise InputError(
+                f"{override} changes nothing, as dictionaries are merged; take entries out by "
+                f"~{key}.{next(iter(had))} and so on."
+            )
 
 
 @contextmanager
@@ -209,8 +222,11 @@ def check_choices(overrides: Sequence[str]) -> None:
             raise InputError(f"{group} is chosen twice, as {chosen[group]} and as {choice}; choose one.")
 
 
-def sentence(error: Exception) -> str:
-    """What Hydra or OmegaConf says, as one sentence that names the key and what is accepted."""
+def sentence(error: Exception, roots: Sequence[str] = ()) -> str:
+    """What Hydra or OmegaConf says, as one sentence that names the key and what is accepted.
+
+    roots: the keys that do not lie in a group, by default those of a run.
+    """
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
     choice = r"Could not find '([^']*)/([^'/]*)' Available options in '[^']*': (.*?) Config search path"
     if m := re.search(choice, text):
@@ -221,7 +237,7 @@ def sentence(error: Exception) -> str:
     unknown = "Could not override" in text or re.search(r"Key '[^']*' (is )?not in", text)
     if unknown and (m := re.search(r"(?:Could not override '|full_key: )([\w.]+)", text)):
         parent, _, leaf = m[1].rpartition(".")
-        return _unknown_key(parent, leaf, [] if parent else [f.name for f in fields(RunConfig)])
+        return _unknown_key(parent, leaf, [] if parent else roots or [f.name for f in fields(RunConfig)])
     if m := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+) full_key: (\S+)", text):
         kind = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}.get(m[2], m[2])
         return f"{m[3]} must be {kind}, not {m[1]!r}."

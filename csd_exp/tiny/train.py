@@ -23,10 +23,8 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handler below instead of Hydra's own
     try:
         _train()
-    except (InputError, ImportError) as e:
-        _refuse(str(e))
     except (HydraException, OmegaConfBaseException) as e:
-        _refuse(sentence(e))
+        _refuse(sentence(e, [*OmegaConf.load(conf_dir() / "train_prior.yaml")]))
 
 
 def _refuse(message: str) -> NoReturn:
@@ -36,8 +34,11 @@ def _refuse(message: str) -> NoReturn:
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train_prior")
 def _train(cfg: DictConfig) -> None:
-    check_numbers(OmegaConf.to_container(cfg, resolve=True))
-    result = get_method(cfg.recipe)(cfg)
+    try:
+        check_numbers(OmegaConf.to_container(cfg, resolve=True))
+        result = get_method(cfg.recipe)(cfg)
+    except (InputError, ImportError) as e:
+        _refuse(str(e))  # raised, Hydra would put its own lines before it
     print({name: value for name, value in result.items() if not isinstance(value, dict)})
     print(f"exported: {cfg.export_dir}")
 
