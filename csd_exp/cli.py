@@ -40,7 +40,7 @@ from csd_exp.config import (
     refuse_allow,
     sentence,
 )
-from csd_exp.errors import InputError
+from csd_exp.errors import InputError, RankLost
 from csd_exp.files import short, unwritable
 from csd_exp.interruption import SIGNALS, Interrupted, handle, handled, ignored, leave, stop
 from csd_exp.launch import Place, group, is_child, is_first, made, placed, together
@@ -56,7 +56,7 @@ def main() -> None:
         try:
             csd(sys.argv[1:])
             sys.stdout.flush()
-        except (InputError, FloatingPointError) as e:
+        except (InputError, FloatingPointError, RankLost) as e:
             _refuse(str(e))
         except (HydraException, OmegaConfBaseException) as e:
             _refuse(sentence(e))
@@ -261,7 +261,7 @@ def job(config: DictConfig) -> float | None:
         metrics = run(config, run_dir, words).metrics
         print(f"run directory: {short(run_dir)}")
         return _optimized(metrics, config.optimized_metric)
-    except (InputError, FloatingPointError) as e:
+    except (InputError, FloatingPointError, RankLost) as e:
         if hydra_config.mode == RunMode.RUN or hydra_config.sweeper._target_ != BasicSweeperConf._target_:
             _refuse(str(e))  # raised, Hydra would put its own lines before it
         if hydra_config.launcher._target_ != BasicLauncherConf._target_:

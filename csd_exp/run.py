@@ -15,11 +15,12 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.distributed import DistError
 
 from csd_exp.build import build_module, constructed
 from csd_exp.callbacks import CheckpointFiles, Interruption, Media, Provenance
 from csd_exp.config import check, composed, literal, quoted, resolved
-from csd_exp.errors import InputError
+from csd_exp.errors import InputError, RankLost
 from csd_exp.evaluate import build_metrics, entries, write_metrics
 from csd_exp.files import short, too_large, unwritable
 from csd_exp.identity import inputs
@@ -95,6 +96,9 @@ def run(
         except Interrupted as e:
             go_on = _how_to_go_on(run_dir, command)
             raise Interrupted(e.signum, go_on and f"stopped; {go_on}") from None
+        except RankLost as e:
+            go_on = _how_to_go_on(run_dir, command)
+            raise RankLost(f"{str(e).rstrip('.')}; {go_on}" if go_on else str(e)) from e
         except OSError as e:
             raise unwritable(e, _how_to_go_on(run_dir, command)) from e
         except MisconfigurationException as e:
@@ -163,11 +167,33 @@ def _together(trainer: Trainer, interruption: Interruption) -> Iterator[None]:
             launcher.kill(signal.SIGKILL)
         raise
     except Exception as e:
+        if trainer.world_size > 1 and _is_lost(e):
+            raise RankLost(_which_lost(trainer)) from e
         if not interruption.restores or isinstance(e, InputError):
             raise
         raise InputError(
             "ckpt_path holds an optimizer or a progress that is no state of this run; give its own last.ckpt."
         ) from e
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether an exception says that another process does not answer any more."""
+    lost = r"gloo|Connection (closed|reset) by peer|Broken pipe|Socket"
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and re.search(lost, str(error)) is not None
+    )
+
+
+def _which_lost(trainer: Trainer) -> str:
+    """Which process has ended and how, as far as this one has started it."""
+    launcher = trainer.strategy.launcher
+    procs = launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+    for rank, process in enumerate(procs, 1):
+        with suppress(subprocess.TimeoutExpired):
+            code = process.wait(PATIENCE / len(procs))
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            return f"The process of rank {rank} was ended {how}, and so this run is."
+    return "Another process of this run has ended, and so does this one."
 
 
 def check_run(config: DictConfig) -> None:
