@@ -2,8 +2,8 @@
 
 python tests/killed_runs.py [HOW_MANY] [SEED]
 
-Every other run is killed while it writes a checkpoint, of which a part is on the disk then; the rest at any time
-from its first file to its last. One that has no checkpoint yet is made anew, as it says itself.
+Every other run is killed while it writes a checkpoint, of which a part is on the disk then; the rest at any
+time. One that has no checkpoint yet is made anew, as it says itself.
 """
 
 import os
@@ -82,11 +82,13 @@ def main(count: int, seed: int) -> None:
     draw = np.random.default_rng(seed)
     pixels = draw.integers(0, 256, (24, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("picture.png")
+    run(Path("whole"))  # here, so that all is imported
     began = time.monotonic()
-    assert done(forked(lambda: run(Path("whole")))) == 0
+    assert done(forked(lambda: run(Path("again")))) == 0
     lasts = time.monotonic() - began
     wanted = outcome(Path("whole"))
     assert wanted[2] == STEPS
+    assert outcome(Path("again")) == wanted
     for i in range(count):
         folder = Path(f"run{i}")
         if i % 2:
