@@ -121,8 +121,6 @@ def planned(figure: DictConfig, others: Sequence[str], folder: Path) -> list[Cel
         raise InputError(f"figure={figure.name} has no run; figure.seeds and each axis need at least one.")
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"figure={figure.name} has two runs called {twice[0]}; names must differ.")
-    if negative := [seed for seed in figure.seeds if seed < 0]:
-        raise InputError(f"figure.seeds must be at least 0, not {negative[0]}.")
     known = list(dict.fromkeys(axis for cell in found for axis in cell.place))
     for key in ("rows", "draw.lines", "draw.rows", "draw.columns"):
         if unknown := [axis for axis in OmegaConf.select(figure, key) or () if axis not in known]:
