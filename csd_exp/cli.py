@@ -42,7 +42,7 @@ from csd_exp.config import (
     sentence,
     source,
 )
-from csd_exp.errors import InputError
+from csd_exp.errors import InputError, RankLost
 from csd_exp.files import short, unwritable
 from csd_exp.interruption import SIGNALS, Interrupted, handle, handled, ignored, leave, stop
 from csd_exp.launch import Place, group, is_child, is_first, made, placed, together
@@ -58,7 +58,7 @@ def main() -> None:
         try:
             csd(sys.argv[1:])
             sys.stdout.flush()
-        except (InputError, FloatingPointError) as e:
+        except (InputError, FloatingPointError, RankLost) as e:
             _refuse(str(e))
         except (HydraException, OmegaConfBaseException) as e:
             _refuse(sentence(e))
@@ -267,7 +267,7 @@ def job(config: DictConfig) -> float | None:
         metrics = run(config, run_dir, words).metrics
         print(f"run directory: {short(run_dir)}")
         return _optimized(metrics, config.optimized_metric)
-    except (InputError, FloatingPointError) as e:
+    except (InputError, FloatingPointError, RankLost) as e:
         if hydra_config.mode == RunMode.RUN or hydra_config.sweeper._target_ != BasicSweeperConf._target_:
             _refuse(str(e))  # raised, Hydra would put its own lines before it
         if hydra_config.launcher._target_ != BasicLauncherConf._target_:
@@ -287,11 +287,11 @@ def _check_quoting(overrides: Sequence[str], multirun: bool) -> None:
     parser = OverridesParser.create()
     for i, override in enumerate(overrides):
         key, _, value = override.partition("=")
-        is_text = key in PROMPTS or is_path(key)
+        is_text = key in PROMPTS or (is_path(key) and not key.startswith("~"))
         try:
             parsed = parser.parse_override(override)
             understood = multirun or not (is_text and parsed.is_sweep_override())
-            followed = is_text and any("=" not in word for word in overrides[i + 1 : i + 2])
+            followed = is_text and any(map(_is_rest, overrides[i + 1 : i + 2]))
         except HydraException as e:
             if not re.fullmatch(r"\+{0,2}[\w./@-]+=.+", override) or value[0] in "[{":
                 raise InputError(
@@ -299,7 +299,7 @@ def _check_quoting(overrides: Sequence[str], multirun: bool) -> None:
                 ) from e
             understood, followed = False, False
         if not understood or followed:
-            rest = list(takewhile(lambda word: "=" not in word, overrides[i + 1 :]))
+            rest = list(takewhile(_is_rest, overrides[i + 1 :]))
             whole = " ".join([value, *rest]).strip("\"'")
             command = " ".join(
                 ["csd", *map(shlex.quote, overrides[:i]), shlex.quote(f"{key}={quoted(whole)}")]
@@ -308,3 +308,8 @@ def _check_quoting(overrides: Sequence[str], multirun: bool) -> None:
             raise InputError(
                 f"{key} has to be quoted twice, once for the shell and once for Hydra: {command}"
             )
+
+
+def _is_rest(word: str) -> bool:
+    """Whether a word is no override, so that the shell must have cut it off from the one before."""
+    return "=" not in word and not re.fullmatch(r"~[\w./@-]+", word)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from math import isfinite
 from numbers import Real
 from pathlib import Path
 from typing import Any, cast
@@ -124,6 +125,7 @@ def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
             key = f"{unknown[1]}.{unknown[2]}"
             raise InputError(f"{key} takes a new entry as +{key}.NAME=VALUE.") from e
         raise InputError(_unknown_key(unknown[1], unknown[2], [str(k) for k in known or ()])) from e
+    _check_merged(overrides, config)
     if any(map(is_allow, overrides)):
         composed([o for o in overrides if not is_allow(o)], config_name)  # refuses a file's own
     if list(config.get("allow") or ()) != own:
@@ -189,6 +191,18 @@ def source(overrides: Sequence[str], config_name: str) -> str:
     hydra = cast(DictConfig, OmegaConf.load(conf_dir() / "run.yaml")).hydra
     ConfigStore.instance().store(CONTINUED, {"defaults": ["run_schema", "_self_"], "hydra": hydra, **own})
     return CONTINUED
+
+
+def _check_merged(overrides: Sequence[str], config: DictConfig) -> None:
+    """Refuse an empty dictionary where entries are: Hydra merges them, and nothing would change."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        empty = re.fullmatch(r"\w[\w.]*=\{\s*\}", override)
+        if empty and (had := OmegaConf.select(config, key)):
+            raise InputError(
+                f"{override} changes nothing, as dictionaries are merged; take entries out by "
+                f"~{key}.{next(iter(had))} and so on."
+            )
 
 
 @contextmanager
@@ -284,8 +298,11 @@ def check_choices(overrides: Sequence[str]) -> None:
             raise InputError(f"{group} is chosen twice, as {chosen[group]} and as {choice}; choose one.")
 
 
-def sentence(error: Exception) -> str:
-    """What Hydra or OmegaConf says, as one sentence that names the key and what is accepted."""
+def sentence(error: Exception, roots: Sequence[str] = ()) -> str:
+    """What Hydra or OmegaConf says, as one sentence that names the key and what is accepted.
+
+    roots: the keys that do not lie in a group, by default those of a run.
+    """
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
     choice = r"Could not find '([^']*)/([^'/]*)' Available options in '[^']*': (.*?) Config search path"
     if m := re.search(choice, text):
@@ -296,7 +313,7 @@ def sentence(error: Exception) -> str:
     unknown = "Could not override" in text or re.search(r"Key '[^']*' (is )?not in", text)
     if unknown and (m := re.search(r"(?:Could not override '|full_key: )([\w.]+)", text)):
         parent, _, leaf = m[1].rpartition(".")
-        return _unknown_key(parent, leaf, [] if parent else [f.name for f in fields(RunConfig)])
+        return _unknown_key(parent, leaf, [] if parent else roots or [f.name for f in fields(RunConfig)])
     if m := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+) full_key: (\S+)", text):
         kind = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}.get(m[2], m[2])
         return f"{m[3]} must be {kind}, not {m[1]!r}."
@@ -328,6 +345,8 @@ def check_values(config: DictConfig) -> None:
             "_target_" not in node and group not in ("method", "schedule")
         ):
             raise InputError(f"{group} is missing; choose one with {group}=NAME, csd --help lists them.")
+    _check_named(config)
+    _check_finite(cast(dict, OmegaConf.to_container(config, resolve=False)))
     _expand_home(config)
     config.prompt = literal(prompt_of(config))
     for path, node in nodes(config):
@@ -351,11 +370,36 @@ def check_values(config: DictConfig) -> None:
         )
 
 
+def _check_named(config: DictConfig) -> None:
+    """Refuse a part in whose place there is nothing, a number or a text."""
+    optimised = ["method.residual", "schedule.timestep", "schedule.lr"]
+    keys = ["method.sampler"] if "sampler" in config.method else optimised
+    for group in ("callbacks", "logger"):
+        keys += [f"{group}.{name}" for name in config.get(group) or ()]
+    for key in keys:
+        group, name = key.split(".")
+        node = config[group].get(name)
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise InputError(f"{key}={node} names no class; it must have a _target_, as csd --cfg job shows.")
+
+
+def _check_finite(value: Any, key: str = "") -> None:
+    """Refuse every number that is none, or has no end."""
+    if isinstance(value, float) and not isfinite(value):
+        raise InputError(f"{key} must be a finite number, not {value}.")
+    children = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for name, child in children:
+        if (key, name) != ("", "hydra"):
+            _check_finite(child, f"{key}.{name}" if key else str(name))
+
+
 def _expand_home(config: DictConfig) -> None:
     """Replace `~` at the beginning of every path, which no shell does after KEY=."""
     for path, node in [("", config), *nodes(config)]:
-        for key, value in cast(dict[str, Any], OmegaConf.to_container(node, resolve=False)).items():
-            if is_path(".".join((path, key))) and at_home(value) != value:
+        for key, value in cast(dict, OmegaConf.to_container(node, resolve=False)).items():
+            if is_path(f"{path}.{key}") and at_home(value) != value:
                 node[key] = literal(at_home(value))
 
 

@@ -15,6 +15,7 @@ from csd_exp.files import ASSETS, check_sums
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FINEST = 512  # side of a pooled grid: a view's own pixels
 TINY = "csd-tiny"
 TINY_FOLDER = ASSETS / "clip"
 
@@ -32,8 +33,8 @@ class Pooled:
     """The mean colours of a size x size grid: images [n, 3, H, W] in [0, 1] to [n, 3 size^2]."""
 
     def __init__(self, size: int = 8):
-        if size < 1:
-            raise InputError(f"features.size must be at least 1, not {size}.")
+        if not 1 <= size <= FINEST:
+            raise InputError(f"features.size must lie between 1 and {FINEST}, not {size}.")
         self.size = size
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,20 @@ def unwritable(error: OSError, advice: str = "") -> InputError:
         raise error
     what = f"{str(error.filename).removesuffix('.part')} cannot be written" if error.filename else "The disk"
     return InputError(f"{what} ({error.strerror}); make room, or {advice or 'choose another folder'}.")
+
+
+def too_large(error: Exception) -> InputError:
+    """What does not fit in memory in one sentence; raises any other error again.
+
+    torch says so by a RuntimeError, on the CPU by its words alone.
+    """
+    words = " ".join(str(error).split())
+    if not isinstance(error, MemoryError) and not re.search("out of memory|t allocate memory", words):
+        raise error
+    return InputError(
+        f"This run does not fit in memory ({words or 'no more is left'}); make pictures, windows, "
+        "modality.batch or prior.row_chunk smaller."
+    )
 
 
 def short(path: Path) -> Path:

@@ -77,7 +77,7 @@ def placed(overrides: Sequence[str], config_name: str = "run") -> tuple[DictConf
 
 def _checkpoint(config: DictConfig) -> Path:
     if config.ckpt_path != "last":
-        if not Path(config.ckpt_path).is_file():
+        if not os.path.isfile(config.ckpt_path):
             raise InputError(f"ckpt_path={config.ckpt_path} is no file; give a checkpoint, or last.")
         return Path(config.ckpt_path)
     found = sorted(Path("outputs", config.name).rglob("last.ckpt"), key=lambda p: p.stat().st_mtime)
@@ -93,12 +93,12 @@ def check_folder(config: DictConfig) -> None:
     """Raise InputError where a new run's folder is there, or another run than this one is to be continued."""
     run_dir = Path(config.hydra.run.dir)
     if not config.ckpt_path:
-        if (run_dir / "config.yaml").is_file() and not any(run_dir.glob("*.ckpt")):
+        if os.path.isfile(run_dir / "config.yaml") and not any(run_dir.glob("*.ckpt")):
             raise InputError(
                 f"hydra.run.dir={run_dir} holds a run that ended before its first checkpoint; remove it, or "
                 "give a new folder."
             )
-        if run_dir.exists():
+        if os.path.exists(run_dir):
             raise InputError(
                 f"hydra.run.dir={run_dir} exists already; give a new folder, or continue it by ckpt_path."
             )

@@ -10,7 +10,8 @@ from PIL import Image
 
 from csd_exp.config import check, composed, conf_dir, prompt_of, quoted
 from csd_exp.errors import InputError
-from csd_exp.run import check_parts, check_run
+from csd_exp.parts import check_parts
+from csd_exp.run import check_run
 from csd_exp.targets import check_targets
 
 

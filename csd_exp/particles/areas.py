@@ -56,8 +56,11 @@ class Areas:
         background: bool = True,
     ):
         feather = factor if feather is None else feather
-        if feather < 0:
-            raise InputError(f"modality.feather must be at least 0 pixels, not {feather}.")
+        if not 0 <= feather <= max(size):
+            raise InputError(
+                f"modality.feather must be at least 0 and at most the image's {max(size)} pixels, not "
+                f"{feather}."
+            )
 
         def latents(area: Tensor) -> Tensor:
             return avg_pool2d(pad(area)[None], factor)[0]

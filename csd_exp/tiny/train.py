@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Sequence
+from math import isfinite
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,6 +19,8 @@ Trains, exports and scores one of the embedded models; a run that stopped contin
   csd-train-prior model=text_to_image size=gpu   the text-to-image model, on a GPU
 
 """
+FROM_ZERO = ("seed", "workers")  # whole numbers that need not be counts
+PARTS = ("ema", "painted")  # numbers from 0 to 1
 
 
 def main() -> None:
@@ -40,12 +44,28 @@ def checked(overrides: Sequence[str]) -> DictConfig:
     config = composed(overrides, "train_prior")
     check_targets(config)
     accept("recipe", config.recipe, recipes())
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    check_numbers(OmegaConf.to_container(own, resolve=True))
     return config
 
 
 def recipes() -> tuple[str, ...]:
     """The recipes that conf/model names."""
     return tuple(OmegaConf.load(file).recipe for file in sorted((conf_dir() / "model").glob("*.yaml")))
+
+
+def check_numbers(value: Any, key: str = "") -> None:
+    """Raise InputError, naming the key, for a number that none of the recipes can work with."""
+    if isinstance(value, dict | list):
+        for name, child in value.items() if isinstance(value, dict) else enumerate(value):
+            check_numbers(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        name = key.rpartition(".")[2]
+        least = 1 if isinstance(value, int) and name not in FROM_ZERO + PARTS else 0
+        most = 1 if name in PARTS else None
+        if not isfinite(value) or value < least or (most is not None and value > most):
+            limits = f"at least {least}" + (f" and at most {most}" if most is not None else "")
+            raise InputError(f"{key} must be {limits}, not {value}.")
 
 
 if __name__ == "__main__":
