@@ -15,7 +15,7 @@ from csd_exp.particles.images import WholePictures
 from csd_exp.scene.album import Album
 from csd_exp.scene.cameras import Bounds
 from csd_exp.scene.field import Field
-from csd_exp.scene.scene import Scene, Trajectory, adam, check_scene, improve
+from csd_exp.scene.scene import FOLLOWING, Scene, Trajectory, adam, check_scene, improve
 from csd_exp.schedules import Draw
 
 
@@ -124,7 +124,7 @@ class EditedPhotographs(_Filmed, WholePictures):
         vars(self).update(original=original, autoencoder=prior)
         # No part of what a step descends: it follows afterwards.
         self.field = self.scene.reconstructed(prior.device, self.album).requires_grad_(False)
-        self.adam = adam(self.field)
+        self.adam = adam(self.field, FOLLOWING)
         super().begin(prior, draw)
         self._open(draw)
 

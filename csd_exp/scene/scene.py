@@ -22,6 +22,7 @@ from csd_exp.schedules import Draw
 Trajectory = Literal["orbit", "held_out"]
 
 FRAME_RATE = 24
+FOLLOWING = 0.25  # of the learning rates, where a field follows photographs that are edited
 LEAST = 0.05  # of the learning rates, at the end of a fit from nothing
 
 
@@ -157,8 +158,10 @@ def fit(field: Field, album: Album, steps: int, seed: int = 0) -> None:
             step += 1
 
 
-def adam(field: Field) -> torch.optim.Adam:
-    return torch.optim.Adam(field.parameter_groups(), betas=(0.9, 0.99), eps=1e-12)
+def adam(field: Field, share: float = 1.0) -> torch.optim.Adam:
+    """Adam at a share of the rates at which the field is fitted from nothing."""
+    groups = [group | {"lr": share * group["lr"]} for group in field.parameter_groups()]
+    return torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-12)
 
 
 def improve(field: Field, album: Album, optimizer: torch.optim.Optimizer, draw: Draw) -> None:
