@@ -41,6 +41,19 @@ class Pooled:
         return F.adaptive_avg_pool2d(images, self.size).flatten(1)
 
 
+class Perceptual:
+    """Images [n, 3, H, W] in [0, 1] to [n, D], whose squared distance is the perceptual one.
+
+    That of `csd_exp.metrics.EfficientNetDistance`: |phi_i - phi_j|^2 = mean_l mean_p |u_l,p(i) - u_l,p(j)|^2.
+    """
+
+    def __call__(self, images: Tensor) -> Tensor:
+        from csd_exp.metrics.perceptual import DISTANCE_DEPTHS, activations
+
+        layers = [F.normalize(layer) for layer in activations(images, DISTANCE_DEPTHS)]
+        return torch.cat([(x / (len(layers) * x[0, 0].numel()) ** 0.5).flatten(1) for x in layers], 1)
+
+
 class OpenClip:
     """Normalised open_clip embeddings of images and texts, in one space.
 

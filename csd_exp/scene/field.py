@@ -44,6 +44,10 @@ class Field(nn.Module, ABC):
     def loss(self, photographs: Photographed, draw: Draw) -> Tensor:
         """How far a few rays, or a view, are from the photographs, and the field's own regularisers."""
 
+    def roughness(self, draw: Draw) -> Tensor:
+        """How much neighbours differ, over a few of them; 0 of a field that knows none."""
+        return next(self.parameters()).new_zeros(())
+
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The parameters for Adam, each group at the rate that suits it."""

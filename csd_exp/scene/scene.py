@@ -26,7 +26,7 @@ FOLLOWING = 0.25  # of the learning rates, where a field follows photographs tha
 LEAST = 0.05  # of the learning rates, at the end of a fit from nothing
 
 
-class Path3D:
+class Flight:
     """The frames of a flight along cameras, as a film."""
 
     sound = None
@@ -76,7 +76,7 @@ class Scene:
         cameras = (
             self.views.cameras[self.test] if self.held_out else turned(self.cameras, self.bounds, frames)
         )
-        self.film = Path3D(cameras)
+        self.film = Flight(cameras)
 
     def album(self) -> Album:
         """The photographs that train."""

@@ -22,6 +22,7 @@ UNIT = 0.05  # the length over which densities are counted, in the same unit
 FAINT = 1e-3  # opacity over a UNIT where nothing is known
 EMPTY = 0.05  # a cell of less weight in every view, the most being 1, does not outlive a refinement
 UNSEEN = 1e-4  # a sample of less weight has no colour
+BALL = 20.0  # density in the middle of the ball that a field begins as
 COLOURS = 0.02  # what a difference of colours counts for beside one of densities
 SKY = (128, 256)  # rows and columns of a learned background
 
@@ -55,7 +56,8 @@ class Voxels(Field):
 
     bounds: what is resolved. resolutions: corners along a side, coarse to fine; a fit goes through them.
     harmonics: their degree, 0 or 1. background: what is at infinity, `learned`, `white` or `black`.
-    rays: how many a step of fitting takes. dtype: `float32` or `float64`.
+    rays: how many a step of fitting takes. smoothness: weight of the roughness. ball: radius of a ball to begin
+    with, in halves of the bounds' side; None begins with haze everywhere. dtype: `float32` or `float64`.
     """
 
     occupied: Tensor
@@ -72,6 +74,7 @@ class Voxels(Field):
         background: Background = "learned",
         rays: int = 2048,
         smoothness: float = 1e-3,
+        ball: float | None = None,
         dtype: str = "float32",
     ):
         super().__init__()
@@ -92,8 +95,25 @@ class Voxels(Field):
         self._lay_out(_away_from_cameras(bounds, self.resolutions[0] - 1))
         self.density = nn.Parameter(torch.zeros(len(self.corners) + 1, 1, dtype=kind))
         self.colour = nn.Parameter(torch.zeros(len(self.corners) + 1, 3 * (harmonics + 1) ** 2, dtype=kind))
+        if ball is not None:
+            self._begin_as_ball(ball)
         if background == "learned":
             self.sky = nn.Parameter(torch.zeros(SKY[0] * SKY[1], 3, dtype=kind))
+
+    @torch.no_grad()
+    def _begin_as_ball(self, radius: float) -> None:
+        """Densest in the middle, as DreamFusion begins; what is not in the bounds is left out for good."""
+        if not 0 < radius <= 1:
+            raise InputError(f"modality.field.ball must lie in (0, 1], not {radius}.")
+        cells = self.resolution - 1
+        side = ((torch.arange(cells) + 0.5) / cells * 2 - 1).abs() * (1 + SHELL) <= 1
+        self._lay_out(side[:, None, None] & side[:, None] & side)
+        places = (self.corners / cells * 2 - 1) * (1 + SHELL)
+        sigma = BALL * (1 - places.norm(dim=1) / radius).clamp(min=0) + FAINT / UNIT
+        raw = torch.log(torch.expm1(sigma * UNIT)) - self.shift
+        kind = self.density.dtype
+        self.density = nn.Parameter(torch.cat([torch.zeros(1), raw])[:, None].to(kind))
+        self.colour = nn.Parameter(torch.zeros(len(self.density), self.colour.shape[1], dtype=kind))
 
     @property
     def resolution(self) -> int:
