@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from csd_exp.errors import InputError, accept
 from csd_exp.particles.base import Autoencoder, Particles, Prompts
@@ -29,11 +30,12 @@ class GeneratedScene(Particles):
     Its pictures are a turntable at 30 degrees of elevation that begins in front, at azimuth 0.
 
     field: see `csd_exp.scene`; it lies in [-1, 1]. batch: views of a step, spread evenly around. size: of a
-    view in pixels, None for the prior's own. elevation, distance, angle: the least and the most of the cameras'
-    elevation in degrees, of their distance, and of the field of view in degrees. directions: what is added to
-    the prompt in front, at the sides, behind and from above; None adds nothing. background: `white`, or of a
-    `random` colour for each view. shading: `albedo`, or `mixed`: half of the views are shaded, half of these
-    without colour. smoothness: weight of the field's roughness. frames: of the turntable. seed: of the cameras.
+    view in pixels, None for the prior's own. render: side of what is rendered and then enlarged, None for that
+    of the view. elevation, distance, angle: the least and the most of cameras' elevation in degrees, of their
+    distance, of their field of view in degrees. directions: what is added to the prompt in front, at the sides,
+    behind and from above; None adds nothing. background: `white`, or of a `random` colour for each view.
+    shading: `albedo`, or `mixed`: half of the views are shaded, half of these without colour. smoothness:
+    weight of the field's roughness. frames: of the turntable. seed: of cameras, lights and backgrounds.
     """
 
     space = "pixel"
@@ -47,6 +49,7 @@ class GeneratedScene(Particles):
         field: Callable[[Bounds], Field],
         batch: int = 4,
         size: int | None = None,
+        render: int | None = None,
         elevation: Sequence[float] = (-10.0, 45.0),
         distance: Sequence[float] = (2.6, 3.2),
         angle: Sequence[float] = (40.0, 50.0),
@@ -63,7 +66,8 @@ class GeneratedScene(Particles):
         accept("modality.background", background, get_args(Background))
         accept("modality.shading", shading, get_args(Shading))
         side = window * factor if size is None else size
-        for key, count in (("batch", batch), ("size", side), ("frames", frames)):
+        self.rendered = side if render is None else render
+        for key, count in (("batch", batch), ("size", side), ("render", self.rendered), ("frames", frames)):
             if count < 1:
                 raise InputError(f"modality.{key} must be at least 1, not {count}.")
         if side % (factor * multiple):
@@ -100,12 +104,10 @@ class GeneratedScene(Particles):
 
     def cameras(self, ids: Tensor) -> tuple[Cameras, Tensor, Tensor]:
         """The cameras of views, and their azimuths and elevations [n] in degrees."""
-        drawn = torch.tensor([self._drawn(i).random(4) for i in ids.tolist()], dtype=torch.float64)
+        drawn = torch.tensor([self._drawn("camera", i, 4) for i in ids.tolist()], dtype=torch.float64)
         place = (ids % self.batch).double()
-        turn = torch.tensor(
-            [Draw(self.seed, i // self.batch).generator("turn").random() for i in ids.tolist()],
-            dtype=torch.float64,
-        )
+        turns = [self._drawn("turn", i - i % self.batch, 1) for i in ids.tolist()]
+        turn = torch.tensor(turns, dtype=torch.float64)[:, 0]
         azimuth = 360 * ((place + drawn[:, 0]) / self.batch + turn) % 360
         elevation, distance, angle = (
             low + (high - low) * drawn[:, k + 1] for k, (low, high) in enumerate(self.ranges)
@@ -116,8 +118,10 @@ class GeneratedScene(Particles):
         ]
         return self._of(torch.cat(pose), angle), azimuth, elevation
 
-    def _drawn(self, i: int) -> Any:
-        return Draw(self.seed, i // self.batch).generator("camera", i % self.batch)
+    def _drawn(self, what: str, i: int, count: int) -> list[float]:
+        """Numbers in [0, 1) for view i, whatever else is drawn."""
+        step, place = divmod(i, self.batch)
+        return Draw(self.seed, step).generator(what, place).random(count).tolist()
 
     def _of(self, pose: Tensor, angle: Tensor) -> Cameras:
         focal = self.side / 2 / torch.tan(torch.deg2rad(angle) / 2)
@@ -131,7 +135,7 @@ class GeneratedScene(Particles):
         return self._of(pose, torch.full((frames,), angle, dtype=torch.float64))
 
     def views(self, ids: Tensor) -> Tensor:
-        cameras, _, _ = self.cameras(ids)
+        cameras = self.cameras(ids)[0].resized((self.rendered, self.rendered))
         seen = self.field(cameras)
         rgb = seen.rgb
         if self.shading == "mixed":
@@ -139,25 +143,19 @@ class GeneratedScene(Particles):
             shade = lambert(cameras, seen.depth, light).to(rgb)
             bare = torch.where(kind > 0.75, seen.alpha, rgb)  # alpha is white before black
             rgb = torch.where(kind > 0.5, bare * shade, rgb)
-        return rgb + (1 - seen.alpha) * self._behind(ids).to(rgb)
+        shown = rgb + (1 - seen.alpha) * self._behind(ids).to(rgb)
+        return interpolate(shown, (self.side, self.side), mode="bilinear", align_corners=False)
 
     def _lights(self, ids: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
         """A light [n, 3] near each camera, and what decides how its view is shaded, [n, 1, 1, 1] in [0, 1)."""
-        drawn = [
-            Draw(self.seed, i // self.batch).generator("light", i % self.batch).random(4)
-            for i in ids.tolist()
-        ]
-        numbers = torch.tensor(drawn, dtype=torch.float64)
+        numbers = torch.tensor([self._drawn("light", i, 4) for i in ids.tolist()], dtype=torch.float64)
         return cameras.positions + 2 * numbers[:, :3] - 1, numbers[:, 3].view(-1, 1, 1, 1)
 
     def _behind(self, ids: Tensor) -> Tensor:
         """The background of each view, [n, 3, 1, 1]."""
         if self.background == "white":
             return torch.ones(len(ids), 3, 1, 1)
-        colours = [
-            Draw(self.seed, i // self.batch).generator("behind", i % self.batch).random(3)
-            for i in ids.tolist()
-        ]
+        colours = [self._drawn("behind", i, 3) for i in ids.tolist()]
         return torch.tensor(colours, dtype=torch.float64).view(-1, 3, 1, 1)
 
     def prompts(self, ids: Tensor) -> Prompts:

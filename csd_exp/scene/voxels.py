@@ -56,8 +56,8 @@ class Voxels(Field):
 
     bounds: what is resolved. resolutions: corners along a side, coarse to fine; a fit goes through them.
     harmonics: their degree, 0 or 1. background: what is at infinity, `learned`, `white` or `black`.
-    rays: how many a step of fitting takes. smoothness: weight of the roughness. ball: radius of a ball to begin
-    with, in halves of the bounds' side; None begins with haze everywhere. dtype: `float32` or `float64`.
+    rays: how many a step of fitting takes. smoothness: weight of the roughness. ball: radius of a ball to
+    begin with, in halves of the bounds' side; None is haze. dtype: `float32` or `float64`.
     """
 
     occupied: Tensor
