@@ -30,10 +30,10 @@ class GeneratedScene(Particles):
     Its pictures are a turntable at 30 degrees of elevation that begins in front, at azimuth 0.
 
     field: see `csd_exp.scene`; it lies in [-1, 1]. batch: views of a step, spread evenly around. size: of a
-    view in pixels, None for the prior's own. render: side of what is rendered and then enlarged, None for that
-    of the view. elevation, distance, angle: the least and the most of cameras' elevation in degrees, of their
-    distance, of their field of view in degrees. directions: what is added to the prompt in front, at the sides,
-    behind and from above; None adds nothing. background: `white`, or of a `random` colour for each view.
+    view in pixels, None for the prior's own. render: side of what is rendered and enlarged, None for that of
+    the view. elevation, distance, angle: the least and the most of cameras' elevation in degrees, of their
+    distance, of their field of view in degrees. directions: what is added to the prompt in front, at the
+    sides, behind and from above; None adds nothing. background: `white`, or a `random` colour for each view.
     shading: `albedo`, or `mixed`: half of the views are shaded, half of these without colour. smoothness:
     weight of the field's roughness. frames: of the turntable. seed: of cameras, lights and backgrounds.
     """
@@ -147,7 +147,7 @@ class GeneratedScene(Particles):
         return interpolate(shown, (self.side, self.side), mode="bilinear", align_corners=False)
 
     def _lights(self, ids: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
-        """A light [n, 3] near each camera, and what decides how its view is shaded, [n, 1, 1, 1] in [0, 1)."""
+        """A light [n, 3] near each camera, and what decides how a view is shaded, [n, 1, 1, 1] in [0, 1)."""
         numbers = torch.tensor([self._drawn("light", i, 4) for i in ids.tolist()], dtype=torch.float64)
         return cameras.positions + 2 * numbers[:, :3] - 1, numbers[:, 3].view(-1, 1, 1, 1)
 
@@ -166,7 +166,7 @@ class GeneratedScene(Particles):
         ]
 
     def _seen_from(self, azimuth: float, elevation: float) -> str:
-        """What a prompt adds for a direction: quarters about front, sides and back; above 60 degrees overhead."""
+        """What a prompt adds for a direction: quarters around; overhead above 60 degrees."""
         if self.directions is None:
             return ""
         front, side, back, above = self.directions
