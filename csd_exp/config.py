@@ -119,7 +119,7 @@ def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
         unknown = re.match(r"Could not override '([^']+)\.([^.']+)'", str(e))
         others = [o for o in overrides if unknown and o.split("=")[0] != f"{unknown[1]}.{unknown[2]}"]
         if not unknown or len(others) == len(overrides):
-            raise InputError(sentence(e)) from e
+            raise InputError(sentence(e, _roots(config_name))) from e
         known = OmegaConf.select(composed(others, config_name), unknown[1])
         if unknown[2] in (known or ()):
             key = f"{unknown[1]}.{unknown[2]}"
@@ -203,6 +203,14 @@ def _check_merged(overrides: Sequence[str], config: DictConfig) -> None:
                 f"{override} changes nothing, as dictionaries are merged; take entries out by "
                 f"~{key}.{next(iter(had))} and so on."
             )
+
+
+def _roots(config_name: str) -> list[str]:
+    """The keys of a primary configuration that are in no group; none of a run, whose schema has them."""
+    if config_name in ("run", CONTINUED):
+        return []
+    keys = [str(key) for key in cast(DictConfig, OmegaConf.load(conf_dir() / f"{config_name}.yaml"))]
+    return [key for key in keys if key not in ("defaults", "hydra")]
 
 
 @contextmanager

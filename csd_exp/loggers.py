@@ -128,7 +128,7 @@ class Wandb(WandbLogger):
             return
         import wandb
 
-        url = wandb.setup().settings.base_url
+        url = os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url
         key = os.environ.get("WANDB_API_KEY") or _saved_key(url)
         if not key:
             raise InputError(f"W&B has no API key for {url}; run wandb login, or {OFFLINE}.")

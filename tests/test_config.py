@@ -252,7 +252,7 @@ def test_paper_preset() -> None:
 
 @pytest.mark.parametrize("file", sorted((conf_dir() / "experiment").glob("*.yaml")), ids=lambda f: f.stem)
 def test_every_experiment_composes_and_is_accepted(picture: str, file: Path) -> None:
-    path = [] if file.stem == "generate" else [f"modality.path={picture}"]
+    path = [] if file.stem in ("generate", "text_to_3d") else [f"modality.path={picture}"]
     config = composed([f"experiment={file.stem}", *path, "prompt=x", "prior=analytic"])
     config.dir = "somewhere"
     check(config)

@@ -97,7 +97,7 @@ callbacks.checkpoint=null
 +callbacks.foo=1
 +callbacks.foo._target_=csd_exp.loggers.Csv +callbacks.foo.save_dir=x
 +callbacks.checkpoint.every_n_steps=0
-+callbacks.media._target_=csd_exp.callbacks.Media +callbacks.media.dir=x +callbacks.media.at=[-1]
++callbacks.media._target_=csd_exp.callbacks.Media +callbacks.media.dir=${dir} +callbacks.media.at=[-1]
 +callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping +callbacks.stop.monitor=metrics/ssim
 +callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping
 +logger.foo=1

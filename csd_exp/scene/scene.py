@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, distributed
@@ -16,8 +16,10 @@ from csd_exp.formats.timing import even
 from csd_exp.scene.album import Album
 from csd_exp.scene.cameras import Bounds, Cameras, bounds, orbit
 from csd_exp.scene.field import Field
-from csd_exp.scene.readers import read_scene
 from csd_exp.schedules import Draw
+
+if TYPE_CHECKING:
+    from csd_exp.scene.photographs import Photographs
 
 Trajectory = Literal["orbit", "held_out"]
 
@@ -65,7 +67,7 @@ class Scene:
         for key, value in (("frames", frames), ("reconstruction_steps", steps)):
             if value < 1:
                 raise InputError(f"modality.{key} must be at least 1, not {value}.")
-        self.views = read_scene(path).views(side, multiple)
+        self.views = _photographs(path).views(side, multiple)
         self.make, self.steps, self.seed, self.cache = make, steps, seed, Path(cache)
         self.train, self.test = self.views.train, self.views.test
         self.cameras = self.views.cameras[self.train]
@@ -139,7 +141,7 @@ class Scene:
 
 def check_scene(config: Mapping[str, Any]) -> None:
     """Raise InputError where the configuration of a scene cannot work, of what headers and poses tell."""
-    photographs = read_scene(config["path"])
+    photographs = _photographs(config["path"])
     poses = torch.stack([photographs.every[i].pose for i in photographs.train])
     anywhere = torch.ones(len(poses), 2, dtype=torch.float64)
     scene_bounds(Cameras(poses, anywhere, anywhere, (1, 1)), photographs.up, config.get("bounds"))
@@ -170,6 +172,12 @@ def improve(field: Field, album: Album, optimizer: torch.optim.Optimizer, draw: 
         optimizer.zero_grad()
         field.loss(album, draw).backward()
         optimizer.step()
+
+
+def _photographs(path: str) -> "Photographs":
+    from csd_exp.scene.readers import read_scene  # with OpenCV, for which no other modality has to wait
+
+    return read_scene(path)
 
 
 def scene_bounds(cameras: Cameras, up: Tensor | None, limits: Sequence[float] | None) -> Bounds:

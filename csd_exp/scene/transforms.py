@@ -84,7 +84,10 @@ def _parsed(file: Path) -> dict[str, Any]:
     try:
         meta = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as e:
-        raise InputError(f"modality.path={file} cannot be read as JSON ({e}).") from e
+        raise InputError(
+            f"modality.path={file} cannot be read as JSON ({e}); give a folder of posed photographs, or its "
+            "transforms.json."
+        ) from e
     if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list) or not meta["frames"]:
         raise InputError(f"modality.path={file} has no frames; it must hold a list `frames` of photographs.")
     for i, frame in enumerate(meta["frames"]):
