@@ -9,6 +9,8 @@ A metric's `update` takes what it needs to know of a picture, by name:
     outside: [H, W], true where nothing may change; None where all may.
     flow: exact optical flow [2, 2, H, W] from the previous picture to this one and back, in pixels to the
         right and down; None where it is not known.
+    photograph: [3, H, W], what a rendered source should be, and was not fitted to; None elsewhere.
+    depth: [H, W] of a picture of a scene along the optical axis, 0 where there is no surface; None of others.
 Particles say what they know by `facts(i)`, in these names: `outside` as a tensor, `flow` as a reference that
 `_flow` follows, the rest as plain values. In place of a flow they may give what it follows from: `depth`
 [H, W] along the optical axis, 0 where there is no surface, and `camera`, a `Cameras` of one.
@@ -35,7 +37,7 @@ from csd_exp.particles import Particles
 from csd_exp.scene.cameras import Cameras, flow
 
 VAR_POSITIONAL, VAR_KEYWORD = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
-KNOWN = ("edited", "prompt", "window", "borders", "outside", "flow")
+KNOWN = ("edited", "prompt", "window", "borders", "outside", "flow", "depth", "photograph")
 
 
 def write_facts(particles: Particles, media: Path) -> None:
@@ -52,6 +54,9 @@ def write_facts(particles: Particles, media: Path) -> None:
         if "depth" in facts:
             facts["depth"] = _write_depth(facts["depth"], media / f"depth/{i:06d}.png")
             facts["camera"] = _listed(facts["camera"])
+        if "photograph" in facts:
+            write_png(facts["photograph"], media / f"photographs/{i:06d}.png")
+            facts["photograph"] = f"photographs/{i:06d}.png"
         pictures.append(facts)
     write_whole(media / "pictures.json", json.dumps({"pictures": pictures}, indent=2) + "\n")
 
@@ -88,8 +93,11 @@ def read_facts(media: Path) -> Iterator[dict[str, Any]]:
         if facts["outside"] is not None:
             facts["outside"] = read_image(media / facts["outside"])[0] > 0.5
         facts["flow"] = _flow(facts["flow"])
-        if "depth" in facts:
+        if facts["photograph"] is not None:
+            facts["photograph"] = read_image(media / facts["photograph"])
+        if facts["depth"] is not None:
             seen, before = _view(facts, media), seen
+            facts["depth"] = seen[1]
             facts["flow"] = None if before is None else _flow_between(before, seen)
         yield facts | ({"source": sources[i]} if sources else {})
 

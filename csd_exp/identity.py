@@ -24,6 +24,7 @@ HARMLESS = (
     *("trainer.default_root_dir", "trainer.enable_checkpointing", "trainer.enable_model_summary"),
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
     "trainer.use_distributed_sampler",
+    *("modality.cache", "modality.dir"),
 )
 
 

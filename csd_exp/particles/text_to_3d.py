@@ -186,7 +186,10 @@ class GeneratedScene(Particles):
 
     @torch.no_grad()
     def facts(self, i: int) -> dict[str, Any]:
-        return {"prompt": self.prompt}
+        camera = self.frames[[i]]
+        seen = self.field(camera)
+        depth = (seen.depth * (seen.alpha > 0.5))[0, 0].detach().cpu()
+        return {"prompt": self.prompt, "camera": camera, "depth": depth}
 
 
 def lambert(cameras: Cameras, depth: Tensor, light: Tensor, ambient: float = 0.3) -> Tensor:

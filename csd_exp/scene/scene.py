@@ -130,13 +130,14 @@ class Scene:
 
     @torch.no_grad()
     def facts(self, field: Field, i: int) -> dict[str, Any]:
-        """Camera and depth of frame i: as they were measured where that is known, else of the field."""
+        """Camera and depth of frame i, as measured or else of the field; and its photograph."""
         camera = self.film.cameras[[i]]
         depth = self.views.depth(self.test[i]) if self.held_out else None
         if depth is None:
             seen = field(camera)
             depth = (seen.depth * (seen.alpha > 0.5))[0, 0]
-        return {"camera": camera, "depth": depth.cpu()}
+        photograph = {"photograph": self.views[self.test[i]]} if self.held_out else {}
+        return {"camera": camera, "depth": depth.cpu()} | photograph
 
 
 def check_scene(config: Mapping[str, Any]) -> None:
