@@ -17,7 +17,7 @@ Particles say what they know by `facts(i)`, in these names: `outside` as a tenso
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from inspect import Parameter, signature
 from itertools import count
 from pathlib import Path
@@ -74,13 +74,18 @@ def _listed(camera: Cameras) -> dict[str, Any]:
     return numbers | {"size": list(camera.size)}
 
 
-def _view(facts: dict[str, Any], media: Path) -> tuple[Cameras, Tensor]:
-    """The camera and the depth of a picture."""
+def camera_of(facts: Mapping[str, Any]) -> Cameras:
+    """The camera that the record of a picture has."""
     known = facts["camera"]
     pose, focal, centre = (torch.tensor([known[n]]).double() for n in ("pose", "focal", "centre"))
+    return Cameras(pose, focal, centre, (known["size"][0], known["size"][1]))
+
+
+def _view(facts: dict[str, Any], media: Path) -> tuple[Cameras, Tensor]:
+    """The camera and the depth of a picture."""
     with Image.open(media / facts["depth"]["file"]) as image:
         depth = torch.from_numpy(np.array(image).astype("float64")) * facts["depth"]["unit"]
-    return Cameras(pose, focal, centre, (known["size"][0], known["size"][1])), depth
+    return camera_of(facts), depth
 
 
 def read_facts(media: Path) -> Iterator[dict[str, Any]]:

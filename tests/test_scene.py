@@ -132,10 +132,10 @@ def test_reconstructions_are_kept_by_content(scene, folder, tmp_path):
     assert file.stat().st_mtime_ns == stamp
     for change in ({"reconstruction_steps": 31}, {"seed": 1}, {"bounds": [0, 0, 0, 1.0]}):
         other = scene(cache=str(cache), **change).scene
-        assert other._content(other.album()) != file.stem
+        assert other._content(other.album(), field) != file.stem
     album = again.album()
     album.put(0, 1 - album.picture(0))
-    assert again._content(album) != file.stem
+    assert again._content(album, field) != file.stem
 
 
 def test_the_film_knows_its_depths_and_cameras(scene, build):

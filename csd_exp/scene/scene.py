@@ -91,7 +91,7 @@ class Scene:
     def reconstructed(self, device: torch.device, album: Album) -> Field:
         """The field of the photographs: from the cache, or fitted by the first process and put there."""
         field = self.make(self.bounds).to(device)
-        file = self.cache / f"{self._content(album)}.pt"
+        file = self.cache / f"{self._content(album, field)}.pt"
         if not file.is_file() and not (distributed.is_initialized() and distributed.get_rank()):
             notice(
                 f"reconstructing the scene from {len(self.train)} photographs in {self.steps} steps; it is "
@@ -105,7 +105,7 @@ class Scene:
         field.load_state_dict(torch.load(file, map_location=device, weights_only=True))
         return field
 
-    def _content(self, album: Album) -> str:
+    def _content(self, album: Album, field: Field) -> str:
         """What a reconstruction depends on, as a name."""
         digest = hashlib.sha256()
         for k in range(len(self.train)):
@@ -119,7 +119,18 @@ class Scene:
         ):
             digest.update(tensor.contiguous().numpy().tobytes())
         settings = (getattr(self.make, "func", self.make), getattr(self.make, "keywords", None))
-        digest.update(repr((self.bounds.half, self.bounds.near, settings, self.steps, self.seed)).encode())
+        digest.update(
+            repr(
+                (
+                    self.bounds.half,
+                    self.bounds.near,
+                    settings,
+                    self.steps,
+                    self.seed,
+                    list(field.state_dict()),
+                )
+            ).encode()
+        )
         return digest.hexdigest()[:16]
 
     @torch.no_grad()

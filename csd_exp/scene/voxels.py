@@ -88,10 +88,12 @@ class Voxels(Field):
         self.background, self.batch, self.smoothness = background, rays, smoothness
         self.shift = math.log(math.expm1(-math.log1p(-FAINT)))
         kind = getattr(torch, dtype)
-        self.register_buffer("middle", bounds.centre.to(kind), persistent=False)
+        # In the state, so that a checkpoint alone can be rendered.
+        self.register_buffer("middle", bounds.centre.to(kind))
+        self.register_buffer("reach", torch.tensor([bounds.half, bounds.near], dtype=torch.float64))
         frame = torch.linalg.qr(torch.cat([bounds.up[:, None], torch.eye(3).to(bounds.up)], 1))[0]
         frame = frame * (1 if frame[:, 0] @ bounds.up > 0 else -1)
-        self.register_buffer("upright", frame.to(kind), persistent=False)
+        self.register_buffer("upright", frame.to(kind))
         self._lay_out(_away_from_cameras(bounds, self.resolutions[0] - 1))
         self.density = nn.Parameter(torch.zeros(len(self.corners) + 1, 1, dtype=kind))
         self.colour = nn.Parameter(torch.zeros(len(self.corners) + 1, 3 * (harmonics + 1) ** 2, dtype=kind))
@@ -99,6 +101,22 @@ class Voxels(Field):
             self._begin_as_ball(ball)
         if background == "learned":
             self.sky = nn.Parameter(torch.zeros(SKY[0] * SKY[1], 3, dtype=kind))
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Tensor], background: Background) -> "Voxels":
+        """The field that a state is of."""
+        half, near = state["reach"].tolist()
+        up, kind = state["upright"][:, 0].double(), state["density"].dtype
+        nowhere = torch.full((1, 3), math.inf, dtype=torch.float64)
+        field = cls(
+            Bounds(state["middle"].double(), half, near, nowhere, up, True),
+            resolutions=[len(state["index"])],
+            harmonics=int((state["colour"].shape[1] // 3) ** 0.5) - 1,
+            background=background,
+            dtype=str(kind).removeprefix("torch."),
+        )
+        field.load_state_dict(state)
+        return field
 
     @torch.no_grad()
     def _begin_as_ball(self, radius: float) -> None:
@@ -265,6 +283,34 @@ class Voxels(Field):
         wanted, counts = (x.to(seen.rgb) for x in photographs.colours(ids, pixels))
         error = (counts * (seen.rgb - wanted).square()).mean()
         return error + self.smoothness * self.roughness(draw)
+
+    @torch.no_grad()
+    def surface(self, opacity: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+        """Where a cell has this opacity, within the bounds, as a mesh.
+
+        Vertices [n, 3] in the world, faces [m, 3], and the colours [n, 3] in [0, 1] that do not depend on the
+        direction. Raises InputError where there is none.
+        """
+        from skimage.measure import marching_cubes  # of the extra scene
+
+        sigma = F.softplus(self.density[:, 0] + self.shift) / UNIT
+        sigma[0] = 0
+        dense = sigma[self.index.long()]
+        side = (torch.arange(self.resolution, device=dense.device) / (self.resolution - 1) * 2 - 1) * (
+            1 + SHELL
+        )
+        inside = (side.abs() <= 1).nonzero().squeeze(1)
+        first, last = int(inside[0]), int(inside[-1]) + 1
+        dense = dense[first:last, first:last, first:last].cpu()
+        level = -math.log1p(-opacity) * (self.resolution - 1) / (2 * (1 + SHELL))
+        if not float(dense.min()) < level < float(dense.max()):
+            raise InputError(f"The field has no surface of opacity {opacity:g} within its bounds.")
+        found, faces, _, _ = marching_cubes(dense.double().numpy(), level)
+        places = torch.from_numpy(found.copy()).to(self.middle) + first
+        rows, shares = self._around(places)
+        plain = _interpolated(self.colour, rows, shares).unflatten(1, (3, -1))[..., 0]
+        world = (places / (self.resolution - 1) * 2 - 1) * (1 + SHELL) * self.bounds.half + self.middle
+        return world, torch.from_numpy(faces.copy()).long(), torch.sigmoid(BASIS[0] * plain)
 
     def roughness(self, draw: Draw) -> Tensor:
         """Mean squared difference of corners to the next along each axis, over a random tenth of them."""
