@@ -28,6 +28,7 @@ from csd_exp.methods import Views, needs_source
 from csd_exp.particles import Canvas, Particles
 from csd_exp.priors import Prior
 from csd_exp.samplers import PerView
+from csd_exp.scene.cameras import UNIT_CUBE
 from csd_exp.schedules import Level
 from csd_exp.svgd import Kernel
 from csd_exp.targets import located
@@ -54,6 +55,7 @@ def check_parts(config: DictConfig) -> None:
     modality, prior = _part(config, "modality", Particles), _part(config, "prior", Prior)
     _part(config, "kernel", Kernel)
     modality.check(config.modality)
+    _check_scene(config)
     sampled = "sampler" in config.method
     key = "method.sampler" if sampled else "method.residual"
     if needs_source(located(_node(config, key)._target_)) and not modality.has_source:
@@ -76,6 +78,19 @@ def check_parts(config: DictConfig) -> None:
         _check_optimisation(config, issubclass(modality, Canvas))
     _check_trainer(config)
     prior.check(config.prior)
+
+
+def _check_scene(config: DictConfig) -> None:
+    """Of a modality with a field: its rounds come out even, and the field can be made."""
+    rounds, steps = config.modality.get("edit_steps"), config.trainer.max_steps
+    if isinstance(rounds, int) and rounds > 0 and steps % rounds and not config.trainer.get("fast_dev_run"):
+        raise InputError(
+            f"modality.edit_steps={rounds} must divide the {steps} steps of the run, or the photographs of "
+            "the last round would be edited for nothing."
+        )
+    if "field" in config.modality:
+        _check_bound(config, "modality.field", True)
+        constructed(config.modality.field)(UNIT_CUBE)
 
 
 def _check_sampler(config: DictConfig) -> None:

@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 
 from csd_exp.errors import InputError, accept
 from csd_exp.particles.base import Autoencoder, Particles, Prompts
-from csd_exp.scene.cameras import Bounds, Cameras, orbit
+from csd_exp.scene.cameras import UNIT_CUBE, Bounds, Cameras, orbit
 from csd_exp.scene.field import Field
 from csd_exp.scene.scene import Flight
 from csd_exp.schedules import Draw
@@ -90,7 +90,7 @@ class GeneratedScene(Particles):
         self.ranges = (elevation, distance, angle)
         self.directions, self.background, self.shading = directions, background, shading
         self.smoothness = smoothness
-        self.field = field(Bounds(torch.zeros(3).double(), 1.0, 0.05, 100 * FRONT[None], UP, True))
+        self.field = field(UNIT_CUBE)
         self.frames = self._turntable(frames)
         self.film = Flight(self.frames)
 

@@ -210,3 +210,13 @@ def bounds(cameras: Cameras, centre: Sequence[float] | None = None, half: float 
     middle = positions.mean(0) if centre is None else middle
     half = half or 2 * spread
     return Bounds(middle, half, half / 20, positions, up, inward)
+
+
+UNIT_CUBE = Bounds(
+    centre=torch.zeros(3).double(),
+    half=1.0,
+    near=0.05,
+    positions=torch.full((1, 3), 1e3).double(),  # far from all that is in it
+    up=torch.tensor([0.0, 0.0, 1.0]).double(),
+    inward=True,
+)

@@ -22,6 +22,7 @@ UNIT = 0.05  # the length over which densities are counted, in the same unit
 FAINT = 1e-3  # opacity over a UNIT where nothing is known
 EMPTY = 0.05  # a cell of less weight in every view, the most being 1, does not outlive a refinement
 UNSEEN = 1e-4  # a sample of less weight has no colour
+FINEST = 512  # corners along a side
 BALL = 20.0  # density in the middle of the ball that a field begins as
 COLOURS = 0.02  # what a difference of colours counts for beside one of densities
 SKY = (128, 256)  # rows and columns of a learned background
@@ -82,8 +83,13 @@ class Voxels(Field):
         if harmonics not in (0, 1):
             raise InputError(f"modality.field.harmonics must be 0 or 1, not {harmonics}.")
         accept("modality.field.dtype", dtype, ("float32", "float64"))
-        if not resolutions or any(r < 2 for r in resolutions):
-            raise InputError(f"modality.field.resolutions must be of at least 2 corners, not {resolutions}.")
+        if not resolutions or not all(2 <= r <= FINEST for r in resolutions):
+            raise InputError(
+                f"modality.field.resolutions must each lie between 2 and {FINEST} corners, not {resolutions}."
+            )
+        for key, value, least in (("rays", rays, 1), ("smoothness", smoothness, 0)):
+            if not least <= value < math.inf:
+                raise InputError(f"modality.field.{key} must be at least {least}, not {value}.")
         self.bounds, self.resolutions, self.harmonics = bounds, tuple(resolutions), harmonics
         self.background, self.batch, self.smoothness = background, rays, smoothness
         self.shift = math.log(math.expm1(-math.log1p(-FAINT)))
