@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 import torch
 from diffusers_folder import save_pipeline
-from scenes import write_scene
+from scenes import photographs, write_scene
 
 from csd_exp import methods
+from csd_exp.errors import InputError
 from csd_exp.images import ImageFiles
 from csd_exp.particles import EditedField, EditedPhotographs
 from csd_exp.priors import GaussianMixture, InstructPix2Pix
@@ -223,3 +224,35 @@ def test_the_direct_update_goes_through_autoencoder_and_renderer_into_the_field(
                 slopes.append(surrogate())
                 particles.field.density[i] -= sign * 1e-5
         assert float(gradient[i]) == pytest.approx((slopes[0] - slopes[1]) / 2e-5, rel=2e-4)
+
+
+def test_a_box_of_the_world_is_all_that_changes(scene, build, fit):
+    """In photographs to the bit; in what the field is rendered as, but for what fitting it leaves."""
+    box = [-0.6, -0.6, -0.45, 0.6, 0.6, 0.6]  # the ball, without the ground
+    finer = {"field": partial(FIELD, resolutions=(12, 24), rays=256), "reconstruction_steps": 200}
+    particles = scene(within=box, feather=1, **finer)
+    build(prior(), particles, optimizer=partial(torch.optim.SGD, lr=0.3))
+    mask = particles.areas.mask
+    assert mask.shape == (6, SIDE, SIDE)
+    _, depth = photographs(particles.scene.cameras)
+    origins, directions = particles.scene.cameras.rays()
+    places = origins + depth[..., None] * directions
+    known = ((places > torch.tensor(box[:3])) & (places < torch.tensor(box[3:]))).all(3) & (depth > 0)
+    assert (mask == known).float().mean() > 0.9
+    before = [particles.album.picture(i) for i in range(6)]
+    fit(build(prior(), particles, optimizer=partial(torch.optim.SGD, lr=0.3)), 2)
+    edited = (particles.edited == 0).nonzero().flatten().tolist()
+    assert len(edited) == 4
+    for i in edited:
+        changed = (particles.album.picture(i) != before[i]).any(0)
+        assert not (changed & ~mask[i]).any()
+        assert (changed & mask[i]).any()
+    assert particles.facts(0)["outside"].shape == (SIDE, SIDE)
+    with pytest.raises(InputError, match=r"modality\.within holds nothing"):
+        build(prior(), scene(within=[50, 50, 50, 51, 51, 51], **finer))
+
+
+@pytest.mark.parametrize("box", [[0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, float("nan")]])
+def test_a_box_must_have_two_corners(folder, box):
+    with pytest.raises(InputError, match=r"modality\.within must be"):
+        EditedPhotographs.check({"path": str(folder), "within": box})

@@ -49,7 +49,7 @@ class Areas:
         pad: Callable[[Tensor], Tensor],
         factor: int,
         regions: Sequence[Mapping[str, Any]] | None = None,
-        mask: "str | Box | Sequence[str] | None" = None,
+        mask: "str | Box | Sequence[str] | Tensor | None" = None,
         feather: int | None = None,
         count: int | Callable[[], int] = 1,
         wrap: bool = False,
@@ -67,7 +67,10 @@ class Areas:
 
         self.size, self.background = size, background
         self.regions = read_regions(regions or [], size)
-        self.mask = None if mask is None else read_masks(mask, size)
+        made = isinstance(mask, Tensor)
+        self.mask: Tensor | None = None
+        if mask is not None:
+            self.mask = mask if isinstance(mask, Tensor) else read_masks(mask, size)
         self.weights: Tensor | None = None
         self.free: Tensor | None = None
         if self.regions:
@@ -84,7 +87,7 @@ class Areas:
             covered = torch.stack([latents(one.double()) for one in self.mask])[:, None]
             soft = avg_pool2d(covered, 3, stride=1, padding=1, count_include_pad=False)
             self.free = soft if self.free is None else soft * self.free
-        if self.free is not None and not (self.free.amax((1, 2, 3)) > 0).all():
+        if self.free is not None and not made and not (self.free.amax((1, 2, 3)) > 0).all():
             raise InputError(
                 "modality.mask has no pixel in common with modality.regions and prompt is empty, so nothing "
                 "would be edited; give a prompt for the background, or a region inside the mask."

@@ -10,12 +10,13 @@ from torch import Tensor, distributed
 
 from csd_exp.errors import InputError
 from csd_exp.images import ImageFiles, write_png
+from csd_exp.particles.areas import Areas
 from csd_exp.particles.base import Autoencoder, Particles
 from csd_exp.particles.images import WholePictures
 from csd_exp.scene.album import Album
 from csd_exp.scene.cameras import Bounds
 from csd_exp.scene.field import Field
-from csd_exp.scene.scene import FOLLOWING, Scene, Trajectory, adam, check_scene, improve
+from csd_exp.scene.scene import FOLLOWING, Scene, Trajectory, adam, check_scene, improve, within
 from csd_exp.schedules import Draw
 
 
@@ -56,7 +57,8 @@ class EditedPhotographs(_Filmed, WholePictures):
 
     path, field, reconstruction_steps, bounds, trajectory, frames, cache, seed: see `Scene`. views: None for
     all. batch: how many of a round's views each step takes, None for all. dir: of the run, where edited
-    photographs are kept. The rest is as for WholePictures.
+    photographs are kept. within: x, y, z of the lowest and of the highest corner of a box of the world: only
+    what lies in it changes. The rest is as for WholePictures.
     """
 
     edited: Tensor
@@ -79,6 +81,7 @@ class EditedPhotographs(_Filmed, WholePictures):
         trajectory: Trajectory = "orbit",
         frames: int = 60,
         mask: str | Sequence[str] | None = None,
+        within: Sequence[float] | None = None,
         feather: int | None = None,
         cache: str = "outputs/scenes",
         seed: int = 0,
@@ -111,7 +114,7 @@ class EditedPhotographs(_Filmed, WholePictures):
         )
         self.scene, self.film = scene, scene.film
         self.round_of = trained if views is None else min(views, trained)
-        self.edit_steps, self.fit_steps = edit_steps, fit_steps
+        self.edit_steps, self.fit_steps, self.within, self.feather = edit_steps, fit_steps, within, feather
         self.folder = Path(dir) / "views"
         self.album = scene.album()
         self.pixels = _Photographs(self.album)
@@ -125,8 +128,24 @@ class EditedPhotographs(_Filmed, WholePictures):
         # No part of what a step descends: it follows afterwards.
         self.field = self.scene.reconstructed(prior.device, self.album).requires_grad_(False)
         self.adam = adam(self.field, FOLLOWING)
+        if self.within is not None:
+            self.areas = self._in_the_box(self.within, prior.views.factor)
         super().begin(prior, draw)
         self._open(draw)
+
+    def _in_the_box(self, box: Sequence[float], factor: int) -> Areas:
+        """Each photograph's mask: what the field shows of a box of the world."""
+        cameras = self.scene.cameras
+        masks = torch.stack([within(self.original, cameras[[i]], box).cpu() for i in range(len(cameras))])
+        if not masks.any():
+            raise InputError("modality.within holds nothing that any photograph shows; give a larger box.")
+        return Areas(self.size, self.pad, factor, mask=masks, feather=self.feather, count=len(masks))
+
+    def facts(self, i: int) -> dict[str, Any]:
+        facts = super().facts(i)
+        if self.within is not None:
+            facts["outside"] = ~within(self.original, self.scene.film.cameras[[i]], self.within).cpu()
+        return facts
 
     def choose(self, draw: Draw) -> Tensor:
         ids = self._round(draw)

@@ -151,11 +151,32 @@ class Scene:
         return {"camera": camera, "depth": depth.cpu()} | photograph
 
 
+@torch.no_grad()
+def within(field: Field, camera: Cameras, box: Sequence[float]) -> Tensor:
+    """[H, W], true where what a camera sees lies in a box of the world: its lowest and its highest corner."""
+    seen = field(camera)
+    origins, directions = (x[0].to(seen.depth) for x in camera.rays())
+    places = origins + seen.depth[0, 0, ..., None] * directions
+    low, high = (places.new_tensor(corner) for corner in (box[:3], box[3:]))
+    return ((places >= low) & (places <= high)).all(2) & (seen.alpha[0, 0] > 0.5)
+
+
+def check_box(box: Sequence[float] | None) -> None:
+    """Raise InputError unless a box has two corners, the lowest first."""
+    if box is None:
+        return
+    if len(box) != 6 or not all(map(math.isfinite, box)) or any(box[k] >= box[k + 3] for k in range(3)):
+        raise InputError(
+            f"modality.within must be x, y, z of a box's lowest corner, then of its highest, not {list(box)}."
+        )
+
+
 def check_scene(config: Mapping[str, Any]) -> None:
     """Raise InputError where the configuration of a scene cannot work, of what headers and poses tell."""
     photographs = _photographs(config["path"])
     poses = torch.stack([photographs.every[i].pose for i in photographs.train])
     anywhere = torch.ones(len(poses), 2, dtype=torch.float64)
+    check_box(config.get("within"))
     scene_bounds(Cameras(poses, anywhere, anywhere, (1, 1)), photographs.up, config.get("bounds"))
 
 
