@@ -2,25 +2,44 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
+from csd_exp.errors import InputError
 from csd_exp.module import CSDModule, ParticleModule
 from csd_exp.particles import Particles
 from csd_exp.priors import Prior
 from csd_exp.samplers import SamplingModule
 from csd_exp.targets import KEYWORDS, located
 
+OTHERS = (RuntimeError, MisconfigurationException)  # torch's and Lightning's
+
 
 def constructed(node: DictConfig, **arguments) -> Any:
     """What a checked configuration node names, called with its other keys as plain Python values.
 
     Nodes inside it are constructed first; `_partial_: true` binds the keys and does not call. arguments: more
-    keys, of the outermost.
+    keys, of the outermost. Raises InputError, naming the node's key, for values that a constructor refuses.
     """
-    return _constructed(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), arguments)
+    with accepted(node._get_full_key(None)):
+        return _constructed(OmegaConf.to_container(node, resolve=True, throw_on_missing=True), arguments)
+
+
+@contextmanager
+def accepted(key: str) -> Iterator[None]:
+    """Put in one sentence, which names the key, what other packages raise for values they refuse."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, ImportError, LookupError, TypeError, ValueError, *OTHERS) as e:
+        why = " ".join(str(e).split()).rstrip(".") or type(e).__name__
+        raise InputError(f"{key} is not accepted: {why}.") from e
 
 
 def _constructed(value: Any, arguments: dict[str, Any]) -> Any:

@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from csd_exp.config import (
+    CONTINUED,
     at_home,
     check_choices,
     check_values,
@@ -39,8 +40,9 @@ from csd_exp.config import (
     quoted,
     refuse_allow,
     sentence,
+    source,
 )
-from csd_exp.errors import InputError
+from csd_exp.errors import InputError, RankLost
 from csd_exp.files import short, unwritable
 from csd_exp.interruption import SIGNALS, Interrupted, handle, handled, ignored, leave, stop
 from csd_exp.launch import Place, group, is_child, is_first, made, placed, together
@@ -56,7 +58,7 @@ def main() -> None:
         try:
             csd(sys.argv[1:])
             sys.stdout.flush()
-        except (InputError, FloatingPointError) as e:
+        except (InputError, FloatingPointError, RankLost) as e:
             _refuse(str(e))
         except (HydraException, OmegaConfBaseException) as e:
             _refuse(sentence(e))
@@ -81,13 +83,15 @@ def _refuse(message: str) -> NoReturn:
 def csd(args: Sequence[str]) -> None:
     """Check every run that a command line asks for, then let Hydra start them."""
     flags = _parsed(args)
-    if flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
-        check_choices(flags.overrides)
-        return _hydra(args)
     for flag in ("config_path", "experimental_rerun"):
         if getattr(flags, flag) is not None:
             raise InputError(f"--{flag.replace('_', '-')} is not accepted; --config-dir adds a folder.")
     overrides, name = [*flags.overrides, *_searched(flags)], flags.config_name or "run"
+    if flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
+        check_choices(flags.overrides)
+        if len(overrides) > len(flags.overrides) or any("hydra.searchpath" in o for o in overrides):
+            composed(overrides, name)  # Hydra starts logging as the configuration says
+        return _hydra(args)
     if is_child():
         return _rank(overrides, name)
     _check_quoting(flags.overrides, flags.multirun)
@@ -99,7 +103,8 @@ def csd(args: Sequence[str]) -> None:
         return _rank([*overrides, *place.overrides], name)
     handle(SIGNALS, stop)
     with made(place.new):
-        _hydra([*_named(name), *overrides, *place.overrides])
+        given = [*overrides, *place.overrides]
+        _hydra([*_named(source(given, name)), *given])
 
 
 def _parsed(args: Sequence[str]) -> Namespace:
@@ -257,11 +262,12 @@ def job(config: DictConfig) -> float | None:
     run_dir = Path(hydra_config.runtime.output_dir)
     searched = [o for o in hydra_config.overrides.hydra if o.startswith("hydra.searchpath=")]
     try:
-        words = [*_named(hydra_config.job.config_name), *searched, *hydra_config.overrides.task]
+        named = hydra_config.job.config_name
+        words = [*([] if named == CONTINUED else _named(named)), *searched, *hydra_config.overrides.task]
         metrics = run(config, run_dir, words).metrics
         print(f"run directory: {short(run_dir)}")
         return _optimized(metrics, config.optimized_metric)
-    except (InputError, FloatingPointError) as e:
+    except (InputError, FloatingPointError, RankLost) as e:
         if hydra_config.mode == RunMode.RUN or hydra_config.sweeper._target_ != BasicSweeperConf._target_:
             _refuse(str(e))  # raised, Hydra would put its own lines before it
         if hydra_config.launcher._target_ != BasicLauncherConf._target_:
@@ -281,11 +287,11 @@ def _check_quoting(overrides: Sequence[str], multirun: bool) -> None:
     parser = OverridesParser.create()
     for i, override in enumerate(overrides):
         key, _, value = override.partition("=")
-        is_text = key in PROMPTS or is_path(key)
+        is_text = key in PROMPTS or (is_path(key) and not key.startswith("~"))
         try:
             parsed = parser.parse_override(override)
             understood = multirun or not (is_text and parsed.is_sweep_override())
-            followed = is_text and any("=" not in word for word in overrides[i + 1 : i + 2])
+            followed = is_text and any(map(_is_rest, overrides[i + 1 : i + 2]))
         except HydraException as e:
             if not re.fullmatch(r"\+{0,2}[\w./@-]+=.+", override) or value[0] in "[{":
                 raise InputError(
@@ -293,7 +299,7 @@ def _check_quoting(overrides: Sequence[str], multirun: bool) -> None:
                 ) from e
             understood, followed = False, False
         if not understood or followed:
-            rest = list(takewhile(lambda word: "=" not in word, overrides[i + 1 :]))
+            rest = list(takewhile(_is_rest, overrides[i + 1 :]))
             whole = " ".join([value, *rest]).strip("\"'")
             command = " ".join(
                 ["csd", *map(shlex.quote, overrides[:i]), shlex.quote(f"{key}={quoted(whole)}")]
@@ -302,3 +308,8 @@ def _check_quoting(overrides: Sequence[str], multirun: bool) -> None:
             raise InputError(
                 f"{key} has to be quoted twice, once for the shell and once for Hydra: {command}"
             )
+
+
+def _is_rest(word: str) -> bool:
+    """Whether a word is no override, so that the shell must have cut it off from the one before."""
+    return "=" not in word and not re.fullmatch(r"~[\w./@-]+", word)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from math import isfinite
 from numbers import Real
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from csd_exp.errors import InputError, closest
+from csd_exp.saved import moved, saved
 from csd_exp.targets import check_name, check_targets, in_hydra, nodes
+from csd_exp.trust import check_places, check_resolvers
 
 PACKAGE = Path(__file__).parent
 
@@ -33,6 +36,19 @@ def conf_dir() -> Path:
     """Where `conf/` is: inside an installed package, beside it in a checkout."""
     inside = PACKAGE / "conf"
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
+
+
+# Where commands write, beside the folder of a run.
+PLACES = ("folder", "dir", "json", "run_dir", "export_dir", "data.cache")
+# Of Hydra's keys, what a search tries, which a file may say, and what Hydra notes by itself.
+NO_WAYS = (
+    *(f"hydra.sweeper.{key}" for key in ("params", "direction", "n_trials", "n_jobs", "sampler")),
+    *("hydra.sweeper.max_batch_size", "hydra.overrides", "hydra.runtime", "hydra.searchpath"),
+    *(f"hydra.job.{key}" for key in ("override_dirname", "config_name", "id", "num")),
+)
+
+
+CONTINUED = "continued"  # the name of a configuration that is read from the folder of a run
 
 
 @dataclass
@@ -95,24 +111,106 @@ def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
     """The configuration of these overrides, `hydra` node included; raises InputError in one sentence."""
     check_choices(overrides)
     own = allowed(overrides)
+    source_name = source(overrides, config_name)
     try:
         with _own_hydra():
-            config = compose(config_name, list(overrides), return_hydra_config=True)
+            config = compose(source_name, list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as e:
         unknown = re.match(r"Could not override '([^']+)\.([^.']+)'", str(e))
         others = [o for o in overrides if unknown and o.split("=")[0] != f"{unknown[1]}.{unknown[2]}"]
         if not unknown or len(others) == len(overrides):
-            raise InputError(sentence(e)) from e
+            raise InputError(sentence(e, _roots(config_name))) from e
         known = OmegaConf.select(composed(others, config_name), unknown[1])
         if unknown[2] in (known or ()):
             key = f"{unknown[1]}.{unknown[2]}"
             raise InputError(f"{key} takes a new entry as +{key}.NAME=VALUE.") from e
         raise InputError(_unknown_key(unknown[1], unknown[2], [str(k) for k in known or ()])) from e
+    _check_merged(overrides, config)
     if any(map(is_allow, overrides)):
         composed([o for o in overrides if not is_allow(o)], config_name)  # refuses a file's own
     if list(config.get("allow") or ()) != own:
         raise InputError("allow may be given on the command line alone, not by a configuration file.")
+    check_resolvers(config)
+    _check_files(config, overrides, config_name)
     return config
+
+
+def _check_files(config: DictConfig, overrides: Sequence[str], config_name: str) -> None:
+    """Refuse what files of others say of where and how a command works; it is the command line's alone."""
+    keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
+    if "hydra.searchpath" not in keys:
+        return
+    given = [
+        override
+        for key, override in zip(keys, overrides, strict=True)
+        if key in PLACES or re.match(r"hydra[./](?!searchpath)", key)
+    ]
+    choices = config.hydra.runtime.choices
+    plugins = [f"{group}={choices[group]}" for group in ("hydra/sweeper", "hydra/launcher")]
+    without = composed([*plugins, *given], config_name)
+    ours, theirs = _ways(without), _ways(config)
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise InputError(f"{key} may be given on the command line alone, not by a configuration file.")
+
+
+def _ways(config: DictConfig) -> dict[str, Any]:
+    """Where a command writes and how it starts, key by key, as the files say it."""
+    found: dict[str, Any] = {}
+    waiting: list[tuple[str, Any]] = [("", OmegaConf.to_container(config, resolve=False))]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict) and value:
+            waiting += [(f"{key}.{name}" if key else str(name), child) for name, child in value.items()]
+        elif key in PLACES or (key.startswith("hydra.") and not key.startswith(NO_WAYS)):
+            found[key] = value
+    return found
+
+
+def source(overrides: Sequence[str], config_name: str) -> str:
+    """The primary configuration of a command line: `config_name`, or that of the run which it continues.
+
+    It is the latter where `ckpt_path=FILE` stands alone, or with `allow` and keys of Hydra. What was allowed
+    then is not, and neither Hydra's keys nor a list of defaults are taken from it.
+    """
+    key = "ckpt_path"
+    given = [override for override in overrides if override.startswith(f"{key}=")]
+    others = [o for o in overrides if o not in given and not is_allow(o) and not re.match(r"\+*hydra[./]", o)]
+    if config_name != "run" or not given or others:
+        return config_name
+    try:
+        checkpoint = Path(at_home(str(OverridesParser.create().parse_override(given[-1]).value())))
+    except HydraException:
+        return config_name
+    if not checkpoint.is_file() or not (checkpoint.parent / "config.yaml").is_file():
+        return config_name
+    folder = checkpoint.parent
+    run = literal(plain(saved(folder)[0]))
+    run |= {group: moved(run.get(group), literal(str(folder)), "${dir}") for group in ("callbacks", "logger")}
+    own = {name: value for name, value in run.items() if name not in ("allow", "defaults", "dir")}
+    hydra = cast(DictConfig, OmegaConf.load(conf_dir() / "run.yaml")).hydra
+    ConfigStore.instance().store(CONTINUED, {"defaults": ["run_schema", "_self_"], "hydra": hydra, **own})
+    return CONTINUED
+
+
+def _check_merged(overrides: Sequence[str], config: DictConfig) -> None:
+    """Refuse an empty dictionary where entries are: Hydra merges them, and nothing would change."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        empty = re.fullmatch(r"\w[\w.]*=\{\s*\}", override)
+        if empty and (had := OmegaConf.select(config, key)):
+            raise InputError(
+                f"{override} changes nothing, as dictionaries are merged; take entries out by "
+                f"~{key}.{next(iter(had))} and so on."
+            )
+
+
+def _roots(config_name: str) -> list[str]:
+    """The keys of a primary configuration that are in no group; none of a run, whose schema has them."""
+    if config_name in ("run", CONTINUED):
+        return []
+    keys = [str(key) for key in cast(DictConfig, OmegaConf.load(conf_dir() / f"{config_name}.yaml"))]
+    return [key for key in keys if key not in ("defaults", "hydra")]
 
 
 @contextmanager
@@ -208,8 +306,11 @@ def check_choices(overrides: Sequence[str]) -> None:
             raise InputError(f"{group} is chosen twice, as {chosen[group]} and as {choice}; choose one.")
 
 
-def sentence(error: Exception) -> str:
-    """What Hydra or OmegaConf says, as one sentence that names the key and what is accepted."""
+def sentence(error: Exception, roots: Sequence[str] = ()) -> str:
+    """What Hydra or OmegaConf says, as one sentence that names the key and what is accepted.
+
+    roots: the keys that do not lie in a group, by default those of a run.
+    """
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
     choice = r"Could not find '([^']*)/([^'/]*)' Available options in '[^']*': (.*?) Config search path"
     if m := re.search(choice, text):
@@ -220,7 +321,7 @@ def sentence(error: Exception) -> str:
     unknown = "Could not override" in text or re.search(r"Key '[^']*' (is )?not in", text)
     if unknown and (m := re.search(r"(?:Could not override '|full_key: )([\w.]+)", text)):
         parent, _, leaf = m[1].rpartition(".")
-        return _unknown_key(parent, leaf, [] if parent else [f.name for f in fields(RunConfig)])
+        return _unknown_key(parent, leaf, [] if parent else roots or [f.name for f in fields(RunConfig)])
     if m := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+) full_key: (\S+)", text):
         kind = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}.get(m[2], m[2])
         return f"{m[3]} must be {kind}, not {m[1]!r}."
@@ -237,8 +338,11 @@ def _unknown_key(parent: str, leaf: str, known: Sequence[str]) -> str:
 
 def check(config: DictConfig) -> None:
     """Everything about a composed run that can be wrong before a weight is loaded; raises InputError."""
+    check_resolvers(config)
     check_values(config)
     check_targets(config)
+    if config.dir is not None:
+        check_places(config)
 
 
 def check_values(config: DictConfig) -> None:
@@ -249,6 +353,8 @@ def check_values(config: DictConfig) -> None:
             "_target_" not in node and group not in ("method", "schedule")
         ):
             raise InputError(f"{group} is missing; choose one with {group}=NAME, csd --help lists them.")
+    _check_named(config)
+    _check_finite(cast(dict, OmegaConf.to_container(config, resolve=False)))
     _expand_home(config)
     config.prompt = literal(prompt_of(config))
     for path, node in nodes(config):
@@ -272,11 +378,36 @@ def check_values(config: DictConfig) -> None:
         )
 
 
+def _check_named(config: DictConfig) -> None:
+    """Refuse a part in whose place there is nothing, a number or a text."""
+    optimised = ["method.residual", "schedule.timestep", "schedule.lr"]
+    keys = ["method.sampler"] if "sampler" in config.method else optimised
+    for group in ("callbacks", "logger"):
+        keys += [f"{group}.{name}" for name in config.get(group) or ()]
+    for key in keys:
+        group, name = key.split(".")
+        node = config[group].get(name)
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise InputError(f"{key}={node} names no class; it must have a _target_, as csd --cfg job shows.")
+
+
+def _check_finite(value: Any, key: str = "") -> None:
+    """Refuse every number that is none, or has no end."""
+    if isinstance(value, float) and not isfinite(value):
+        raise InputError(f"{key} must be a finite number, not {value}.")
+    children = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for name, child in children:
+        if (key, name) != ("", "hydra"):
+            _check_finite(child, f"{key}.{name}" if key else str(name))
+
+
 def _expand_home(config: DictConfig) -> None:
     """Replace `~` at the beginning of every path, which no shell does after KEY=."""
     for path, node in [("", config), *nodes(config)]:
-        for key, value in cast(dict[str, Any], OmegaConf.to_container(node, resolve=False)).items():
-            if is_path(".".join((path, key))) and at_home(value) != value:
+        for key, value in cast(dict, OmegaConf.to_container(node, resolve=False)).items():
+            if is_path(f"{path}.{key}") and at_home(value) != value:
                 node[key] = literal(at_home(value))
 
 

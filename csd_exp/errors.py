@@ -17,6 +17,10 @@ class InputError(ValueError):
     """
 
 
+class RankLost(RuntimeError):
+    """Another process of a run has ended, which ends this one; the message is one plain sentence."""
+
+
 def accept(key: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise an InputError that names the key, the value and what is accepted, unless value is a choice."""
     if value not in choices:

@@ -16,15 +16,16 @@ from torch import Tensor
 from torchmetrics import Metric
 from yaml import YAMLError
 
-from csd_exp.build import constructed, silence_lightning
+from csd_exp.build import accepted, constructed, silence_lightning
 from csd_exp.config import allowed, composed, is_allow, literal
-from csd_exp.errors import InputError
+from csd_exp.errors import InputError, notice
 from csd_exp.facts import check_known, read_facts
 from csd_exp.files import write_whole
 from csd_exp.images import saved_pictures
 from csd_exp.metrics.clip import TINY, tiny_weights
 from csd_exp.report import write_report
 from csd_exp.targets import check_targets
+from csd_exp.trust import check_links, check_resolvers
 
 USAGE = """csd-eval RUN_DIR [metrics=NAME] [metrics.KEY=VALUE ...]
 
@@ -67,9 +68,20 @@ def measured(metrics: Mapping[str, Metric], edited: Iterable[Tensor], media: Pat
     for image, known in zip(edited, read_facts(media), strict=False):  # without a record they have no end
         facts = {"edited": image} | known
         for name, metric in metrics.items():
-            metric.update(**{key: facts[key] for key in takes[name] if key in facts})
-    values = {name: float(m.compute()) if m.update_called else math.nan for name, m in metrics.items()}
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+            with accepted(f"metrics.{name}"):
+                metric.update(**{key: facts[key] for key in takes[name] if key in facts})
+    return {name: _value(name, metric) for name, metric in metrics.items()}
+
+
+def _value(name: str, metric: Metric) -> float | None:
+    """What a metric has come to; that one of yours is no number is said, the package's own mean it."""
+    with accepted(f"metrics.{name}"):
+        value = float(metric.compute()) if metric.update_called else math.nan
+    if math.isfinite(value):
+        return value
+    if not type(metric).__module__.startswith("csd_exp."):
+        notice(f"metrics.{name} has no value: it came to {value}.")
+    return None
 
 
 def entries(metrics: Mapping[str, Metric], group: DictConfig | None, media: Path) -> dict[str, dict]:
@@ -136,6 +148,8 @@ def _config(run_dir: Path) -> DictConfig:
         raise InputError(f"{file} cannot be read ({' '.join(str(e).split())}).") from e
     if not isinstance(config, DictConfig):
         raise InputError(f"{file} is no configuration of csd.")
+    check_resolvers(config)
+    check_links(run_dir)
     return config
 
 

@@ -9,13 +9,15 @@ A metric's `update` takes what it needs to know of a picture, by name:
     outside: [H, W], true where nothing may change; None where all may.
     flow: exact optical flow [2, 2, H, W] from the previous picture to this one and back, in pixels to the
         right and down; None where it is not known.
+    photograph: [3, H, W], what a rendered source should be, and was not fitted to; None elsewhere.
+    depth: [H, W] of a picture of a scene along the optical axis, 0 where there is no surface; None of others.
 Particles say what they know by `facts(i)`, in these names: `outside` as a tensor, `flow` as a reference that
 `_flow` follows, the rest as plain values. In place of a flow they may give what it follows from: `depth`
 [H, W] along the optical axis, 0 where there is no surface, and `camera`, a `Cameras` of one.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from inspect import Parameter, signature
 from itertools import count
 from pathlib import Path
@@ -35,7 +37,7 @@ from csd_exp.particles import Particles
 from csd_exp.scene.cameras import Cameras, flow
 
 VAR_POSITIONAL, VAR_KEYWORD = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
-KNOWN = ("edited", "prompt", "window", "borders", "outside", "flow")
+KNOWN = ("edited", "prompt", "window", "borders", "outside", "flow", "depth", "photograph")
 
 
 def write_facts(particles: Particles, media: Path) -> None:
@@ -52,6 +54,9 @@ def write_facts(particles: Particles, media: Path) -> None:
         if "depth" in facts:
             facts["depth"] = _write_depth(facts["depth"], media / f"depth/{i:06d}.png")
             facts["camera"] = _listed(facts["camera"])
+        if "photograph" in facts:
+            write_png(facts["photograph"], media / f"photographs/{i:06d}.png")
+            facts["photograph"] = f"photographs/{i:06d}.png"
         pictures.append(facts)
     write_whole(media / "pictures.json", json.dumps({"pictures": pictures}, indent=2) + "\n")
 
@@ -69,13 +74,18 @@ def _listed(camera: Cameras) -> dict[str, Any]:
     return numbers | {"size": list(camera.size)}
 
 
+def camera_of(facts: Mapping[str, Any]) -> Cameras:
+    """The camera that the record of a picture has."""
+    known = facts["camera"]
+    pose, focal, centre = (torch.tensor([known[n]]).double() for n in ("pose", "focal", "centre"))
+    return Cameras(pose, focal, centre, (known["size"][0], known["size"][1]))
+
+
 def _view(facts: dict[str, Any], media: Path) -> tuple[Cameras, Tensor]:
     """The camera and the depth of a picture."""
-    known = facts["camera"]
-    numbers = (torch.tensor([known[name]], dtype=torch.float64) for name in ("pose", "focal", "centre"))
     with Image.open(media / facts["depth"]["file"]) as image:
         depth = torch.from_numpy(np.array(image).astype("float64")) * facts["depth"]["unit"]
-    return Cameras(*numbers, (known["size"][0], known["size"][1])), depth
+    return camera_of(facts), depth
 
 
 def read_facts(media: Path) -> Iterator[dict[str, Any]]:
@@ -88,8 +98,11 @@ def read_facts(media: Path) -> Iterator[dict[str, Any]]:
         if facts["outside"] is not None:
             facts["outside"] = read_image(media / facts["outside"])[0] > 0.5
         facts["flow"] = _flow(facts["flow"])
-        if "depth" in facts:
+        if facts["photograph"] is not None:
+            facts["photograph"] = read_image(media / facts["photograph"])
+        if facts["depth"] is not None:
             seen, before = _view(facts, media), seen
+            facts["depth"] = seen[1]
             facts["flow"] = None if before is None else _flow_between(before, seen)
         yield facts | ({"source": sources[i]} if sources else {})
 

@@ -15,6 +15,7 @@ from csd_exp.files import ASSETS, check_sums
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FINEST = 512  # side of a pooled grid: a view's own pixels
 TINY = "csd-tiny"
 TINY_FOLDER = ASSETS / "clip"
 
@@ -32,12 +33,25 @@ class Pooled:
     """The mean colours of a size x size grid: images [n, 3, H, W] in [0, 1] to [n, 3 size^2]."""
 
     def __init__(self, size: int = 8):
-        if size < 1:
-            raise InputError(f"features.size must be at least 1, not {size}.")
+        if not 1 <= size <= FINEST:
+            raise InputError(f"features.size must lie between 1 and {FINEST}, not {size}.")
         self.size = size
 
     def __call__(self, images: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(images, self.size).flatten(1)
+
+
+class Perceptual:
+    """Images [n, 3, H, W] in [0, 1] to [n, D], whose squared distance is the perceptual one.
+
+    That of `csd_exp.metrics.EfficientNetDistance`: |phi_i - phi_j|^2 = mean_l mean_p |u_l,p(i) - u_l,p(j)|^2.
+    """
+
+    def __call__(self, images: Tensor) -> Tensor:
+        from csd_exp.metrics.perceptual import DISTANCE_DEPTHS, activations
+
+        layers = [F.normalize(layer) for layer in activations(images, DISTANCE_DEPTHS)]
+        return torch.cat([(x / (len(layers) * x[0, 0].numel()) ** 0.5).flatten(1) for x in layers], 1)
 
 
 class OpenClip:

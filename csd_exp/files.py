@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,20 @@ def unwritable(error: OSError, advice: str = "") -> InputError:
     return InputError(f"{what} ({error.strerror}); make room, or {advice or 'choose another folder'}.")
 
 
+def too_large(error: Exception) -> InputError:
+    """What does not fit in memory in one sentence; raises any other error again.
+
+    torch says so by a RuntimeError, on the CPU by its words alone.
+    """
+    words = " ".join(str(error).split())
+    if not isinstance(error, MemoryError) and not re.search("out of memory|t allocate memory", words):
+        raise error
+    return InputError(
+        f"This run does not fit in memory ({words or 'no more is left'}); make pictures, windows, "
+        "modality.batch or prior.row_chunk smaller."
+    )
+
+
 def short(path: Path) -> Path:
     """A path as it is told: from the working folder, where it lies in that."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
@@ -30,9 +45,13 @@ def short(path: Path) -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to: it becomes `path` at the end of the block, or goes if that fails."""
+    """A path beside `path` to write to: it becomes `path` at the end of the block, or goes if that fails.
+
+    What lies in its place before, a link that would lead elsewhere above all, goes at once.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
+    partial.unlink(missing_ok=True)
     try:
         yield partial
         partial.replace(path)

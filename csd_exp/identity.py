@@ -1,30 +1,30 @@
 """What a run is: all that touches its numbers. It is compared where a run goes on, and names cached runs."""
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from csd_exp.config import plain
 from csd_exp.errors import InputError
 from csd_exp.files import sha256
+from csd_exp.saved import saved
 from csd_exp.targets import ALLOWED_EXACT, RENAMED
-
-INPUTS = "inputs.json"
 
 # Keys that do not touch the numbers; any other does.
 HARMLESS = (
     *("allow", "ckpt_path", "dir", "logger", "metrics", "name", "optimized_metric", "prompt_file", "tags"),
-    *("prior.device", "prior.row_chunk", "prior.compile", "prior.channels_last", "features.device"),
+    *("prior.device", "prior.row_chunk", "prior.compile", "prior.channels_last", "prior.allow_pickle"),
+    "features.device",
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.precision"),
     *("trainer.default_root_dir", "trainer.enable_checkpointing", "trainer.enable_model_summary"),
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
     "trainer.use_distributed_sampler",
+    *("modality.cache", "modality.dir"),
 )
 
 
@@ -85,7 +85,7 @@ def check_same_science(folder: Path, config: DictConfig) -> None:
     `trainer.max_steps` has cut short may go on. Raises InputError, naming the key, and the file where its
     content has changed.
     """
-    saved, had = _saved(folder)
+    was, had = saved(folder)
     has = inputs(config) if had else {}
     for key in sorted(had.keys() & has.keys()):
         if list(had[key].values()) != list(has[key].values()):
@@ -98,33 +98,14 @@ def check_same_science(folder: Path, config: DictConfig) -> None:
                 f"ckpt_path continues a run that read another content of {key}={changed}; "
                 "give the old file, or start a new run without ckpt_path."
             )
-    before, now = scientific(saved), scientific(config)
+    before, now = scientific(was), scientific(config)
     for key in sorted((before.keys() | now.keys()) - _lengths(before, now)):
-        was, is_now = before.get(key), now.get(key)
-        if was != is_now and _by_content(was, key, had) != _by_content(is_now, key, has):
+        one, other = before.get(key), now.get(key)
+        if one != other and _by_content(one, key, had) != _by_content(other, key, has):
             raise InputError(
-                f"ckpt_path continues a run that had {key}={was}, not {is_now}; "
+                f"ckpt_path continues a run that had {key}={one}, not {other}; "
                 "give the old value, or start a new run without ckpt_path."
             )
-
-
-def _saved(folder: Path) -> tuple[DictConfig, dict[str, dict[str, str]]]:
-    """The configuration of the run in a folder, and the files that it has read."""
-    config = _whole(folder / "config.yaml", OmegaConf.load, DictConfig)
-    file = folder / INPUTS
-    if not file.is_file():
-        return config, {}
-    return config, _whole(file, lambda f: json.loads(f.read_text(encoding="utf-8")), dict)
-
-
-def _whole(file: Path, read: Callable[[Path], Any], kind: type) -> Any:
-    try:
-        content = read(file)
-    except Exception:  # of YAML, JSON, OmegaConf, UTF-8 or the disk, each with many lines
-        content = None
-    if not isinstance(content, kind):
-        raise InputError(f"{file} is damaged, so ckpt_path cannot continue its run; start a new one.")
-    return content
 
 
 def _lengths(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
@@ -171,7 +152,7 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _contents(path: Path) -> dict[str, str]:
-    inside = (file for file in path.iterdir() if not file.name.startswith("."))
+    inside = (file for file in path.rglob("*") if not file.name.startswith("."))
     files = sorted(inside) if path.is_dir() else [path]
     return {str(file): sha256(file) for file in files if file.is_file()}
 

@@ -250,6 +250,7 @@ def _in_srgb(image: Image.Image, profile: bytes, named: str) -> Image.Image:
         notice(f"{named} has a colour profile that cannot be used ({e}); it is taken as sRGB.")
         return image
 
+
 def resized(images: Tensor, height: int, width: int) -> Tensor:
     """Images [n, 3, height, width] of images [n, 3, H, W] in [0, 1], bicubic, without aliasing."""
     size = (height, width)

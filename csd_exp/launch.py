@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from csd_exp.config import at_home, check_values, composed, is_allow, literal, quoted
 from csd_exp.errors import InputError
 from csd_exp.identity import check_same_science
+from csd_exp.trust import check_links
 
 CHILD = "CSD_EXP_RANK_OF"  # the folder of the run that Lightning has started this process for
 PATIENCE = timedelta(minutes=10)  # with the first process of a run, which checks it
@@ -55,7 +56,8 @@ class Place:
 def placed(overrides: Sequence[str], config_name: str = "run") -> tuple[DictConfig, Place]:
     """The configuration of a run in its place, checked as far as no class is needed.
 
-    `ckpt_path=last` is the newest last.ckpt below outputs/NAME; a run goes on in its checkpoint's folder.
+    `ckpt_path=last` is the newest last.ckpt below outputs/NAME; a run goes on in its checkpoint's folder. Of
+    `ckpt_path=FILE` alone the configuration is the one beside it, see `csd_exp.config.source`.
     Raises InputError where there is none, and as `check_values` and `check_folder` do.
     """
     config = composed(overrides, config_name)
@@ -75,13 +77,14 @@ def placed(overrides: Sequence[str], config_name: str = "run") -> tuple[DictConf
 
 def _checkpoint(config: DictConfig) -> Path:
     if config.ckpt_path != "last":
-        if not Path(config.ckpt_path).is_file():
+        if not os.path.isfile(config.ckpt_path):
             raise InputError(f"ckpt_path={config.ckpt_path} is no file; give a checkpoint, or last.")
         return Path(config.ckpt_path)
     found = sorted(Path("outputs", config.name).rglob("last.ckpt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise InputError(
-            f"ckpt_path=last finds no last.ckpt under outputs/{config.name}; nothing to continue."
+            f"ckpt_path=last finds no last.ckpt under outputs/{config.name}; from another working "
+            "folder give the file itself, ckpt_path=FILE, which needs nothing else."
         )
     return found[-1]
 
@@ -90,12 +93,12 @@ def check_folder(config: DictConfig) -> None:
     """Raise InputError where a new run's folder is there, or another run than this one is to be continued."""
     run_dir = Path(config.hydra.run.dir)
     if not config.ckpt_path:
-        if (run_dir / "config.yaml").is_file() and not any(run_dir.glob("*.ckpt")):
+        if os.path.isfile(run_dir / "config.yaml") and not any(run_dir.glob("*.ckpt")):
             raise InputError(
                 f"hydra.run.dir={run_dir} holds a run that ended before its first checkpoint; remove it, or "
                 "give a new folder."
             )
-        if run_dir.exists():
+        if os.path.exists(run_dir):
             raise InputError(
                 f"hydra.run.dir={run_dir} exists already; give a new folder, or continue it by ckpt_path."
             )
@@ -104,6 +107,7 @@ def check_folder(config: DictConfig) -> None:
             f"ckpt_path={config.ckpt_path} has no config.yaml beside it, so it is no run of csd."
         )
     else:
+        check_links(run_dir)
         check_same_science(run_dir, config)
 
 

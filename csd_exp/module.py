@@ -16,7 +16,7 @@ from csd_exp.methods import Residual, Views
 from csd_exp.particles import Canvas, Particles
 from csd_exp.priors.base import Guidance, Prior, Query, compositional, predict, row_count
 from csd_exp.schedules import Draw, Level, Timesteps, Weight, weight
-from csd_exp.svgd import Kernel, svgd
+from csd_exp.svgd import Kernel, multiplier, svgd
 
 Noise = Literal["independent", "shared"]
 Features = Callable[[Tensor], Tensor]
@@ -180,23 +180,34 @@ class CSDModule(ParticleModule):
         ids, own = self._shard(chosen)
         level = Level.at(self.timestep(draw), self.prior.alphas_cumprod)
 
-        x = self._latents(self.particles.views(ids))
+        shown = self.particles.views(ids)
+        x = self._latents(shown)
         score, views, shares = self._asked(x.detach(), ids, level, draw)
         with torch.no_grad():
             x_t, r = self.residual(score, views)
-        phi, pull = self._kernel_space(views.x, x_t, level)
+        # What a kernel sees of rendered views, it pushes apart where they are rendered, in pixels.
+        rendered = self.particles.space == "pixel" and self.kernel.space == "features"
+        phi, pull = self._kernel_space(shown.detach() if rendered else views.x, x_t, level)
         r, phi = self._gather(shares * r, len(chosen)), self._gather(phi, len(chosen))
         self._require_finite(r, "residual", level)
 
         k, repulsion = self.kernel(phi)
-        update = r[own]
+        update, push = r[own], None
         if self.kernel.couples:
-            update = svgd(r, k, pull(repulsion[own]), self.kernel.normalize, own, self._sum_over_ranks)
-        g = weight(level, self.weight) * update.view(-1, *x.shape[1:])
+            coupling = (self.kernel.normalize, own, self._sum_over_ranks)
+            pushed = pull(repulsion[own])
+            if rendered:
+                push = multiplier(r, k, *coupling) * pushed
+                pushed = torch.zeros_like(update)
+            update = svgd(r, k, pushed, *coupling)
+        w = weight(level, self.weight)
+        g = w * update.view(-1, *x.shape[1:])
         descended = (self.particles.share(ids, chosen) * x)[: len(g)]
         self._log_step(level, r, k, repulsion)
         # DDP averages gradients over ranks; times their number that is the exact sum.
         loss = self.trainer.world_size * (descended * g.detach()).sum()
+        if push is not None:
+            loss = loss + self.trainer.world_size * w * (shown[: len(g)].flatten(1) * push.detach()).sum()
         return loss + self._losses(score, views, len(g), len(chosen), draw)
 
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
@@ -273,8 +284,9 @@ class CSDModule(ParticleModule):
         return phi.detach(), pull
 
     def _seen(self, x: Tensor) -> Tensor:
-        """Features [n, D] of the images that latents are of."""
-        return self.features(self.prior.decode(x).clamp(0, 1)).flatten(1)
+        """Features [n, D] of rendered views, or of the images that latents are of."""
+        images = x if self.particles.space == "pixel" else self.prior.decode(x)
+        return self.features(images.clamp(0, 1)).flatten(1)
 
     def _log_step(self, level: Level, r: Tensor, k: Tensor, repulsion: Tensor) -> None:
         rows = k / k.sum(dim=1, keepdim=True)

@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
 from csd_exp.formats.containers import open_media
 from csd_exp.images import opened_image, saved_pictures
 from csd_exp.outlines import colour
+from csd_exp.trust import check_resolvers
 
 CURVES = {
     "step/residual_norm": ("Residual norm", "mean over views of the residual's L2 norm, in noise units"),
@@ -96,7 +97,9 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise InputError(f"{run_dir} has no config.yaml, so it is no run directory; give one that csd wrote.")
-    config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"), resolve=True)
+    saved = cast(DictConfig, OmegaConf.load(run_dir / "config.yaml"))
+    check_resolvers(saved)
+    config: Any = OmegaConf.to_container(saved, resolve=True)
     name = config.get("name", run_dir.name)
     page = _template().render(
         title=_title(config, run_dir / "media") or name,

@@ -7,24 +7,22 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from inspect import isabstract
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from hydra.utils import get_object
 from lightning import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.distributed import DistError
 
-from csd_exp.build import build_module, constructed, silence_lightning
+from csd_exp.build import build_module, constructed
 from csd_exp.callbacks import CheckpointFiles, Interruption, Media, Provenance
 from csd_exp.config import check, composed, literal, quoted, resolved
-from csd_exp.errors import InputError
-from csd_exp.evaluate import build_metrics, entries, metric_classes, write_metrics
-from csd_exp.facts import check_known
-from csd_exp.files import short, unwritable
+from csd_exp.errors import InputError, RankLost
+from csd_exp.evaluate import build_metrics, entries, write_metrics
+from csd_exp.files import short, too_large, unwritable
 from csd_exp.identity import inputs
 from csd_exp.images import saved_pictures
 from csd_exp.interruption import SIGNALS, Interrupted, handled, ignored, stop
@@ -40,11 +38,8 @@ from csd_exp.launch import (
     together,
 )
 from csd_exp.loggers import Wandb
-from csd_exp.methods import needs_source
-from csd_exp.particles import Particles
-from csd_exp.priors import Prior
+from csd_exp.parts import built_trainer, check_parts
 from csd_exp.report import write_report
-from csd_exp.svgd import Kernel
 
 PATIENCE = 5.0  # seconds for the other processes of a run to end by themselves
 
@@ -101,8 +96,15 @@ def run(
         except Interrupted as e:
             go_on = _how_to_go_on(run_dir, command)
             raise Interrupted(e.signum, go_on and f"stopped; {go_on}") from None
+        except RankLost as e:
+            go_on = _how_to_go_on(run_dir, command)
+            raise RankLost(f"{str(e).rstrip('.')}; {go_on}" if go_on else str(e)) from e
         except OSError as e:
             raise unwritable(e, _how_to_go_on(run_dir, command)) from e
+        except MisconfigurationException as e:
+            raise InputError(f"trainer or a callback is not accepted: {' '.join(str(e).split())}") from e
+        except (MemoryError, RuntimeError) as e:
+            raise too_large(e) from e
 
 
 def _how_to_go_on(run_dir: Path, command: Sequence[str]) -> str:
@@ -128,7 +130,7 @@ def _run(config: DictConfig, run_dir: Path, command: Sequence[str], signals: tup
         callbacks.append(Media(run_dir, every_n_steps=0))  # a run always leaves its result
     provenance = Provenance(run_dir, OmegaConf.to_yaml(config), ["csd", *command], read)
     interruption = Interruption(signals)
-    trainer = _trainer(
+    trainer = built_trainer(
         config.trainer,
         logger=[constructed(logger) for logger in (config.logger or {}).values()],
         callbacks=[interruption, provenance, *callbacks],
@@ -165,6 +167,8 @@ def _together(trainer: Trainer, interruption: Interruption) -> Iterator[None]:
             launcher.kill(signal.SIGKILL)
         raise
     except Exception as e:
+        if trainer.world_size > 1 and _is_lost(e):
+            raise RankLost(_which_lost(trainer)) from e
         if not interruption.restores or isinstance(e, InputError):
             raise
         raise InputError(
@@ -172,12 +176,24 @@ def _together(trainer: Trainer, interruption: Interruption) -> Iterator[None]:
         ) from e
 
 
-def _trainer(node: DictConfig, **arguments) -> Trainer:
-    silence_lightning()
-    try:
-        return constructed(node, **arguments)
-    except (MisconfigurationException, ValueError) as e:
-        raise InputError(f"trainer is not accepted: {' '.join(str(e).split())}") from e
+def _is_lost(error: Exception) -> bool:
+    """Whether an exception says that another process does not answer any more."""
+    lost = r"gloo|Connection (closed|reset) by peer|Broken pipe|Socket"
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and re.search(lost, str(error)) is not None
+    )
+
+
+def _which_lost(trainer: Trainer) -> str:
+    """Which process has ended and how, as far as this one has started it."""
+    launcher = trainer.strategy.launcher
+    procs = launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+    for rank, process in enumerate(procs, 1):
+        with suppress(subprocess.TimeoutExpired):
+            code = process.wait(PATIENCE / len(procs))
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            return f"The process of rank {rank} was ended {how}, and so this run is."
+    return "Another process of this run has ended, and so does this one."
 
 
 def check_run(config: DictConfig) -> None:
@@ -189,41 +205,12 @@ def check_run(config: DictConfig) -> None:
     _check_processes(config)
 
 
-def check_parts(config: DictConfig) -> None:
-    """Each part checks its own configuration, and that it goes with the others."""
-    modality, prior = _part(config, "modality", Particles), _part(config, "prior", Prior)
-    _part(config, "kernel", Kernel)
-    modality.check(config.modality)
-    method = "sampler" if "sampler" in config.method else "residual"
-    target = config.method[method]._target_
-    if needs_source(get_object(target)) and not modality.has_source:
-        raise InputError(
-            f"method.{method}={target} needs a picture to edit, and this modality generates from noise; "
-            "choose method=csd or method=sds."
-        )
-    for name, metric in metric_classes(config.metrics).items():
-        check_known(name, metric, modality.has_source)
-    prior.check(config.prior)
-
-
-def _part(config: DictConfig, group: str, kind: Any) -> Any:
-    """The class that a group names, which must be of its kind and no mere beginning of one."""
-    target = config[group]._target_
-    part = get_object(target)
-    if not (isinstance(part, type) and issubclass(part, kind)) or part is kind or isabstract(part):
-        raise InputError(
-            f"{group}._target_={target} is no {group} that can be run; it must be a class that derives from "
-            f"{kind.__module__}.{kind.__name__}."
-        )
-    return part
-
-
 def _check_processes(config: DictConfig) -> None:
     """Refuse a Trainer for another number of processes than torchrun or Slurm has started."""
     started = group(lambda: config.trainer.get("num_nodes", 1))
     if started is None or started.by == "NODE_RANK":
         return
-    trainer = _trainer(config.trainer, logger=False)
+    trainer = built_trainer(config.trainer, logger=False)
     wanted = trainer.num_devices * trainer.num_nodes
     if wanted != started.size:
         raise InputError(

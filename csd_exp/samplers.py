@@ -130,6 +130,10 @@ class Downscaled(PerView):
     needs_source: ClassVar[bool] = True
 
     def seen(self, canvas: Canvas, side: int) -> Canvas:
+        if type(canvas).after_step is not Particles.after_step:
+            raise InputError(
+                "method=downscaled cannot edit a scene, whose field would not follow; choose method=per_view."
+            )
         return DownscaledPictures(canvas, side)
 
 
@@ -183,8 +187,10 @@ class SamplingModule(ParticleModule):
         self.x_t, x_0 = self.sampler.step(self.x_t, x_0, level, following, self._fuse)
         self._show(x_0)
         self.log_dict({"step/timestep": float(level.t), "step/rows": float(self.rows)})
+        draw = Draw(self.seed, self.global_step)
         # Lightning counts its steps by the optimizer's.
         cast(LightningOptimizer, self.optimizers()).step()
+        self.particles.after_step(draw)
 
     def _estimate(self, level: Level) -> Tensor:
         """The guided estimates of x_0 of all views; at any level they tell the noise too."""

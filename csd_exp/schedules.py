@@ -98,6 +98,8 @@ class Timesteps:
             raise InputError(
                 f"schedule.timestep needs 0 <= t_min <= t_max, not t_min={self.t_min} and t_max={self.t_max}."
             )
+        if self.steps < 1:
+            raise InputError(f"schedule.timestep.steps must be at least 1, not {self.steps}.")
         accept("schedule.timestep.anneal", self.anneal, get_args(Anneal))
 
     def __call__(self, draw: Draw) -> int:

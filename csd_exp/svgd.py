@@ -126,6 +126,26 @@ class IMQ(Kernel):
         return (1 + u).rsqrt(), -0.5 * (1 + u) ** -1.5
 
 
+class Perceptual(Kernel):
+    """exp(-d^2 / h), h = median(d)^2 / log N over pairs, d a perceptual distance: the paper's for text-to-3D.
+
+    CSD Appendix C puts LPIPS in the place of the Euclidean distance. d is the squared distance of features
+    whose own it is, as of `features=perceptual`. N is the number of particles, and at least 2.
+    """
+
+    def __call__(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        d = squared_distances(phi)
+        n = len(d)
+        pairs = d[~torch.eye(n, dtype=torch.bool, device=d.device)]
+        median = pairs.median() if len(pairs) else d.new_zeros(())
+        tiny = torch.finfo(d.dtype).smallest_normal ** 0.5
+        gamma = self.scale * log(max(n, 2)) / median.square() if median > tiny else d.new_zeros(())
+        k = torch.exp(-gamma * d.square())
+        pull = -4 * gamma * d * k
+        repulsion = torch.stack([row @ (x - phi) for row, x in zip(pull, phi, strict=True)])
+        return k, repulsion
+
+
 class Uniform(Kernel):
     """1 everywhere: every particle takes the same update; plain averaging, no repulsion."""
 
@@ -175,6 +195,32 @@ def svgd(
         case "none":
             return update
     raise InputError(f"kernel.normalize must be one of {', '.join(get_args(Normalize))}, not {normalize!r}.")
+
+
+def multiplier(
+    residual: Tensor,
+    kernel_matrix: Tensor,
+    normalize: Normalize,
+    rows: slice = slice(None),
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor | float:
+    """What `svgd` multiplies K r by, for a repulsion that is not added in the residual's space.
+
+    A number, or one for each of `rows`, [n, 1]. Of `rms` it is that of K r alone. N = 1 has no repulsion: 0.
+    """
+    n = len(residual)
+    if n == 1:
+        return 0.0
+    coupled = kernel_matrix[rows] @ residual
+    match normalize:
+        case "n":
+            return 1 / n
+        case "rowsum":
+            return 1 / kernel_matrix[rows].sum(dim=1, keepdim=True)
+        case "rms":
+            energy = total(coupled.square().sum())
+            return (residual.square().sum() / energy).sqrt() if energy > 0 else 1.0
+    return 1.0
 
 
 def _positive(x: object) -> bool:

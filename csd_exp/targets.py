@@ -16,20 +16,42 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from csd_exp.errors import InputError, closest
 
-# What a configuration may construct: configurations are shared between people, and `_target_` runs code.
-ALLOWED_PREFIXES = (
-    "csd_exp.",
-    "torch.optim.",
-    "lightning.pytorch.callbacks.",
-    "lightning.pytorch.loggers.",
-    "torchmetrics.",
+# What a configuration may construct: configurations are shared between people, and `_target_` runs code. Of a
+# package its classes that derive from one of these; of our own the rooms whose classes write nothing by being
+# made, and from two of them functions too.
+ALLOWED_KINDS: dict[str, tuple[str, ...]] = {
+    "torch.optim.": ("torch.optim.optimizer.Optimizer", "torch.optim.lr_scheduler.LRScheduler"),
+    "lightning.pytorch.callbacks.": ("lightning.pytorch.callbacks.callback.Callback",),
+    "lightning.pytorch.loggers.": ("lightning.pytorch.loggers.logger.Logger",),
+    "torchmetrics.": ("torchmetrics.metric.Metric",),
+}
+OWN_PARTS = tuple(
+    f"csd_exp.{room}."
+    for room in (
+        *("callbacks", "features", "figures.drawing", "figures.forms", "loggers", "methods", "metrics"),
+        *("particles", "priors", "samplers", "scene.splats", "scene.voxels", "schedules", "svgd"),
+    )
 )
+OWN_FUNCTIONS = ("csd_exp.methods.", "csd_exp.metrics.")
+ALLOWED_PREFIXES = (*OWN_PARTS, *ALLOWED_KINDS)
 ALLOWED_EXACT = (
     "lightning.Trainer",
     "lightning.pytorch.Trainer",
     "lightning.pytorch.trainer.trainer.Trainer",
 )
-ALLOWED_HYDRA_PREFIXES = ("hydra._internal.", "hydra_plugins.", "hydra.experimental.callbacks.")
+ALLOWED_HYDRA_KINDS = {
+    "hydra._internal.": ("hydra.plugins.launcher.Launcher", "hydra.plugins.sweeper.Sweeper"),
+    "hydra_plugins.": ("hydra.plugins.launcher.Launcher", "hydra.plugins.sweeper.Sweeper"),
+    "hydra.experimental.callbacks.": ("hydra.experimental.callback.Callback",),
+    "optuna.samplers.": ("optuna.samplers._base.BaseSampler",),
+}
+ALLOWED_HYDRA_PREFIXES = tuple(ALLOWED_HYDRA_KINDS)
+
+# What the entries of a group have to be.
+GROUPS = {
+    "callbacks": ("lightning.pytorch.callbacks.callback.Callback",),
+    "logger": ("lightning.pytorch.loggers.logger.Logger",),
+}
 
 KEYWORDS = ("_target_", "_partial_")  # of a node, for how it is constructed; see `csd_exp.build.constructed`
 
@@ -55,8 +77,31 @@ def check_targets(config: DictConfig) -> None:
                 if node._target_ != name:
                     node._target_ = name
                 _check_call(path, node, target)
-        if in_hydra(path) and ("()" in node or "ext://" in str(node.get("class", ""))):
-            raise InputError(f"{path} builds an object by logging's '()' key, which is not accepted.")
+        if in_hydra(path):
+            _check_logging(path, node)
+    _check_groups(config)
+
+
+def _check_logging(path: str, node: DictConfig) -> None:
+    """Refuse what Hydra's logging would make or write, but logging's own handlers in the run's folder."""
+    said = cast(dict, OmegaConf.to_container(node, resolve=False))
+    if "()" in said:
+        raise InputError(f"{path} builds an object by logging's '()' key, which is not accepted.")
+    if "logging" in path and not re.fullmatch(
+        r"(logging|colorlog)\.\w+", str(said.get("class", "logging.x"))
+    ):
+        raise InputError(f"{path}.class={said['class']} is not accepted: it must be a class of logging.")
+    for key, value in said.items() if "logging" in path else ():
+        streams = key == "stream" and value in ("ext://sys.stdout", "ext://sys.stderr")
+        if re.match(r"(ext|cfg)://", str(value)) and not streams:
+            raise InputError(f"{path}.{key}={value} is not accepted: it names an object of Python.")
+        if key == "filename" and not re.fullmatch(
+            r"\$\{hydra[.:]runtime\.output_dir\}/[\w.${}:-]+", str(value)
+        ):
+            raise InputError(
+                f"{path}.filename={value} is not accepted: logs are written into the run's folder, "
+                "${hydra.runtime.output_dir}/NAME."
+            )
 
 
 def in_hydra(path: str) -> bool:
@@ -121,7 +166,27 @@ def _found(path: str, name: str, prefixes: tuple[str, ...], exact: tuple[str, ..
         raise _refused(path, name, prefixes)
     if not (home.startswith(prefixes) or home in exact):
         raise _refused(path, name, prefixes)
+    for package, kinds in (ALLOWED_KINDS | ALLOWED_HYDRA_KINDS).items():
+        if home.startswith(package):
+            _check_kind(path, name, found, kinds)
+    if home.startswith(OWN_PARTS) and inspect.isfunction(found) and not home.startswith(OWN_FUNCTIONS):
+        raise InputError(f"{path}._target_={name} is not accepted: it is a function, and no class.")
     return found
+
+
+def _check_groups(config: DictConfig) -> None:
+    for group, kinds in GROUPS.items():
+        for name in config.get(group) or ():
+            node = config[group][name]
+            if isinstance(node, DictConfig) and "_target_" in node:
+                _check_kind(f"{group}.{name}", node._target_, located(node._target_), kinds)
+
+
+def _check_kind(path: str, name: str, found: Any, kinds: tuple[str, ...]) -> None:
+    """Refuse what derives from none of these classes, which need not be imported."""
+    if not any(f"{base.__module__}.{base.__qualname__}" in kinds for base in getattr(found, "__mro__", ())):
+        words = " or ".join(kind.rpartition(".")[2] for kind in kinds)
+        raise InputError(f"{path}._target_={name} is not accepted: it is no {words}.")
 
 
 def located(target: str) -> Any:

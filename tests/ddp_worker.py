@@ -5,6 +5,7 @@ The cases are functions of nothing, so that one process and two build the same r
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -13,9 +14,10 @@ from toys import Learned, Waves
 
 from csd_exp import methods
 from csd_exp.module import CSDModule
-from csd_exp.particles import Images, Panorama, Particles
+from csd_exp.particles import EditedField, EditedPhotographs, GeneratedScene, Images, Panorama, Particles
 from csd_exp.priors.analytic import GaussianMixture
 from csd_exp.samplers import MultiDiffusion, PerView, SamplingModule, SyncTweedies
+from csd_exp.scene.voxels import Voxels
 from csd_exp.schedules import Timesteps
 from csd_exp.svgd import RBF, Kernel, NoKernel
 
@@ -34,6 +36,23 @@ def panorama(folder: Path, **settings) -> Panorama:
     return Panorama(folder / "wide.png", 1, 6, stride=3, prompt="red", **settings)
 
 
+def scene(folder: Path, kind: type[Particles], dtype: str, **settings) -> Particles:
+    field = partial(Voxels, resolutions=(8,), rays=32, dtype=dtype)
+    if kind is not GeneratedScene:
+        settings |= {"path": str(folder / "scene"), "reconstruction_steps": 5, "cache": str(folder / "cache")}
+    shape = {"factor": 1, "multiple": 1, "window": 8}
+    return kind(**shape, field=field, prompt="red", dtype=dtype, frames=2, **settings)
+
+
+def rounds(folder: Path, dtype: str) -> Particles:
+    own = {"views": 3, "edit_steps": 5, "fit_steps": 2, "dir": str(folder / "run")}
+    return scene(folder, EditedPhotographs, dtype, **own)
+
+
+def made(folder: Path, dtype: str) -> Particles:
+    return scene(folder, GeneratedScene, dtype, batch=3, directions=None)
+
+
 CASES = {
     "four_views": lambda f, d: (frames(f, 4, dtype=d), RBF()),
     "three_views": lambda f, d: (frames(f, 3, dtype=d), RBF()),
@@ -50,6 +69,9 @@ CASES = {
     "adam_batch": lambda f, d: (panorama(f, batch=3, dtype=d), RBF(), {"optimizer": torch.optim.Adam}),
     "field": lambda f, d: (Waves(3, regular=0.01, dtype=d), RBF(normalize="rms")),
     "learned": lambda f, d: (frames(f, 3, dtype=d), RBF(), {"residual": Learned()}),
+    "scene": lambda f, d: (rounds(f, d), RBF(normalize="rms")),
+    "scene_field": lambda f, d: (scene(f, EditedField, d, batch=3), RBF(normalize="rms")),
+    "rendered": lambda f, d: (made(f, d), RBF(space="features", normalize="rms"), {"residual": methods.sds}),
     "learned_field": lambda f, d: (Waves(3, batch=1, dtype=d), RBF(), {"residual": Learned()}),
 }
 PRIOR = {"prompts": {"red": [0.2, 3.0]}, "std": 0.4, "image_std": 0.7}

@@ -21,6 +21,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
+from scenes import write_scene
 
 import csd_exp
 from csd_exp import cli
@@ -329,15 +330,22 @@ def test_help_is_readable(folder: Path) -> None:
 
 @pytest.mark.parametrize("experiment", sorted(f.stem for f in (conf_dir() / "experiment").glob("*.yaml")))
 def test_every_experiment_takes_a_step(folder: Path, experiment: str) -> None:
-    size = {"generate": (16, 16)}.get(experiment, SIZE)
-    own = {"generate": [], "mask": ["modality.path=picture.png", "modality.mask=[0,0,1,0.5]"]}
+    size = {"generate": (16, 16), "scene": (16, 16), "text_to_3d": (16, 16)}.get(experiment, SIZE)
+    write_scene(folder / "scene", 4, 2, 16)
+    small = ["modality.reconstruction_steps=2", "modality.field.resolutions=[8]", "modality.field.rays=16"]
+    own = {
+        "generate": [],
+        "mask": ["modality.path=picture.png", "modality.mask=[0,0,1,0.5]"],
+        "scene": ["modality.path=scene", *small],
+        "text_to_3d": ["modality.field.resolutions=[8]", "modality.frames=2", "modality.directions=null"],
+    }
     result = csd_exp.edit(
         f"experiment={experiment}",
         *("prior=analytic", "prior.window=16", "prompt=x", "trainer.fast_dev_run=true"),
         *own.get(experiment, ["modality.path=picture.png"]),
     )
     assert result.images[0].shape == (3, size[1], size[0])
-    measured = set() if experiment == "generate" else {"structure_similarity", "ssim"}
+    measured = set() if experiment in ("generate", "text_to_3d") else {"structure_similarity", "ssim"}
     assert set(result.metrics) >= measured
 
 

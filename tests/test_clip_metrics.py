@@ -14,8 +14,10 @@ from csd_exp.metrics import (
     CLIPDirectionConsistency,
     CLIPDirectionConsistencyAsPrinted,
     CLIPEditConsistency,
+    CLIPGeometry,
     CLIPImageConsistency,
     CLIPImageSimilarity,
+    CLIPJanus,
     CLIPTextSimilarity,
 )
 from csd_exp.metrics.clip import Clip, named_clip
@@ -175,3 +177,43 @@ def test_the_shipped_clip_is_checked_at_once_and_loaded_for_the_first_picture(tm
     monkeypatch.setattr("csd_exp.metrics.clip.TINY_FOLDER", tmp_path / "clip")
     with pytest.raises(InputError, match="has no checksums of clip"):
         named_clip.__wrapped__("tiny")
+
+
+def depths(near: float, far: float) -> Tensor:
+    """A slope from near to far, with nothing in its first row."""
+    depth = torch.linspace(near, far, 36).view(6, 6)
+    depth[0] = 0
+    return depth
+
+
+def test_geometry_sees_the_depth_near_white_and_nothing_black():
+    seen = []
+
+    class Watching(Plane):
+        def __call__(self, images):
+            seen.append(images)
+            return super().__call__(images)
+
+    clip = Clip(Watching())
+    metric = CLIPGeometry(clip=clip, target_caption="a lake")
+    metric.update(torch.zeros(3, 6, 6), depths(2.0, 5.0), "x")
+    (shown,) = seen
+    assert shown.shape == (1, 3, 6, 6)
+    assert not shown[0, :, 0].any()
+    assert float(shown[0, 0, 1, 0]) == pytest.approx(1.0)  # the nearest that there is
+    assert float(shown[0, 0, 5, 5]) == pytest.approx(0.2)
+    assert float(metric.compute()) == pytest.approx(math.cos(math.radians(20)))  # a black first value
+    metric.reset()
+    metric.update(torch.zeros(3, 6, 6), None, "x")
+    metric.update(torch.zeros(3, 6, 6), torch.zeros(6, 6), "x")
+    assert math.isnan(metric.compute())
+
+
+def test_janus_holds_the_back_against_the_front():
+
+    metric = CLIPJanus(clip=Clip(Plane()))
+    for angle in (10.0, 50.0, 70.0, 300.0):
+        metric.update(torch.full((3, 4, 4), angle / 360))
+    assert float(metric.compute()) == pytest.approx(math.cos(math.radians(60)), abs=1e-6)
+    metric.reset()
+    assert math.isnan(metric.compute())

@@ -10,7 +10,8 @@ from PIL import Image
 
 from csd_exp.config import check, composed, conf_dir, prompt_of, quoted
 from csd_exp.errors import InputError
-from csd_exp.run import check_parts, check_run
+from csd_exp.parts import check_parts
+from csd_exp.run import check_run
 from csd_exp.targets import check_targets
 
 
@@ -141,13 +142,13 @@ def test_target_of_a_nested_or_listed_node_is_checked(picture: str) -> None:
         check_targets(config)
 
 
-def test_target_that_an_interpolation_makes_is_checked(picture: str, tmp_path: Path) -> None:
-    made = "${oc.create:{_target_: torch.hub.load}}"
-    assert "callbacks.x._target_=torch.hub.load" in refusal(picture, f"+callbacks.x='{made}'")
-    (tmp_path / "preset").mkdir()
-    (tmp_path / "preset/theirs.yaml").write_text(f'# @package _global_\nkernel: "{made}"\n')
-    message = refusal(picture, "preset=theirs", f"hydra.searchpath=[file://{tmp_path}]")
-    assert "kernel._target_=torch.hub.load" in message
+def test_target_that_an_interpolation_makes_is_checked(picture: str) -> None:
+    config = run_config(picture)
+    OmegaConf.set_struct(config, False)
+    config.features = {"made": {"_target_": "torch.hub.load"}}
+    config.kernel = "${features.made}"
+    with pytest.raises(InputError, match=r"\._target_=torch\.hub\.load"):
+        check_targets(config)
 
 
 def test_hydras_own_targets_are_checked(picture: str) -> None:
@@ -251,7 +252,7 @@ def test_paper_preset() -> None:
 
 @pytest.mark.parametrize("file", sorted((conf_dir() / "experiment").glob("*.yaml")), ids=lambda f: f.stem)
 def test_every_experiment_composes_and_is_accepted(picture: str, file: Path) -> None:
-    path = [] if file.stem == "generate" else [f"modality.path={picture}"]
+    path = [] if file.stem in ("generate", "text_to_3d") else [f"modality.path={picture}"]
     config = composed([f"experiment={file.stem}", *path, "prompt=x", "prior=analytic"])
     config.dir = "somewhere"
     check(config)

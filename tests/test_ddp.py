@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scenes import write_scene
 
 FLOAT32 = ("three_views", "rms", "panorama", "panorama_batch")
 NAMES = [*(f"{case}:float64" for case in ddp_worker.CASES), *(f"{case}:float32" for case in FLOAT32)]
@@ -22,6 +23,9 @@ def folder(tmp_path_factory) -> Path:
     generator = np.random.default_rng(0)
     for name, size in {"0": (4, 5), "1": (4, 5), "2": (4, 5), "3": (4, 5), "wide": (9, 24)}.items():
         Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    write_scene(folder / "scene", 5, 2, 8)
+    particles = ddp_worker.rounds(folder, "float64").scene
+    particles.reconstructed(torch.device("cpu"), particles.album())  # before there are two who would
     return folder
 
 

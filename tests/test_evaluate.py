@@ -176,7 +176,7 @@ GROUPS = sorted(file.stem for file in (conf_dir() / "metrics").glob("*.yaml"))
 
 @pytest.mark.parametrize("group", [group for group in GROUPS if group != "none"])
 def test_every_group_names_metrics_with_definition_and_sense(group):
-    without = ("clip", "comparison", "generated", "nearness")
+    without = ("clip", "comparison", "generated", "nearness", "text_to_3d")
     distance = [] if group in without else ["metrics/perceptual=lpips"]
     config = composed([f"metrics={group}", *distance])
     nodes = {name: config.metrics[name] for name in metric_classes(config.metrics)}
@@ -255,8 +255,8 @@ class TestKnown:
 class Depths(MeanMetric):
     """Asks for what nobody knows."""
 
-    def update(self, edited, depth):
-        self.observe(depth)
+    def update(self, edited, heat):
+        self.observe(heat)
 
 
 class Prompts(MeanMetric):
@@ -269,7 +269,7 @@ class Prompts(MeanMetric):
 def test_a_metric_that_asks_for_what_is_not_known_is_named(run_dir):
     edited = saved_pictures(run_dir / "media", "edited")
     assert measured({"prompts": Prompts()}, edited, run_dir / "media") == {"prompts": 4}
-    with pytest.raises(InputError, match=r"metrics\.depths asks for 'depth', which is not known .* source\."):
+    with pytest.raises(InputError, match=r"metrics\.depths asks for 'heat', which is not known .* source\."):
         measured({"depths": Depths()}, edited, run_dir / "media")
     for file in (run_dir / "media").glob("source*.png"):
         file.unlink()

@@ -293,7 +293,8 @@ def test_every_run_of_every_figure_is_accepted(figure, no_strips):
         get_class(config.draw._target_)
         assert set(config.rows) <= set(cells[0].place)
         for cell in cells if scale == "embedded" else cells[:1]:
-            path = [] if any("modality.path" in o for o in cell.overrides) else ["modality.path=mine.png"]
+            given = any("modality.path" in o or "experiment=text_to_3d" in o for o in cell.overrides)
+            path = [] if given else ["modality.path=mine.png"]
             key = tuple(
                 o
                 for o in cell.overrides

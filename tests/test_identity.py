@@ -10,7 +10,8 @@ from PIL import Image
 from csd_exp import targets
 from csd_exp.config import check, composed, resolved
 from csd_exp.errors import InputError
-from csd_exp.identity import INPUTS, check_same_science, digest, inputs, scientific
+from csd_exp.identity import check_same_science, digest, inputs, scientific
+from csd_exp.saved import INPUTS
 
 
 @pytest.fixture(autouse=True)

@@ -199,3 +199,14 @@ def test_a_folder_without_a_checkpoint_says_so(folder: Path) -> None:
     (folder / "run/config.yaml").touch()
     with pytest.raises(InputError, match="ended before its first checkpoint; remove it, or"):
         csd_exp.edit(*RUN, "hydra.run.dir=run")
+
+
+def test_killed_runs_go_on_to_the_bits_of_one_that_was_not() -> None:
+    """At two moments, one of them within a checkpoint; see tests/killed_runs.py for more."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).with_name("killed_runs.py")
+    tried = subprocess.run(
+        [sys.executable, script, "2", "1"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert tried.returncode == 0, tried.stderr
+    assert "2 of 2 runs came to the bits of the whole one" in tried.stdout

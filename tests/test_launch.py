@@ -154,6 +154,19 @@ def environment(**more: str) -> dict[str, str]:
     return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | more
 
 
+def rank_of(folder: Path, rank: int, args: list[str], port: str, **started: str) -> subprocess.Popen:
+    """One process of a run. started: its environment; RANK stands for its rank."""
+    own = {name: value.replace("RANK", str(rank)) for name, value in started.items()}
+    return subprocess.Popen(
+        [sys.executable, "-m", "csd_exp", *RUN, *TWO, *args],
+        env=environment(MASTER_PORT=port, **own),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def two(folder: Path, args: list[str], late: int, **started: str) -> list[tuple[int, str, str]]:
     """Exit code, standard output and error of two processes, one of which comes seconds late.
 
@@ -162,15 +175,7 @@ def two(folder: Path, args: list[str], late: int, **started: str) -> list[tuple[
     tasks: dict[int, subprocess.Popen] = {}
     port = free_port()
     for rank in (1 - late, late):
-        own = {name: value.replace("RANK", str(rank)) for name, value in started.items()}
-        tasks[rank] = subprocess.Popen(
-            [sys.executable, "-m", "csd_exp", *RUN, *TWO, *args],
-            env=environment(MASTER_PORT=port, **own),
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        tasks[rank] = rank_of(folder, rank, args, port, **started)
         time.sleep(2 if rank != late else 0)
     try:
         said = {rank: task.communicate(timeout=300) for rank, task in tasks.items()}
@@ -231,6 +236,31 @@ def test_what_the_first_process_refuses_the_others_leave_without_a_word(shared: 
         "csd: hydra.run.dir=there exists already; give a new folder, or continue it by ckpt_path.\n"
     )
     assert not list((shared / "there").iterdir())
+
+
+def test_a_late_rank_joins_and_a_killed_one_ends_the_other_in_one_line(shared: Path) -> None:
+    args, port = ["steps=100000", "name=late", "callbacks.checkpoint.every_n_steps=1"], free_port()
+    by_hand = {"LOCAL_RANK": "RANK", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    first = rank_of(shared, 0, args, port, **by_hand)
+    time.sleep(3)
+    late = rank_of(shared, 1, args, port, **by_hand)
+    try:
+        until = time.monotonic() + 60
+        while not list(shared.glob("outputs/late/*/last.ckpt")) and time.monotonic() < until:
+            time.sleep(0.05)
+        late.kill()
+        _, said = first.communicate(timeout=60)
+    finally:
+        for task in (first, late):
+            task.kill()
+            task.communicate()
+    (run,) = (shared / "outputs/late").iterdir()
+    assert first.returncode == 2
+    (line,) = [line for line in said.splitlines() if "is deprecated" not in line and "step " not in line]
+    assert line.startswith(
+        "csd: Another process of this run has ended, and so does this one; go on with: csd "
+    )
+    assert line.endswith(f"ckpt_path={(run / 'last.ckpt').relative_to(shared)}")
 
 
 @pytest.mark.parametrize(

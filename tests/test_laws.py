@@ -15,15 +15,27 @@ import pytest
 import torch
 from diffusers_folder import save_pipeline
 from PIL import Image
+from scenes import write_scene
 from toys import Learned, Waves
 
 from csd_exp import methods
 from csd_exp.facts import KNOWN
 from csd_exp.methods import needs_source
 from csd_exp.module import CSDModule, ParticleModule
-from csd_exp.particles import Canvas, Generated, Images, Panorama, Particles, Video
+from csd_exp.particles import (
+    Canvas,
+    EditedField,
+    EditedPhotographs,
+    Generated,
+    GeneratedScene,
+    Images,
+    Panorama,
+    Particles,
+    Video,
+)
 from csd_exp.priors import GaussianFlow, GaussianMixture, InstructPix2Pix, Prior, StableDiffusion
 from csd_exp.samplers import Downscaled, MultiDiffusion, PerView, SamplingModule, SDEdit, SyncTweedies
+from csd_exp.scene.voxels import Voxels
 from csd_exp.schedules import Draw, Timesteps
 from csd_exp.svgd import IMQ, RBF, Kernel, NoKernel, Uniform
 
@@ -68,7 +80,18 @@ MODALITIES: dict[str, Callable[..., Particles]] = {
     "video": lambda f, m, **s: Video(f, f_(m), m_(m), regions=REGIONS, **{"batch": 2} | s),
     "generated": lambda f, m, **s: Generated(f_(m), m_(m), m.window, count=3, **s),
     "field": lambda f, m, **s: Waves(side=f_(m) * m_(m) * 4, **s),
+    "scene": lambda f, m, **s: EditedPhotographs(
+        str(f / "scene"), f_(m), m_(m), m.window, dir=str(f / "run"), views=2, edit_steps=2, **seen(f) | s
+    ),
+    "scene_field": lambda f, m, **s: EditedField(
+        str(f / "scene"), f_(m), m_(m), m.window, **seen(f) | {"batch": 2} | s
+    ),
+    "rendered": lambda f, m, **s: GeneratedScene(
+        *(f_(m), m_(m), m.window, FIELD), **{"batch": 3, "frames": 2, "directions": None} | s
+    ),
 }
+SCENES = ("scene", "scene_field", "rendered")  # slower: one kernel for each residual
+WITHOUT_SOURCE = ("generated", "rendered")
 SAMPLERS: dict[str, PerView] = {
     "per_view": PerView(steps=3),
     "multidiffusion": MultiDiffusion(steps=3),
@@ -76,6 +99,14 @@ SAMPLERS: dict[str, PerView] = {
     "sdedit": SDEdit(steps=3, strength=0.7),
     "downscaled": Downscaled(steps=3),
 }
+
+
+FIELD = partial(Voxels, resolutions=(6,), rays=16, ball=0.9, dtype="float64")
+
+
+def seen(folder: Path) -> dict[str, Any]:
+    own = {"reconstruction_steps": 2, "cache": str(folder / "cache"), "frames": 2}
+    return own | {"field": partial(FIELD, ball=None)}
 
 
 def f_(views) -> int:
@@ -87,7 +118,7 @@ def m_(views) -> int:
 
 
 def fits(method: object, modality: str) -> bool:
-    return not (needs_source(method) and modality == "generated")
+    return not (needs_source(method) and modality in WITHOUT_SOURCE)
 
 
 def product() -> Iterator[tuple[str, str, str, str]]:
@@ -96,8 +127,8 @@ def product() -> Iterator[tuple[str, str, str, str]]:
         for r, residual in enumerate(RESIDUALS):
             for k, kernel in enumerate(KERNELS):
                 for m, modality in enumerate(MODALITIES):
-                    every = prior == "mixture"
-                    once = prior == "flow" and (r + k + m) % 5 == 0
+                    every = prior == "mixture" and (modality not in SCENES or (r + k) % 5 == 0)
+                    once = prior == "flow" and (r + k + m) % 5 == 0 and modality not in SCENES
                     family = prior not in EXACT and (r, k, m) in ((1, 1, 1), (0, 2, 4), (0, 1, 5))
                     learned = residual == "learned" and prior not in EXACT  # of three channels
                     if (every or once or family) and not learned and fits(RESIDUALS[residual](), modality):
@@ -122,6 +153,7 @@ def folders(tmp_path_factory):
         pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(made / "frames" / f"{name}.png")
         Image.fromarray(pixels).save(made / f"{name.removeprefix('../')}.png")
+    write_scene(made / "scene", 3, 1, 8)
     FOLDERS.update(pictures=made, priors=made)
     folder.cache_clear()
     priors.cache_clear()
@@ -245,14 +277,16 @@ def test_what_a_view_descends_reaches_the_parameters(modality, prior):
     c = torch.randn(shown().shape, generator=generator, dtype=torch.float64)
     shares = seen.share(ids, ids)
     ((shares * c).detach() * shown()).sum().backward()
-    (parameter,) = seen.parameters()
-    direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    slope, gradient = [], float((parameter.grad * direction).sum())
+    moved = [p for p in seen.parameters() if p.requires_grad]
+    along = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in moved]
+    slope, gradient = [], sum(float((p.grad * d).sum()) for p, d in zip(moved, along, strict=True))
     for h in (1e-5, -1e-5):
         with torch.no_grad():
-            parameter += h * direction
+            for p, d in zip(moved, along, strict=True):
+                p += h * d
             slope.append(float((shares * c * shown()).sum()))
-            parameter -= h * direction
+            for p, d in zip(moved, along, strict=True):
+                p -= h * d
     assert gradient == pytest.approx((slope[0] - slope[1]) / 2e-5, rel=1e-5, abs=1e-7)
 
 
@@ -279,7 +313,7 @@ def test_what_is_known_of_pictures_has_names_that_metrics_may_ask_for(modality):
     assert len(pictures) == seen.count
     assert len(originals) == (seen.count if seen.has_source else 0)
     for i, picture in enumerate(pictures):
-        assert set(seen.facts(i)) <= set(KNOWN)
+        assert set(seen.facts(i)) <= {*KNOWN, "camera"}
         assert seen.facts(i)["prompt"]
         assert picture.shape[0] == 3
         assert 0 <= picture.min() <= picture.max() <= 1
@@ -291,7 +325,7 @@ def test_what_is_known_of_pictures_has_names_that_metrics_may_ask_for(modality):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("modality", [m for m in MODALITIES if m != "field"])
+@pytest.mark.parametrize("modality", [m for m in MODALITIES if m not in ("field", *SCENES)])
 @pytest.mark.parametrize("prior", PRIORS)
 def test_laws_of_a_sampler(prior, modality, sampler, tmp_path, monkeypatch):
     """Chunks do not matter, rows are counted, a resumed run has the same bits; also from pure noise."""
@@ -344,7 +378,7 @@ class Elsewhere:
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
-@pytest.mark.parametrize("modality", [m for m in MODALITIES if m != "field"])
+@pytest.mark.parametrize("modality", [m for m in MODALITIES if m not in ("field", *SCENES)])
 def test_a_step_holds_its_tensors_to_one_device(modality, residual, monkeypatch):
     if not fits(RESIDUALS[residual](), modality):
         pytest.skip("a residual that needs a source")
@@ -355,7 +389,7 @@ def test_a_step_holds_its_tensors_to_one_device(modality, residual, monkeypatch)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("modality", [m for m in MODALITIES if m != "field"])
+@pytest.mark.parametrize("modality", [m for m in MODALITIES if m not in ("field", *SCENES)])
 def test_a_sampler_holds_its_tensors_to_one_device(modality, sampler, monkeypatch):
     if not fits(SAMPLERS[sampler], modality):
         pytest.skip("a sampler that needs a source")

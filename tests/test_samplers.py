@@ -15,8 +15,8 @@ import csd_exp
 from csd_exp import samplers
 from csd_exp.config import composed
 from csd_exp.errors import InputError
-from csd_exp.particles import Images, Panorama
 from csd_exp.images import resized
+from csd_exp.particles import Images, Panorama
 from csd_exp.priors import GaussianMixture, InstructPix2Pix
 from csd_exp.priors.base import Cond, Prior
 from csd_exp.samplers import Downscaled, MultiDiffusion, PerView, SamplingModule, SDEdit, SyncTweedies

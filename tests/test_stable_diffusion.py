@@ -1,8 +1,10 @@
 """Stable Diffusion priors on tiny random diffusers components, held against diffusers' own pipelines."""
 
 import json
+import os
 import shutil
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -356,7 +358,60 @@ def test_the_older_public_layout_loads_to_the_same_prior(folder, copy):
             }
         )
     )
-    assert InstructPix2Pix(copy).fingerprint == InstructPix2Pix(folder()).fingerprint
+    with pytest.raises(InputError, match=r"vae/diffusion_pytorch_model\.bin.*prior\.allow_pickle=true"):
+        check_folder(copy)
+    assert InstructPix2Pix(copy, allow_pickle=True).fingerprint == InstructPix2Pix(folder()).fingerprint
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_pickled_weights_run_nothing(copy, part, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (file,) = (copy / part).glob("*.safetensors")
+    file.unlink()
+    stem = "pytorch_model" if part == "text_encoder" else "diffusion_pytorch_model"
+    torch.save({"x": Evil()}, copy / part / f"{stem}.bin")
+    with pytest.raises(InputError, match=rf"{part}/{stem}\.bin is damaged or holds other things") as e:
+        InstructPix2Pix(copy, allow_pickle=True)
+    assert "weights_only" not in str(e.value)
+    assert not Path("ran").exists()
+
+
+def sharded(file: Path, index: str, shards: tuple[str, str]) -> None:
+    """Split a weight file in two, as an index beside it says."""
+    weights = load_file(file)
+    file.unlink()
+    placed = {name: shards[i % 2] for i, name in enumerate(weights)}
+    for shard in shards:
+        mine = {name: weights[name] for name, where in placed.items() if where == shard}
+        if shard.endswith(".bin"):
+            torch.save(mine, file.parent / shard)
+        else:
+            save_file(mine, file.parent / shard, metadata={"format": "pt"})
+    (file.parent / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": placed}))
+
+
+def test_shards_are_those_that_the_index_names(folder, copy):
+    """As transformers and diffusers wrote them in turn; some parts have the variant and some do not."""
+    (unet,), (text,) = ((copy / part).glob("*.safetensors") for part in ("unet", "text_encoder"))
+    shards = ("diffusion_pytorch_model-00001-of-00002.fp16.safetensors", "other.safetensors")
+    sharded(unet, "diffusion_pytorch_model.safetensors.index.fp16.json", shards)
+    sharded(text, "pytorch_model.bin.index.json", ("pytorch_model-00001-of-00002.bin", "second.bin"))
+    with pytest.raises(
+        InputError, match=r"text_encoder/pytorch_model-00001-of-00002\.bin.*allow_pickle=true"
+    ):
+        check_folder(copy, "fp16")
+    prior = InstructPix2Pix(copy, variant="fp16", allow_pickle=True)
+    assert prior.fingerprint == InstructPix2Pix(folder()).fingerprint
+    with pytest.raises(InputError, match=r"prior\.variant=bf16 names no weights"):
+        check_folder(copy, "bf16", allow_pickle=True)
+    (copy / "unet" / shards[1]).unlink()
+    with pytest.raises(InputError, match=r"unet/other\.safetensors, or \.bin, is missing"):
+        check_folder(copy, "fp16", allow_pickle=True)
 
 
 def test_a_variant_names_the_weight_files(folder, copy):

@@ -81,12 +81,10 @@ class CheckpointFiles(TorchCheckpointIO):
         """Write to the disk itself: what is under this name afterwards is whole, or there is nothing."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        with whole(Path(path)) as partial:
-            partial.unlink(missing_ok=True)  # a link that may be there is not followed
-            with open(partial, "xb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
+        with whole(Path(path)) as partial, open(partial, "xb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         """Tensors and plain containers; raises InputError for any other content, of which nothing is run."""

@@ -23,10 +23,11 @@ class Interruption(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.restores = True
+        handle(self.signals, stop)  # in the place of Lightning's, which loses the signal
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._trained, self.restores = True, False
-        handle(self.signals, self.noted)  # in the place of Lightning's, which loses the step
+        handle(self.signals, self.noted)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_) -> None:
         self._step = trainer.global_step

@@ -70,6 +70,7 @@ class Media(L.Callback):
     def on_train_end(self, trainer: L.Trainer, module: ParticleModule) -> None:
         self._save(trainer, module, "edited", module.images())
         if not module.particles.has_source:
+            write_facts(module.particles, self.folder)  # of what has been made, such as its depths
             return
         source, edited = (saved_pictures(self.folder, name) for name in ("source", "edited"))
         if module.particles.film is None:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 import csd_exp
 from csd_exp.files import write_whole
-from csd_exp.identity import INPUTS
+from csd_exp.saved import INPUTS, LAUNCHED
 
 
 class Provenance(L.Callback):
@@ -26,10 +26,11 @@ class Provenance(L.Callback):
 
     `config.yaml`, the resolved configuration as given, which the loggers get too; `command.txt`, the
     command as a shell takes it; `inputs.json`, the files that the run reads with their checksums, see
-    `csd_exp.identity.inputs`; `provenance.json`, git commit, package versions, Python, platform and device;
-    `git_diff.patch`, where tracked files differ from that commit. A resumed run adds its command as one more
-    line, and its own `provenance_000050.json` and `git_diff_000050.patch`, named after the step it goes on
-    from.
+    `csd_exp.identity.inputs`; `provenance.json`, the working folder, git commit, package versions,
+    Python, platform and device;
+    `git_diff.patch`, where tracked files differ from that commit, both of the package's own checkout alone. A
+    resumed run adds its command as one more line, and its own `provenance_000050.json` and
+    `git_diff_000050.patch`, named after the step it goes on from.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Provenance(L.Callback):
         git, diff = _git()
         record = {
             "command": self.command,
+            LAUNCHED: str(Path.cwd()),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "resumed_from_step": step or None,
             "git": git,
@@ -75,19 +77,17 @@ class Provenance(L.Callback):
 
 
 def _git() -> tuple[dict | None, str]:
-    """Commit and diff of the checkout that this package, or else the working directory, lies in."""
+    """Commit and diff of the checkout that this package is a part of; any other is not this run's to tell."""
     package = Path(csd_exp.__file__)
     # A package installed below someone else's checkout is no part of it.
-    tracked = _run_git(package.parent, "ls-files", "--error-unmatch", package.name) is not None
-    folder, of = (package.parent, "csd_exp") if tracked else (Path.cwd(), "working directory")
-    commit = _run_git(folder, "rev-parse", "HEAD")
-    if commit is None:
+    if _run_git(package.parent, "ls-files", "--error-unmatch", package.name) is None:
         return None, ""
-    root = Path((_run_git(folder, "rev-parse", "--show-toplevel") or str(folder)).strip())
+    commit = (_run_git(package.parent, "rev-parse", "HEAD") or "").strip()
+    root = Path((_run_git(package.parent, "rev-parse", "--show-toplevel") or str(package.parent)).strip())
     diff = _run_git(root, "diff", "HEAD") or ""
     status = (_run_git(root, "status", "--porcelain") or "").splitlines()
     untracked = [line[3:] for line in status if line.startswith("??")]
-    return {"of": of, "commit": commit.strip(), "changed": bool(diff), "untracked": untracked}, diff
+    return {"of": "csd_exp", "commit": commit, "changed": bool(diff), "untracked": untracked}, diff
 
 
 def _run_git(folder: Path, *arguments: str) -> str | None:

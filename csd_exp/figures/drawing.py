@@ -213,7 +213,7 @@ class Pictures:
     ) -> Iterator[tuple[str, list[tuple[str, Tensor | None]]]]:
         columns = list(results.groups(self.columns, shown))
         rows = results.groups(self.rows, shown)
-        if not self.beside:
+        if not self.beside and _has_source(shown[0]):
             yield "source", [(self._title((), f), _picture(shown[0], "source", f)) for f in self.frames]
         for key, own in rows.items():
             row: list[tuple[str, Tensor | None]] = [("source", _source(own[0]))] if self.beside else []
@@ -227,6 +227,11 @@ class Pictures:
     def _title(self, column: Key, frame: int) -> str:
         frames = [f"frame {frame}"] if len(self.frames) > 1 else []
         return ", ".join([*column, *frames])
+
+
+def _has_source(record: Record) -> bool:
+    assert record.run is not None
+    return len(saved_pictures(record.run / "media", "source")) > 0
 
 
 def _picture(record: Record, name: str, frame: int) -> Tensor:

@@ -11,7 +11,7 @@ from csd_exp.build import constructed, silence_lightning
 from csd_exp.config import allowed, composed, quoted
 from csd_exp.errors import InputError
 from csd_exp.figures.cache import record
-from csd_exp.figures.plan import Cell, divided, equal_of, parts, planned
+from csd_exp.figures.plan import Cell, check_figure, divided, equal_of, parts, planned
 from csd_exp.figures.results import Record, Results
 from csd_exp.files import write_whole
 from csd_exp.run import check_run
@@ -74,6 +74,7 @@ def make(overrides: Sequence[str]) -> int:
     figure = config.figure
     if OmegaConf.is_missing(figure, "name"):
         raise InputError(f"{own[0]} is no figure; csd-figure --help lists them.")
+    check_figure(figure)
     check_targets(OmegaConf.create({"draw": figure.draw, "form": figure.form, "allow": allowed(others)}))
     folder, form, equal = Path(config.folder), constructed(figure.form), equal_of(figure)
     cells = planned(figure, others, Path(config.dir))

@@ -121,7 +121,24 @@ def planned(figure: DictConfig, others: Sequence[str], folder: Path) -> list[Cel
         raise InputError(f"figure={figure.name} has no run; figure.seeds and each axis need at least one.")
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"figure={figure.name} has two runs called {twice[0]}; names must differ.")
+    known = list(dict.fromkeys(axis for cell in found for axis in cell.place))
+    for key in ("rows", "draw.lines", "draw.rows", "draw.columns"):
+        if unknown := [axis for axis in OmegaConf.select(figure, key) or () if axis not in known]:
+            raise InputError(
+                f"figure.{key} names {unknown[0]}, which is no axis of figure={figure.name}; there are "
+                f"{', '.join(known) or 'none'}."
+            )
     return found
+
+
+def check_figure(figure: DictConfig) -> None:
+    """Raises InputError for a figure that nothing could be drawn of."""
+    for key in ("draw", "form"):
+        if not isinstance(figure[key], DictConfig) or "_target_" not in figure[key]:
+            raise InputError(f"figure.{key}={figure[key]} names no class; it must have a _target_.")
+    for key in ("seeds", "columns"):
+        if not figure[key]:
+            raise InputError(f"figure.{key} is empty; it must have at least one.")
 
 
 def cells(figure: DictConfig, others: Sequence[str], folder: Path) -> Iterator[Cell]:

@@ -15,8 +15,10 @@ from csd_exp.metrics.clip import CLIPDirectionalSimilarity as CLIPDirectionalSim
 from csd_exp.metrics.clip import CLIPDirectionConsistency as CLIPDirectionConsistency
 from csd_exp.metrics.clip import CLIPDirectionConsistencyAsPrinted as CLIPDirectionConsistencyAsPrinted
 from csd_exp.metrics.clip import CLIPEditConsistency as CLIPEditConsistency
+from csd_exp.metrics.clip import CLIPGeometry as CLIPGeometry
 from csd_exp.metrics.clip import CLIPImageConsistency as CLIPImageConsistency
 from csd_exp.metrics.clip import CLIPImageSimilarity as CLIPImageSimilarity
+from csd_exp.metrics.clip import CLIPJanus as CLIPJanus
 from csd_exp.metrics.clip import CLIPTextSimilarity as CLIPTextSimilarity
 from csd_exp.metrics.flow import DIS as DIS
 from csd_exp.metrics.flow import RAFT as RAFT
@@ -27,9 +29,12 @@ from csd_exp.metrics.masked import SSIMOutside as SSIMOutside
 from csd_exp.metrics.perceptual import LPIPS as LPIPS
 from csd_exp.metrics.perceptual import EfficientNetDistance as EfficientNetDistance
 from csd_exp.metrics.perceptual import PerceptualConsistency as PerceptualConsistency
+from csd_exp.metrics.perceptual import ReconstructionDistance as ReconstructionDistance
 from csd_exp.metrics.perceptual import efficientnet_distance as efficientnet_distance
 from csd_exp.metrics.perceptual import style_embedding as style_embedding
 from csd_exp.metrics.similarity import SSIM as SSIM
+from csd_exp.metrics.similarity import ReconstructionPSNR as ReconstructionPSNR
+from csd_exp.metrics.similarity import ReconstructionSSIM as ReconstructionSSIM
 from csd_exp.metrics.similarity import StructureSimilarity as StructureSimilarity
 from csd_exp.metrics.windows import SeamEnergy as SeamEnergy
 from csd_exp.metrics.windows import StyleSpread as StyleSpread

@@ -52,6 +52,9 @@ class Answers:
         embed: Embed | None = None,
         most: int = 72,
     ):
+        for name, value in (("side", side), ("most", most)):
+            if value is not None and value < 1:
+                raise InputError(f"metrics.answers.{name} must be at least 1, not {value}.")
         if isinstance(edit, str):
             if edit not in EDITS:
                 raise InputError(f"edit must be one of {', '.join(EDITS)}, not {edit!r}.")

@@ -179,6 +179,49 @@ class CLIPTextSimilarity(CaptionMetric):
             self.observe(cosine(self.clip.image(edited), captions[1]))
 
 
+class CLIPGeometry(CaptionMetric):
+    """cos(C(d), T(target caption)), in [-1, 1]; the shape without colours shows what the caption says.
+
+    The mean over pictures of the CLIP score of a picture's depth d, near white and far black, nothing black:
+    "CLIP Geo" of the CSD paper's Table 3, which does not state how its depths are made visible.
+    """
+
+    higher_is_better = True
+
+    def update(self, edited: Tensor, depth: Tensor | None = None, prompt: str = "") -> None:
+        captions = self.captions(prompt)
+        if depth is None or captions is None or not (depth > 0).any():
+            return
+        near, far = depth[depth > 0].min(), depth.max()
+        shown = ((far - depth) / (far - near).clamp(min=1e-9) * 0.8 + 0.2) * (depth > 0)
+        self.observe(cosine(self.clip.image(shown.float().expand(3, -1, -1).clone()), captions[1]))
+
+
+class CLIPJanus(CLIPMetric):
+    """cos(C(e_0), C(e_n/2)), in [-1, 1]; how much the back of a turntable looks like its front, to CLIP.
+
+    e_0 is in front and e_n/2 behind. A thing with a face on each side comes near 1, and so does one that
+    looks alike from all sides: it says something of things that do not.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, clip: str | Clip = TINY, device: str = "cpu", **kwargs):
+        super().__init__(clip, device, **kwargs)
+        self.seen: list[Tensor] = []
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen = []
+
+    def update(self, edited: Tensor) -> None:
+        self.seen.append(self.clip.image(edited))
+
+    def compute(self) -> Tensor:
+        half = len(self.seen) // 2
+        return cosine(self.seen[0], self.seen[half]) if half else torch.tensor(torch.nan)
+
+
 class CLIPImageSimilarity(CLIPMetric, PictureMetric):
     """cos(C(e), C(o)), in [-1, 1]; 1 where the edit kept all that CLIP sees of the source.
 

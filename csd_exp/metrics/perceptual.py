@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csd_exp.errors import InputError
-from csd_exp.metrics.base import FrameMetric, PictureMetric
+from csd_exp.metrics.base import FrameMetric, MeanMetric, PictureMetric
 
 # Ends of stages, counted from the stem: the last at each of five resolutions, and the first five of seven.
 DISTANCE_DEPTHS = (1, 2, 3, 5, 7)
@@ -116,6 +116,20 @@ class LPIPS(PictureMetric):
 
     def value(self, edited: Tensor, source: Tensor) -> Tensor:
         return self.distance(edited[None], source[None])[0]
+
+
+class ReconstructionDistance(MeanMetric):
+    """`distance` of a rendered source and its photograph, over photographs that a field was not fitted to."""
+
+    higher_is_better = False
+
+    def __init__(self, distance: EfficientNetDistance | LPIPS | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.distance = EfficientNetDistance().distance if distance is None else distance.distance
+
+    def update(self, source: Tensor, photograph: Tensor | None = None) -> None:
+        if photograph is not None:
+            self.observe(self.distance(source[None], photograph[None])[0])
 
 
 class PerceptualConsistency(FrameMetric):

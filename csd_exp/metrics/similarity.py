@@ -6,7 +6,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.transforms.functional import gaussian_blur
 
 from csd_exp.images import luminance
-from csd_exp.metrics.base import PictureMetric
+from csd_exp.metrics.base import ROUNDING, MeanMetric, PictureMetric
 
 
 class SSIM(PictureMetric):
@@ -23,6 +23,30 @@ class SSIM(PictureMetric):
         similarity = structural_similarity_index_measure(a, b, data_range=1.0)
         assert isinstance(similarity, Tensor)
         return similarity
+
+
+class ReconstructionPSNR(MeanMetric):
+    """-10 log10 mean_p |o_p - p_p|^2 of a rendered source o and its photograph p, in dB, at most 58.9.
+
+    The mean over photographs that a field was not fitted to: how well a scene has been reconstructed.
+    """
+
+    higher_is_better = True
+
+    def update(self, source: Tensor, photograph: Tensor | None = None) -> None:
+        if photograph is not None:
+            error = (source - photograph).double().square().mean()
+            self.observe(-10 * error.clamp(min=ROUNDING).log10())
+
+
+class ReconstructionSSIM(MeanMetric):
+    """`SSIM` of a rendered source and its photograph, over photographs that a field was not fitted to."""
+
+    higher_is_better = True
+
+    def update(self, source: Tensor, photograph: Tensor | None = None) -> None:
+        if photograph is not None:
+            self.observe(SSIM().value(source, photograph))
 
 
 class StructureSimilarity(PictureMetric):

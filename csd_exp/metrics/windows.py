@@ -76,6 +76,8 @@ class WindowMetric(MeanMetric):
 
     def __init__(self, side: int | None = 128, **kwargs):
         super().__init__(**kwargs)
+        if side is not None and side < 1:
+            raise InputError(f"The side of a metric's windows must be at least 1 pixel, not {side}.")
         self.side = side
 
     def cut(self, image: Tensor, window: int | None) -> Tensor | None:

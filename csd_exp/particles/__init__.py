@@ -1,4 +1,4 @@
-"""What is optimised: a set of images, a panorama as overlapping windows, a video, a scene, or pictures from noise."""
+"""What is optimised: images, a panorama as overlapping windows, a video, a scene, or pictures from noise."""
 
 from csd_exp.particles.base import Particles as Particles
 from csd_exp.particles.canvas import Canvas as Canvas
@@ -7,4 +7,5 @@ from csd_exp.particles.images import Images as Images
 from csd_exp.particles.panorama import Panorama as Panorama
 from csd_exp.particles.scene import EditedField as EditedField
 from csd_exp.particles.scene import EditedPhotographs as EditedPhotographs
+from csd_exp.particles.text_to_3d import GeneratedScene as GeneratedScene
 from csd_exp.particles.video import Video as Video

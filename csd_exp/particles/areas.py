@@ -55,9 +55,12 @@ class Areas:
         wrap: bool = False,
         background: bool = True,
     ):
+        if feather is not None and not 0 <= feather <= max(size):
+            raise InputError(
+                f"modality.feather must be at least 0 and at most the image's {max(size)} pixels, not "
+                f"{feather}."
+            )
         feather = factor if feather is None else feather
-        if feather < 0:
-            raise InputError(f"modality.feather must be at least 0 pixels, not {feather}.")
 
         def latents(area: Tensor) -> Tensor:
             return avg_pool2d(pad(area)[None], factor)[0]

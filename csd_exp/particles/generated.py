@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from csd_exp.errors import InputError
+from csd_exp.images import MAX_PIXELS
 from csd_exp.particles.base import Autoencoder
 from csd_exp.particles.images import WholePictures, read_prompts
 from csd_exp.schedules import Draw
@@ -49,6 +50,11 @@ class Generated(WholePictures):
         for key, value in (("count", count), ("size", side)):
             if value < 1:
                 raise InputError(f"modality.{key} must be at least 1, not {value}.")
+        if count * side**2 > MAX_PIXELS:
+            raise InputError(
+                f"modality.count={count} pictures of {side} x {side} pixels are too many; together they may "
+                f"have {MAX_PIXELS:,} pixels."
+            )
         super().__init__((side, side), factor, multiple, batch, regions, None, None, each, dtype, count)
         self.seed, self._count = seed, count
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from csd_exp.errors import InputError, notice
 from csd_exp.formats.spheres import goes_round, read_sphere, sphere_xmp
-from csd_exp.images import pad_to, read_image
+from csd_exp.images import MAX_PIXELS, pad_to, read_image
 from csd_exp.particles.areas import Areas, Box, check_areas
 from csd_exp.particles.canvas import Canvas, Windows
 from csd_exp.schedules import Draw
@@ -75,6 +75,11 @@ class Panorama(Canvas):
         self.size = (sides[0], sides[1])
         height, width = (max(-(-side // factor), window) * factor for side in sides)
         self.grid = (height // factor, width // factor)
+        if height * width > MAX_PIXELS:
+            raise InputError(
+                f"modality.window={window} makes a picture of {width} x {height} pixels; it may have "
+                f"{MAX_PIXELS:,}."
+            )
         # With wrap, the encoder and the decoder must see past the border what lies beyond it.
         self.margin = min(window // 2, self.grid[1]) if wrap else 0
         pad = partial(pad_to, height=height, width=width, circular=wrap)

@@ -1,4 +1,4 @@
-"""A scene of three dimensions: its photographs are edited and its field follows, or the field itself is edited."""
+"""A scene: its photographs are edited and its field follows, or the field itself is edited."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,17 +15,43 @@ from csd_exp.particles.images import WholePictures
 from csd_exp.scene.album import Album
 from csd_exp.scene.cameras import Bounds
 from csd_exp.scene.field import Field
-from csd_exp.scene.scene import Scene, Trajectory, adam, check_scene, improve
+from csd_exp.scene.scene import FOLLOWING, Scene, Trajectory, adam, check_scene, improve
 from csd_exp.schedules import Draw
 
 
-class EditedPhotographs(WholePictures):
+class _Filmed:
+    """What is shown of a scene: the frames of a film, of its field as it was and as it is."""
+
+    prompt: str
+    scene: Scene
+    field: Field
+    original: Field  # no state: it is reconstructed, or in the cache
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any]) -> None:
+        check_scene(config)
+
+    @property
+    def count(self) -> int:
+        return len(self.scene.film.cameras)
+
+    def pictures(self, prior: Autoencoder, which: slice = slice(None)) -> Iterator[Tensor]:
+        return self.scene.frames(self.field, which)
+
+    def originals(self) -> Iterator[Tensor]:
+        return self.scene.frames(self.original)
+
+    def facts(self, i: int) -> dict[str, Any]:
+        return {"prompt": self.prompt} | self.scene.facts(self.original, i)
+
+
+class EditedPhotographs(_Filmed, WholePictures):
     """Photographs are edited round by round, and after each round the field is fitted to them.
 
     A round edits `views` of the photographs, drawn without replacement, in `edit_steps` steps: they begin as
-    the field shows them, with the photographs as source and condition. Then they take their places in what the
-    field is fitted to, for `fit_steps` steps. The paper's update (CSD 4.3) is rounds of 16 views; that of
-    Instruct-NeRF2NeRF is rounds of one step of one view, by the residual `dataset_update`; one round of all
+    the field shows them, with the photographs as source and condition. Then they take their places in what
+    the field is fitted to, for `fit_steps` steps. The paper's update (CSD 4.3) is rounds of 16 views; that of
+    Instruct-NeRF2NeRF is rounds of one step of one view, by the residual `ddim_edit`; one round of all
     views is DGE's. The pictures of the run are the frames of a film, of the field as it was and as it is.
 
     path, field, reconstruction_steps, bounds, trajectory, frames, cache, seed: see `Scene`. views: None for
@@ -34,10 +60,7 @@ class EditedPhotographs(WholePictures):
     """
 
     edited: Tensor
-
-    @classmethod
-    def check(cls, config: Mapping[str, Any]) -> None:
-        check_scene(config)
+    autoencoder: Autoencoder
 
     def __init__(
         self,
@@ -47,7 +70,7 @@ class EditedPhotographs(WholePictures):
         window: int,
         field: Callable[[Bounds], Field],
         dir: str,
-        reconstruction_steps: int = 1500,
+        reconstruction_steps: int = 1000,
         views: int | None = 16,
         batch: int | None = None,
         edit_steps: int = 20,
@@ -62,13 +85,30 @@ class EditedPhotographs(WholePictures):
         prompt: str = "",
         dtype: str = "float32",
     ):
-        for key, value, least in (("views", views, 1), ("edit_steps", edit_steps, 1), ("fit_steps", fit_steps, 0)):
+        for key, value, least in (
+            ("views", views, 1),
+            ("edit_steps", edit_steps, 1),
+            ("fit_steps", fit_steps, 0),
+        ):
             if value is not None and value < least:
                 raise InputError(f"modality.{key} must be at least {least}, not {value}.")
         side = window * factor
-        scene = Scene(path, side, factor * multiple, field, reconstruction_steps, seed, cache, bounds, trajectory, frames)
+        scene = Scene(
+            path,
+            side,
+            factor * multiple,
+            field,
+            reconstruction_steps,
+            seed,
+            cache,
+            bounds,
+            trajectory,
+            frames,
+        )
         trained = len(scene.train)
-        super().__init__(scene.views.size, factor, multiple, batch, None, mask, feather, prompt, dtype, trained)
+        super().__init__(
+            scene.views.size, factor, multiple, batch, None, mask, feather, prompt, dtype, trained
+        )
         self.scene, self.film = scene, scene.film
         self.round_of = trained if views is None else min(views, trained)
         self.edit_steps, self.fit_steps = edit_steps, fit_steps
@@ -84,13 +124,9 @@ class EditedPhotographs(WholePictures):
         vars(self).update(original=original, autoencoder=prior)
         # No part of what a step descends: it follows afterwards.
         self.field = self.scene.reconstructed(prior.device, self.album).requires_grad_(False)
-        self.adam = adam(self.field)
+        self.adam = adam(self.field, FOLLOWING)
         super().begin(prior, draw)
         self._open(draw)
-
-    @property
-    def count(self) -> int:
-        return len(self.film.cameras)
 
     def choose(self, draw: Draw) -> Tensor:
         ids = self._round(draw)
@@ -144,15 +180,6 @@ class EditedPhotographs(WholePictures):
             self.album.put(i, ImageFiles([self._file(int(self.edited[i]), i)])[0])
         self._shown = self.edited.cpu().clone()
 
-    def pictures(self, prior: Autoencoder, which: slice = slice(None)) -> Iterator[Tensor]:
-        return self.scene.frames(self.field, which)
-
-    def originals(self) -> Iterator[Tensor]:
-        return self.scene.frames(self.original)
-
-    def facts(self, i: int) -> dict[str, Any]:
-        return {"prompt": self.prompt} | self.scene.facts(self.original, i)
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": [self.latent]}]
 
@@ -163,18 +190,15 @@ class EditedPhotographs(WholePictures):
         self.adam.load_state_dict(state["adam"])
 
 
-class EditedField(Particles):
-    """The field itself is what is optimised: the coupled residual of its views is carried into it in each step.
+class EditedField(_Filmed, Particles):
+    """The field itself is what is optimised: the coupled residual of its views is carried into it each step.
 
     path, field, reconstruction_steps, bounds, trajectory, frames, cache, seed: see `Scene`. batch: how many
     photographs' views a step takes. The photographs are source and condition.
     """
 
     space = "pixel"
-
-    @classmethod
-    def check(cls, config: Mapping[str, Any]) -> None:
-        check_scene(config)
+    conditions: Tensor | None
 
     def __init__(
         self,
@@ -183,7 +207,7 @@ class EditedField(Particles):
         multiple: int,
         window: int,
         field: Callable[[Bounds], Field],
-        reconstruction_steps: int = 1500,
+        reconstruction_steps: int = 1000,
         batch: int = 4,
         bounds: Sequence[float] | None = None,
         trajectory: Trajectory = "orbit",
@@ -198,7 +222,16 @@ class EditedField(Particles):
         super().__init__(prompt, dtype)
         side = window * factor
         self.scene = Scene(
-            path, side, factor * multiple, field, reconstruction_steps, seed, cache, bounds, trajectory, frames
+            path,
+            side,
+            factor * multiple,
+            field,
+            reconstruction_steps,
+            seed,
+            cache,
+            bounds,
+            trajectory,
+            frames,
         )
         self.film, self.batch = self.scene.film, batch
 
@@ -212,10 +245,6 @@ class EditedField(Particles):
         self.album = album
         self.register_buffer("conditions", torch.cat(known) if known else None, persistent=False)
 
-    @property
-    def count(self) -> int:
-        return len(self.film.cameras)
-
     def choose(self, draw: Draw) -> Tensor:
         return torch.from_numpy(draw.generator("views").permutation(len(self.album))[: self.batch])
 
@@ -228,15 +257,6 @@ class EditedField(Particles):
 
     def condition(self, ids: Tensor) -> Sequence[Tensor | None]:
         return [None] * len(ids) if self.conditions is None else list(self.conditions[ids])
-
-    def pictures(self, prior: Autoencoder, which: slice = slice(None)) -> Iterator[Tensor]:
-        return self.scene.frames(self.field, which)
-
-    def originals(self) -> Iterator[Tensor]:
-        return self.scene.frames(self.original)
-
-    def facts(self, i: int) -> dict[str, Any]:
-        return {"prompt": self.prompt} | self.scene.facts(self.original, i)
 
 
 class _Photographs:

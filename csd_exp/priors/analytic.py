@@ -35,7 +35,15 @@ class GaussianMixture(Prior):
     ):
         if row_chunk < 1:
             raise InputError(f"prior.row_chunk must be at least 1, not {row_chunk}.")
-        means = torch.as_tensor(means, dtype=torch.float64)
+        for name, deviation in (("std", std), ("image_std", image_std)):
+            if not deviation > 0:
+                raise InputError(f"prior.{name} must be above 0, not {deviation}.")
+        try:
+            means = torch.as_tensor(means, dtype=torch.float64)
+        except (TypeError, ValueError) as e:
+            raise InputError(f"prior.means must be lists of numbers, all of one length, not {means}.") from e
+        if means.ndim not in (2, 4) or not means.numel():
+            raise InputError(f"prior.means must list colours, one for each component, not {means.tolist()}.")
         self.means = means if means.ndim == 4 else means[:, :, None, None]
         self.std, self.image_std = std, image_std
         self.prompts = {"": [1.0] * len(self.means)} | dict(prompts or {})

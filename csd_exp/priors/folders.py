@@ -20,6 +20,11 @@ from csd_exp.errors import InputError
 from csd_exp.files import ASSETS, check_sums
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+# Of each format the names of whole weight files, diffusers' and transformers'.
+STEMS = {
+    "safetensors": ("diffusion_pytorch_model", "model"),
+    "bin": ("diffusion_pytorch_model", "pytorch_model"),
+}
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -49,14 +54,23 @@ def check_parts(
     folder: Path,
     networks: Sequence[str],
     variant: str | None = None,
+    allow_pickle: bool = False,
     tokenizers: Sequence[str] = ("tokenizer",),
 ) -> dict[str, dict]:
-    """The configurations of a folder's networks by part, and of its scheduler; all parts must be there."""
+    """The configurations of a folder's networks by part, and of its scheduler; all parts must be there.
+
+    A variant may be there for some of the networks only; the others are then taken without.
+    """
     config_of(path, folder, "model_index.json")
     configs = {"scheduler": config_of(path, folder, "scheduler/scheduler_config.json")}
     configs |= {part: config_of(path, folder, f"{part}/config.json") for part in networks}
+    if variant is not None and not any(_weight_files(path, folder / part, variant) for part in networks):
+        raise InputError(
+            f"prior.variant={variant} names no weights of prior.path={path}: {networks[0]} holds "
+            f"{', '.join(sorted(file.name for file in (folder / networks[0]).iterdir()))}."
+        )
     for part in networks:
-        _check_weights(path, folder, part, variant)
+        _check_weights(path, folder, part, variant, allow_pickle)
     for part in tokenizers:
         if not any(all((folder / part / file).is_file() for file in files) for files in VOCABULARIES):
             raise InputError(
@@ -79,11 +93,23 @@ def config_of(path: str | Path, folder: Path, file: str) -> dict:
 
 
 def load_network(path: str | Path, folder: Path, part: str, cls: Any, variant: str | None = None) -> Any:
-    """A network in float32; one whose file lacks weights would silently be random there."""
-    safe = _weight_files(folder / part, variant)[0].suffix == ".safetensors"
-    model, info = load_part(
-        path, folder, part, cls, variant=variant, use_safetensors=safe, output_loading_info=True
-    )
+    """A network in float32; one whose file lacks weights would silently be random there.
+
+    Of pickled weights nothing but tensors is read.
+    """
+    taken, files = _found_weights(path, folder / part, variant)
+    safe = _is_safe(files)
+    options = {"variant": taken, "use_safetensors": safe, "output_loading_info": True}
+    try:
+        model, info = load_part(path, folder, part, cls, **options)
+    except InputError as e:
+        if safe:
+            raise
+        # torch's own words advise to load without protection
+        raise InputError(
+            f"prior.path={path}: {part}/{files[0].name} is damaged or holds other things than tensors, "
+            "of which none was run; give weights as .safetensors."
+        ) from e
     if info["missing_keys"]:
         raise InputError(
             f"prior.path={path}: the weights of its {part} lack {len(info['missing_keys'])} tensors, "
@@ -128,23 +154,54 @@ def _local(path: str | Path) -> Path | None:
     return None
 
 
-def _check_weights(path: str | Path, folder: Path, part: str, variant: str | None) -> None:
-    if not _weight_files(folder / part, variant):
+def _check_weights(
+    path: str | Path, folder: Path, part: str, variant: str | None, allow_pickle: bool
+) -> None:
+    files = _found_weights(path, folder / part, variant)[1]
+    missing = [file.name for file in files if not file.is_file()]
+    if not files or missing:
         stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-        name = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+        whole = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+        name = missing[0] if missing else whole
         there = sorted(f.name for f in (folder / part).iterdir())
         raise InputError(
-            f"prior.path={path} lacks the weights of its {part}: {part}/{name}, or .bin, is missing (with "
-            f"prior.variant={variant or 'null'}); there are {', '.join(there)}."
+            f"prior.path={path} lacks the weights of its {part}: {part}/{name}, or .bin, is "
+            f"missing (with prior.variant={variant or 'null'}); there are {', '.join(there)}."
+        )
+    if not _is_safe(files) and not allow_pickle:
+        raise InputError(
+            f"prior.path={path} has pickled weights, {part}/{files[0].name}, which can hold other things "
+            "than tensors; give .safetensors, or prior.allow_pickle=true where you know who made them."
         )
 
 
-def _weight_files(part: Path, variant: str | None) -> list[Path]:
-    """Its weight files, whole or in shards: safetensors, or else .bin."""
-    middle = rf"\.{re.escape(variant)}" if variant else ""
-    name = re.compile(rf"(diffusion_pytorch_|pytorch_)?model{middle}(-\d+-of-\d+)?\.(safetensors|bin)")
-    files = [file for file in part.iterdir() if name.fullmatch(file.name)]
-    return [file for file in files if file.suffix == ".safetensors"] or files
+def _is_safe(files: Sequence[Path]) -> bool:
+    return all(file.suffix == ".safetensors" for file in files)
+
+
+def _found_weights(path: str | Path, part: Path, variant: str | None) -> tuple[str | None, list[Path]]:
+    """The weight files of a part and their variant, which is None where it has none of the one asked for."""
+    files = _weight_files(path, part, variant)
+    return (variant, files) if files or variant is None else (None, _weight_files(path, part, None))
+
+
+def _weight_files(path: str | Path, part: Path, variant: str | None) -> list[Path]:
+    """The weight files of a part, where diffusers and transformers look for them.
+
+    They are one file, or the shards that an index names, whatever they are called: safetensors, or else .bin.
+    """
+    middle = f".{variant}" if variant else ""
+    for ending, stems in STEMS.items():
+        for stem in stems:
+            whole = part / f"{stem}{middle}.{ending}"
+            if whole.is_file():
+                return [whole]
+            indices = [f"{stem}.{ending}.index{middle}.json", f"{stem}.{ending}{middle}.index.json"]
+            for index in filter(Path.is_file, (part / name for name in indices)):
+                with _blaming(path, f"{part.name}/{index.name} is no index of weights"):
+                    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                    return [part / shard for shard in sorted(set(shards))]
+    return []
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class StableDiffusion(LatentPrior):
     """Stable Diffusion (Rombach et al. 2022) with classifier-free guidance: 1.5, 2.1 and their fine-tunes.
 
     path: a folder in the diffusers layout, a hub id, or loaded Parts. variant: which weight files of it,
-        such as `fp16`.
+        such as `fp16`, where a part has them. allow_pickle: whether weights may be .bin files.
     guidance_scale: w_y of CSD Eq. 2.
     compile: torch.compile the network; every call is then filled up to row_chunk rows.
     The rest is as for LatentPrior.
@@ -56,12 +56,13 @@ class StableDiffusion(LatentPrior):
         self,
         path: str | Path | Parts,
         variant: str | None = None,
+        allow_pickle: bool = False,
         guidance_scale: float = 7.5,
         compile: bool = False,
         **shared,
     ):
         super().__init__(**shared)
-        parts = path if isinstance(path, Parts) else load(path, variant, self.image_conditions)
+        parts = path if isinstance(path, Parts) else load(path, variant, self.image_conditions, allow_pickle)
         self.tokenizer, self.scheduler = parts.tokenizer, parts.scheduler
         self.text_encoder, self.unet = parts.text_encoder, parts.unet
         self.hold(parts.vae, unet=parts.unet, text_encoder=parts.text_encoder)
@@ -83,7 +84,8 @@ class StableDiffusion(LatentPrior):
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
-        check_folder(config["path"], config.get("variant"), cls.image_conditions)
+        pickled = config.get("allow_pickle", False)
+        check_folder(config["path"], config.get("variant"), cls.image_conditions, pickled)
 
     def described(self) -> object:
         vocabulary = sorted(self.tokenizer.get_vocab().items())
@@ -191,7 +193,12 @@ class InstructPix2Pix(StableDiffusion):
         return torch.cat([x_t, torch.stack(images).to(x_t)], dim=1)
 
 
-def check_folder(path: str | Path, variant: str | None = None, image_conditions: int | None = None) -> None:
+def check_folder(
+    path: str | Path,
+    variant: str | None = None,
+    image_conditions: int | None = None,
+    allow_pickle: bool = False,
+) -> None:
     """Raise InputError unless `path` is a usable prior; reads configurations, never weights.
 
     A hub id passes when the hub, or its local cache, has it. image_conditions: how many latent images the
@@ -200,7 +207,7 @@ def check_folder(path: str | Path, variant: str | None = None, image_conditions:
     folder = known_folder(path)
     if folder is None:
         return
-    configs = check_parts(path, folder, ("vae", "text_encoder", "unet"), variant)
+    configs = check_parts(path, folder, ("vae", "text_encoder", "unet"), variant, allow_pickle)
     predicts = configs["scheduler"].get("prediction_type", "epsilon")
     if predicts not in get_args(Prediction):
         raise InputError(
@@ -210,10 +217,15 @@ def check_folder(path: str | Path, variant: str | None = None, image_conditions:
     _check_fit(path, configs["vae"], configs["text_encoder"], configs["unet"], image_conditions)
 
 
-def load(path: str | Path, variant: str | None = None, image_conditions: int | None = None) -> Parts:
+def load(
+    path: str | Path,
+    variant: str | None = None,
+    image_conditions: int | None = None,
+    allow_pickle: bool = False,
+) -> Parts:
     """The float32 components of a folder or hub id, checked as by `check_folder`; only a hub id downloads."""
     folder = fetched_folder(path, variant)
-    check_folder(folder, variant, image_conditions)
+    check_folder(folder, variant, image_conditions, allow_pickle)
     with quiet():
         return Parts(
             vae=load_network(path, folder, "vae", AutoencoderKL, variant),

@@ -28,7 +28,7 @@ class Album:
         return len(self.cameras)
 
     def put(self, i: int, picture: Tensor, mask: Tensor | None = None) -> None:
-        """Keep [3, H, W] in [0, 1] as picture i. mask: [H, W], 0 where it does not count; None keeps the old."""
+        """Keep [3, H, W] in [0, 1] as picture i. mask: [H, W], 0 where it does not count; None: as it was."""
         self._pixels[i, ..., :3] = to_uint8(picture)
         if mask is not None:
             self._pixels[i, ..., 3] = (255 * mask).round().byte().numpy()

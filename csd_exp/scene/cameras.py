@@ -1,7 +1,7 @@
 """Pinhole cameras: rays, projection, paths, and where one camera sees what another has seen.
 
-Axes are OpenCV's: x to the right, y down, z forward. Pixel (row i, column j) has its centre at (j + 0.5, i + 0.5).
-Depth is along the optical axis, in units of the world.
+Axes are OpenCV's: x to the right, y down, z forward. The pixel of row i and column j has its centre at
+(j + 0.5, i + 0.5). Depth is along the optical axis, in units of the world.
 """
 
 import math
@@ -97,7 +97,7 @@ class Cameras:
         return Rays(pose[..., 3], (pose[..., :3] @ seen[..., None]).squeeze(-1))
 
     def project(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each camera sees world points [n, ..., 3]: places [n, ..., 2] in pixels, and depths [n, ...]."""
+        """Where each camera sees points [n, ..., 3]: places [n, ..., 2] in pixels, and depths [n, ...]."""
         shape = (len(self), *[1] * (points.ndim - 2))
         seen = (points - self.positions.view(*shape, 3)).unsqueeze(-2) @ self.pose[:, :, :3].view(
             *shape, 3, 3
@@ -110,7 +110,7 @@ class Cameras:
 def flow(first: Cameras, depth: Tensor, second: Cameras) -> Tensor:
     """Optical flow [2, H, W] from one camera's view to another's, in pixels to the right and down.
 
-    depth: [H, W] of the first view; nan where it is 0, which is no surface, and what is behind the second camera.
+    depth: [H, W] of the first view. nan where it is 0, no surface, and for what is behind the second camera.
     """
     origins, directions = (x[0] for x in first.rays())
     places, depths = second.project((origins + depth[..., None] * directions)[None])
@@ -155,7 +155,7 @@ def orbit(
 
 
 def focus(cameras: Cameras) -> Tensor:
-    """The point [3] nearest to all optical axes, in the sense of least squares; nan where they are parallel."""
+    """The point [3] nearest to all optical axes, by least squares; nan where they are parallel."""
     d = cameras.forward
     across = torch.eye(3).to(d) - d[:, :, None] * d[:, None, :]
     total = across.sum(0)
@@ -184,23 +184,39 @@ def bounds(cameras: Cameras, centre: Sequence[float] | None = None, half: float 
 
     Cameras that face the point nearest to all their axes look inward: the cube lies about it and reaches over
     half of their median distance, and nothing is nearer to one than a quarter of it. Others look outward from
-    where they are, as in a room: the cube holds twice the space that they take, and near is a twentieth of it.
-    Up is the mean of what the pictures have up. Raises InputError where nothing can be told, as of one place.
+    where they are, as in a room: the cube holds twice the space that they take, near is a twentieth of it.
+    Up is the mean of what the pictures have up. Raises InputError where nothing can be told, as of one place,
+    and where no camera faces a given centre.
     """
     positions, point = cameras.positions, focus(cameras)
     up = torch.nn.functional.normalize(-cameras.pose[:, :, 1].mean(0), dim=0)
     spread = float((positions - positions.mean(0)).norm(dim=1).max())
     if centre is None and spread == 0:
         raise InputError(
-            "The cameras all stand in one place, so nothing tells how large the scene is; give modality.bounds."
+            "The cameras all stand in one place, which does not tell how large the scene is; give "
+            "modality.bounds."
         )
     middle = point if centre is None else up.new_tensor(list(centre))
     away = (middle - positions).norm(dim=1)
     facing = ((middle - positions) * cameras.forward).sum(1) / away
-    inward = bool(torch.isfinite(middle).all() and facing.median() > 0.8 and (facing > 0).double().mean() > 0.9)
+    if centre is not None and not (facing > 0).any():
+        raise InputError("No camera faces the centre of modality.bounds, so nothing of it would be seen.")
+    inward = bool(
+        torch.isfinite(middle).all() and facing.median() > 0.8 and (facing > 0).double().mean() > 0.9
+    )
     if inward:
         distance = float(away.median())
         return Bounds(middle, half or 0.55 * distance, distance / 4, positions, up, inward)
     middle = positions.mean(0) if centre is None else middle
     half = half or 2 * spread
     return Bounds(middle, half, half / 20, positions, up, inward)
+
+
+UNIT_CUBE = Bounds(
+    centre=torch.zeros(3).double(),
+    half=1.0,
+    near=0.05,
+    positions=torch.full((1, 3), 1e3).double(),  # far from all that is in it
+    up=torch.tensor([0.0, 0.0, 1.0]).double(),
+    inward=True,
+)

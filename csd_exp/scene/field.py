@@ -13,7 +13,7 @@ from csd_exp.schedules import Draw
 class Rendered(NamedTuple):
     """What cameras see: rgb [n, 3, H, W] in [0, 1], alpha [n, 1, H, W] in [0, 1] and depth [n, 1, H, W].
 
-    rgb has the background in it. Depth is the mean of what is seen along the optical axis, in units of the world.
+    rgb has the background in it. Depth is the mean of what is seen, along the optical axis.
     """
 
     rgb: Tensor
@@ -27,7 +27,7 @@ class Photographed(Protocol):
     cameras: Cameras
 
     def colours(self, ids: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """[m, 3] in [0, 1] of pixels [m, 2] (x, y) of photographs ids [m], and [m, 1], how much each counts."""
+        """[m, 3] in [0, 1] of pixels [m, 2] (x, y) of pictures ids [m], and [m, 1], how much each counts."""
 
     def picture(self, i: int) -> Tensor:
         """[3, H, W] in [0, 1]."""
@@ -42,7 +42,11 @@ class Field(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, photographs: Photographed, draw: Draw) -> Tensor:
-        """How far a few rays, or a view, are from the photographs; a scalar, with the field's own regularisers."""
+        """How far a few rays, or a view, are from the photographs, and the field's own regularisers."""
+
+    def roughness(self, draw: Draw) -> Tensor:
+        """How much neighbours differ, over a few of them; 0 of a field that knows none."""
+        return next(self.parameters()).new_zeros(())
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Lenses: how cameras distort, and the pinhole camera that sees the same without."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,6 +24,7 @@ MODELS: Mapping[str, tuple[str, bool]] = {
 }
 TERMS = ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")  # in OpenCV's order, k4 to k6 of its denominator
 WIDEST = 60  # degrees from the optical axis that an undistorted view reaches at most
+NARROWEST = 16  # times the focal length of a lens, beyond which nothing worth a view is left of its picture
 
 
 @dataclass(frozen=True)
@@ -75,31 +77,37 @@ def _matrix(lens: Lens) -> np.ndarray:
     return np.array([[fx, 0, cx - 0.5], [0, fy, cy - 0.5], [0, 0, 1]])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)
 def _undistorted(lens: Lens) -> Lens:
-    """By bisection on the focal length, with the border of the view and all between it and the centre."""
+    """By bisection on how far the view's border can be drawn out without leaving the picture."""
     height, width = lens.size
-    x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
+    x, y = np.linspace(0.5, width - 0.5, 33), np.linspace(0.5, height - 0.5, 33)
     sides = [(x, 0 * x + 0.5), (x, 0 * x + height - 0.5), (0 * y + 0.5, y), (0 * y + width - 0.5, y)]
     border = (np.concatenate([np.stack(s, 1) for s in sides]) - lens.centre) / lens.focal
 
-    def filled(zoom: float) -> bool:
-        outwards = np.linspace(0, 1, 33)[:, None, None] * border / zoom
-        places = lens.seen(outwards.reshape(-1, 2)).reshape(outwards.shape)
-        inside = (places >= 0.49) & (places <= np.array([width, height]) - 0.49)
-        ways = np.linalg.norm((places - lens.centre) / lens.focal, axis=2)
-        return bool(inside.all() and (np.diff(ways, axis=0) > 0).all())
+    def filled(reach: float) -> bool:
+        places = lens.seen(reach * border)
+        return bool(((places >= 0.49) & (places <= np.array([width, height]) - 0.49)).all())
 
-    low, high = np.linalg.norm(border, axis=1).max() / np.tan(np.radians(WIDEST)), 16.0
-    if not filled(high):
-        raise InputError(f"A lens with the distortion {list(lens.distortion)} cannot be undistorted.")
-    if filled(low):
-        high = low
-    for _ in range(30 if high > low else 0):
+    low, high = 0.0, _before_it_folds(lens, border)
+    if filled(high):
+        low = high
+    for _ in range(30 if low < high else 0):
         middle = (low + high) / 2
-        low, high = (low, middle) if filled(middle) else (middle, high)
-    focal = (float(lens.focal[0] * high), float(lens.focal[1] * high))
-    return replace(lens, focal=focal, distortion=(), fisheye=False)
+        low, high = (middle, high) if filled(middle) else (low, middle)
+    if low < 1 / NARROWEST:
+        raise InputError(f"A lens with the distortion {list(lens.distortion)} cannot be undistorted.")
+    return replace(lens, focal=(lens.focal[0] / low, lens.focal[1] / low), distortion=(), fisheye=False)
+
+
+def _before_it_folds(lens: Lens, border: np.ndarray) -> float:
+    """Up to which multiple of all border rays [n, 2] a picture goes outwards with them, WIDEST at most."""
+    widest = math.tan(math.radians(WIDEST)) / float(np.linalg.norm(border, axis=1).max())
+    reaches = np.linspace(0, widest, 65)
+    rays = reaches[:, None, None] * border
+    places = lens.seen(rays.reshape(-1, 2)).reshape(rays.shape)
+    outwards = np.diff(np.linalg.norm((places - lens.centre) / lens.focal, axis=2), axis=0) > 0
+    return float(reaches[int(np.logical_and.accumulate(outwards.all(1)).sum())])
 
 
 @lru_cache(maxsize=1)  # of a scene all photographs have mostly one lens, and its map is as large as they

@@ -7,13 +7,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from csd_exp.errors import InputError
-from csd_exp.images import natural, opened_image, read_image
-from csd_exp.images import resized
+from csd_exp.images import natural, opened_image, read_image, resized
 from csd_exp.scene.cameras import Cameras
 from csd_exp.scene.lenses import Lens
 
@@ -41,10 +39,11 @@ class Photographs:
 
     train, test: indices. points: xyz [p, 3] in float64 and rgb [p, 3] in [0, 1]. up: [3], where it is known.
     depth_unit: what one step of a depth file is in units of the world. to_original: [4, 4], from the
-    world of the poses to the one that they were brought from.
+    world of the poses to the one that they were brought from. described_by: the files that say all this.
     """
 
     path: Path
+    described_by: list[Path]
     every: list[Photograph]
     train: list[int]
     test: list[int]
@@ -55,6 +54,12 @@ class Photographs:
 
     def __len__(self) -> int:
         return len(self.every)
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that a scene is made of, each once: what describes it, pictures, masks and depth."""
+        beside = [file for photo in self.every for file in (photo.file, photo.mask, photo.depth) if file]
+        return list(dict.fromkeys([*self.described_by, *beside]))
 
     def views(self, side: int, multiple: int) -> "Views":
         """Each photograph as a view: undistorted, its shorter side resized to `side` pixels and cropped.
@@ -157,19 +162,35 @@ def split(every: Sequence[Photograph]) -> tuple[list[int], list[int]]:
     return [i for i in range(len(every)) if i not in test], test
 
 
+def missing(path: Path, names: Sequence[str], of: int, what: str) -> InputError:
+    """What to raise where files are not there."""
+    return InputError(f"modality.path={path}: {len(names)} of {of} {what} are missing, first {names[0]}.")
+
+
 def lens_of_file(lens: Lens, file: Path, path: Path) -> Lens:
     """A lens at the size of its picture file, which may be a smaller or larger copy.
 
-    Raises InputError where the file is missing or its sides are in another proportion than the lens's.
+    Raises InputError where the file is missing, where its sides are in another proportion than the lens's,
+    and where the lens cannot be undistorted.
     """
     size = stored_size(file)
-    height, width = lens.size
-    if abs(size[1] * height / width - size[0]) > 1 and abs(size[0] * width / height - size[1]) > 1:
+    if not proportional(size, lens.size):
         raise InputError(
             f"modality.path={path}: {file} has {size[1]} x {size[0]} pixels, but its camera "
-            f"{width} x {height}; a picture must have the size of its camera or be a copy of it at another."
+            f"{lens.size[1]} x {lens.size[0]}; a picture must have the size of its camera or be "
+            "a copy of it at another."
         )
+    try:
+        lens.undistorted()
+    except InputError as e:
+        raise InputError(f"modality.path={path}: {file} cannot be used: {e}") from e
     return lens if size == lens.size else lens.resized(size)
+
+
+def proportional(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether pictures of two sizes show the same, up to the rounding of one side."""
+    (height, width), (h, w) = size, other
+    return abs(width * h / w - height) <= 1 or abs(height * w / h - width) <= 1
 
 
 def stored_size(file: Path) -> tuple[int, int]:
@@ -179,18 +200,22 @@ def stored_size(file: Path) -> tuple[int, int]:
 
 
 def read_depth(file: Path) -> np.ndarray:
-    """A depth file as [H, W] in float32, in its own steps; raises InputError where it is none."""
+    """A depth file as [H, W] in float32, in its own steps, 0 where it knows nothing.
+
+    Raises InputError where it cannot be read or has not one number per pixel.
+    """
     try:
         if file.suffix == ".npy":
             depth = np.load(file, allow_pickle=False).squeeze()
         else:
-            with Image.open(file) as image:
+            with opened_image(file) as image:
                 depth = np.asarray(image)
-        if depth.ndim != 2 or not np.isfinite(depth.astype(np.float32)).all():
-            raise ValueError("it must have one finite number per pixel")
-    except Exception as e:  # whatever Pillow and numpy raise means that the file is unusable
+    except (OSError, ValueError) as e:  # an InputError too
         raise InputError(f"{file} cannot be read as depth ({e}); give a 16-bit PNG or a .npy file.") from e
-    return depth.astype(np.float32)
+    if depth.ndim != 2:
+        raise InputError(f"{file} has no depth: it must have one number per pixel.")
+    depth = depth.astype(np.float32)
+    return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
 
 
 def _shorter_side(size: tuple[int, int], side: int) -> tuple[int, int]:

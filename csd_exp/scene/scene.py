@@ -1,11 +1,11 @@
-"""A scene that is edited: its photographs, the field that they are views of, and a path to look at it along."""
+"""A scene that is edited: its photographs, the field that they are views of, and a path along it."""
 
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, distributed
@@ -16,16 +16,19 @@ from csd_exp.formats.timing import even
 from csd_exp.scene.album import Album
 from csd_exp.scene.cameras import Bounds, Cameras, bounds, orbit
 from csd_exp.scene.field import Field
-from csd_exp.scene.readers import read_scene
 from csd_exp.schedules import Draw
+
+if TYPE_CHECKING:
+    from csd_exp.scene.photographs import Photographs
 
 Trajectory = Literal["orbit", "held_out"]
 
 FRAME_RATE = 24
+FOLLOWING = 0.25  # of the learning rates, where a field follows photographs that are edited
 LEAST = 0.05  # of the learning rates, at the end of a fit from nothing
 
 
-class Path3D:
+class Flight:
     """The frames of a flight along cameras, as a film."""
 
     sound = None
@@ -42,8 +45,8 @@ class Scene:
     path: posed photographs, see `csd_exp.scene.readers.read_scene`. side, multiple: of a view, in pixels, see
     `Photographs.views`. make: a field from `Bounds`. steps, seed: of its reconstruction, which is kept in
     `cache` under its content and used again. limits: centre (x, y, z) and half side of what the field
-    resolves, None for what the cameras suggest. trajectory: an `orbit` of `frames` cameras around what they look
-    at (where they look outward, a turn), or the `held_out` photographs' own.
+    resolves, None for what the cameras suggest. trajectory: an `orbit` of `frames` cameras around what they
+    look at (where they look outward, a turn), or the `held_out` photographs' own.
     Raises InputError for what cannot be used.
     """
 
@@ -64,7 +67,7 @@ class Scene:
         for key, value in (("frames", frames), ("reconstruction_steps", steps)):
             if value < 1:
                 raise InputError(f"modality.{key} must be at least 1, not {value}.")
-        self.views = read_scene(path).views(side, multiple)
+        self.views = _photographs(path).views(side, multiple)
         self.make, self.steps, self.seed, self.cache = make, steps, seed, Path(cache)
         self.train, self.test = self.views.train, self.views.test
         self.cameras = self.views.cameras[self.train]
@@ -72,8 +75,10 @@ class Scene:
         if trajectory == "held_out" and not self.test:
             raise InputError("modality.trajectory=held_out needs photographs that are held out; give orbit.")
         self.held_out = trajectory == "held_out"
-        cameras = self.views.cameras[self.test] if self.held_out else turned(self.cameras, self.bounds, frames)
-        self.film = Path3D(cameras)
+        cameras = (
+            self.views.cameras[self.test] if self.held_out else turned(self.cameras, self.bounds, frames)
+        )
+        self.film = Flight(cameras)
 
     def album(self) -> Album:
         """The photographs that train."""
@@ -86,11 +91,11 @@ class Scene:
     def reconstructed(self, device: torch.device, album: Album) -> Field:
         """The field of the photographs: from the cache, or fitted by the first process and put there."""
         field = self.make(self.bounds).to(device)
-        file = self.cache / f"{self._content(album)}.pt"
+        file = self.cache / f"{self._content(album, field)}.pt"
         if not file.is_file() and not (distributed.is_initialized() and distributed.get_rank()):
             notice(
-                f"reconstructing the scene from {len(self.train)} photographs in {self.steps} steps; it is kept "
-                f"in {self.cache} and used again."
+                f"reconstructing the scene from {len(self.train)} photographs in {self.steps} steps; it is "
+                f"kept in {self.cache} and used again."
             )
             fit(field, album, self.steps, self.seed)
             with whole(file) as partial:
@@ -100,15 +105,32 @@ class Scene:
         field.load_state_dict(torch.load(file, map_location=device, weights_only=True))
         return field
 
-    def _content(self, album: Album) -> str:
+    def _content(self, album: Album, field: Field) -> str:
         """What a reconstruction depends on, as a name."""
         digest = hashlib.sha256()
         for k in range(len(self.train)):
             digest.update(album.raw(k))
-        for tensor in (self.cameras.pose, self.cameras.focal, self.cameras.centre, self.bounds.centre, self.bounds.up):
+        for tensor in (
+            self.cameras.pose,
+            self.cameras.focal,
+            self.cameras.centre,
+            self.bounds.centre,
+            self.bounds.up,
+        ):
             digest.update(tensor.contiguous().numpy().tobytes())
         settings = (getattr(self.make, "func", self.make), getattr(self.make, "keywords", None))
-        digest.update(repr((self.bounds.half, self.bounds.near, settings, self.steps, self.seed)).encode())
+        digest.update(
+            repr(
+                (
+                    self.bounds.half,
+                    self.bounds.near,
+                    settings,
+                    self.steps,
+                    self.seed,
+                    list(field.state_dict()),
+                )
+            ).encode()
+        )
         return digest.hexdigest()[:16]
 
     @torch.no_grad()
@@ -119,18 +141,19 @@ class Scene:
 
     @torch.no_grad()
     def facts(self, field: Field, i: int) -> dict[str, Any]:
-        """Camera and depth of frame i: as they were measured where that is known, else of the field."""
+        """Camera and depth of frame i, as measured or else of the field; and its photograph."""
         camera = self.film.cameras[[i]]
         depth = self.views.depth(self.test[i]) if self.held_out else None
         if depth is None:
             seen = field(camera)
             depth = (seen.depth * (seen.alpha > 0.5))[0, 0]
-        return {"camera": camera, "depth": depth.cpu()}
+        photograph = {"photograph": self.views[self.test[i]]} if self.held_out else {}
+        return {"camera": camera, "depth": depth.cpu()} | photograph
 
 
 def check_scene(config: Mapping[str, Any]) -> None:
     """Raise InputError where the configuration of a scene cannot work, of what headers and poses tell."""
-    photographs = read_scene(config["path"])
+    photographs = _photographs(config["path"])
     poses = torch.stack([photographs.every[i].pose for i in photographs.train])
     anywhere = torch.ones(len(poses), 2, dtype=torch.float64)
     scene_bounds(Cameras(poses, anywhere, anywhere, (1, 1)), photographs.up, config.get("bounds"))
@@ -149,8 +172,10 @@ def fit(field: Field, album: Album, steps: int, seed: int = 0) -> None:
             step += 1
 
 
-def adam(field: Field) -> torch.optim.Adam:
-    return torch.optim.Adam(field.parameter_groups(), betas=(0.9, 0.99), eps=1e-12)
+def adam(field: Field, share: float = 1.0) -> torch.optim.Adam:
+    """Adam at a share of the rates at which the field is fitted from nothing."""
+    groups = [group | {"lr": share * group["lr"]} for group in field.parameter_groups()]
+    return torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-12)
 
 
 def improve(field: Field, album: Album, optimizer: torch.optim.Optimizer, draw: Draw) -> None:
@@ -159,6 +184,12 @@ def improve(field: Field, album: Album, optimizer: torch.optim.Optimizer, draw: 
         optimizer.zero_grad()
         field.loss(album, draw).backward()
         optimizer.step()
+
+
+def _photographs(path: str) -> "Photographs":
+    from csd_exp.scene.readers import read_scene  # with OpenCV, for which no other modality has to wait
+
+    return read_scene(path)
 
 
 def scene_bounds(cameras: Cameras, up: Tensor | None, limits: Sequence[float] | None) -> Bounds:

@@ -21,11 +21,14 @@ from csd_exp.scene.photographs import (
     Photographs,
     in_natural_order,
     lens_of_file,
+    missing,
+    proportional,
     split,
     stored_size,
 )
 from csd_exp.scene.poses import checked_pose
 
+NGP_LENSES = ("equirectangular", "latlong", "ftheta_p0")  # the keys by which instant-ngp has other lenses
 MILLIMETRE = 0.001  # nerfstudio's unit of depth files
 
 
@@ -34,41 +37,39 @@ def read_transforms(file: Path) -> Photographs:
     meta = _parsed(file)
     every = in_natural_order(_photographs(meta, file))
     train, test = _split_by_lists(meta, every, file)
-    return _scene(meta, file, every, train, test, up=_up(meta, file))
+    return _scene(meta, [file], every, train, test, _up(meta, file))
 
 
 def read_blender(folder: Path) -> Photographs:
-    """The photographs of `transforms_train.json` and, as test, of `_test`, or else of `_val`."""
-    file = folder / "transforms_train.json"
-    meta = _parsed(file)
-    train = in_natural_order(_photographs(meta, file))
-    held_out = [f for f in (folder / f"transforms_{s}.json" for s in ("test", "val")) if f.is_file()][:1]
-    test = [photo for f in held_out for photo in in_natural_order(_photographs(_parsed(f), f))]
-    every = [*train, *test]
-    if test:
-        train_ids, test_ids = list(range(len(train))), list(range(len(train), len(every)))
-    else:
-        train_ids, test_ids = split(every)
-    return _scene(
-        meta, file, every, train_ids, test_ids, up=torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
-    )
+    """The photographs of `transforms_train.json` and, as test, of `_test`, or else `_val`; z is upwards."""
+    files = [folder / f"transforms_{name}.json" for name in ("train", "test", "val")]
+    files = [file for file in files if file.is_file()][:2]
+    metas = [_parsed(file) for file in files]
+    parts = [in_natural_order(_photographs(meta, file)) for meta, file in zip(metas, files, strict=True)]
+    every = [photograph for part in parts for photograph in part]
+    train, test = list(range(len(parts[0]))), list(range(len(parts[0]), len(every)))
+    if not test:
+        train, test = split(every)
+    up = torch.tensor([0, 0, 1], dtype=torch.float64)
+    return _scene(metas[0], files, every, train, test, up)
 
 
 def _scene(
     meta: Mapping[str, Any],
-    file: Path,
+    files: list[Path],
     every: list[Photograph],
     train: list[int],
     test: list[int],
     up: Tensor | None,
 ) -> Photographs:
+    file = files[0]
     scale = _positive(meta, "applied_scale", file, 1.0)
-    _positive(
-        meta, "scale", file, 1.0
-    )  # instant-ngp's, which brings the poses into its cube: not needed here
+    _positive(meta, "scale", file, 1.0)  # instant-ngp's, from the poses into its cube, is not needed here
     unit = _positive(meta, "depth_unit_scale_factor", file, MILLIMETRE) * scale
+    points = [file.parent / str(meta["ply_file_path"])] if meta.get("ply_file_path") else []
     return Photographs(
         path=file,
+        described_by=[*files, *points],
         every=every,
         train=train,
         test=test,
@@ -81,9 +82,12 @@ def _scene(
 
 def _parsed(file: Path) -> dict[str, Any]:
     try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
+        meta = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as e:
-        raise InputError(f"modality.path={file} cannot be read as JSON ({e}).") from e
+        raise InputError(
+            f"modality.path={file} cannot be read as JSON ({e}); give a folder of posed photographs, or its "
+            "transforms.json."
+        ) from e
     if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list) or not meta["frames"]:
         raise InputError(f"modality.path={file} has no frames; it must hold a list `frames` of photographs.")
     for i, frame in enumerate(meta["frames"]):
@@ -95,8 +99,12 @@ def _parsed(file: Path) -> dict[str, Any]:
 def _photographs(meta: Mapping[str, Any], file: Path) -> list[Photograph]:
     frames = meta["frames"]
     files = _found(file, [frame["file_path"] for frame in frames], "photographs")
-    masks = _found(file, [frame.get("mask_path") for frame in frames], "masks")
-    depths = _found(file, [frame.get("depth_file_path") for frame in frames], "depth files")
+    masks = _found(file, [frame.get("mask_path") or None for frame in frames], "masks")
+    depths = _found(file, [frame.get("depth_file_path") or None for frame in frames], "depth files")
+    for picture, *others in zip(files, masks, depths, strict=True):
+        for other in others:
+            if other is not None and other.suffix != ".npy":
+                _check_shape(other, picture, file)
     return [
         Photograph(
             name=PurePosixPath(frame["file_path"].replace("\\", "/")).as_posix(),
@@ -110,14 +118,23 @@ def _photographs(meta: Mapping[str, Any], file: Path) -> list[Photograph]:
     ]
 
 
+def _check_shape(other: Path, picture: Path, file: Path) -> None:
+    """Raise InputError where a mask or depth file is no picture of the shape of its photograph."""
+    sizes = [stored_size(f) for f in (other, picture)]
+    if not proportional(*sizes):
+        other_size, size = (f"{width} x {height}" for height, width in sizes)
+        raise InputError(
+            f"modality.path={file}: {other} has {other_size} pixels, but its photograph {picture.name} "
+            f"{size}; they must be in one proportion."
+        )
+
+
 def _found(file: Path, names: list[Any], what: str) -> list[Any]:
     """The file of each name, which is relative to the JSON file and may lack its suffix; None stays None."""
     files = [None if name is None else _resolved(file.parent, str(name)) for name in names]
-    missing = [name for name, found in zip(names, files, strict=True) if name is not None and found is None]
-    if missing:
-        raise InputError(
-            f"modality.path={file}: {len(missing)} of {len(names)} {what} are missing, first {missing[0]}."
-        )
+    absent = [str(name) for name, f in zip(names, files, strict=True) if name is not None and f is None]
+    if absent:
+        raise missing(file, absent, len(names), what)
     return files
 
 
@@ -141,7 +158,7 @@ def _matrix(given: object, where: str) -> Tensor:
     """[3, 4] of numbers given as 3 x 4, or as 4 x 4 whose last row is 0 0 0 1."""
     try:
         matrix = torch.tensor(given, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         matrix = torch.empty(0)
     if matrix.shape not in ((3, 4), (4, 4)):
         raise InputError(f"{where} must be 4 x 4 or 3 x 4 numbers.")
@@ -154,13 +171,15 @@ def _lens(meta: Mapping[str, Any], frame: Mapping[str, Any], picture: Path, file
     both = {**meta, **frame}
     stored = stored_size(picture)
     width, height = (
-        round(_positive(both, key, file, side)) for key, side in zip("wh", reversed(stored), strict=True)
+        max(1, round(_positive(both, key, file, side)))
+        for key, side in zip("wh", reversed(stored), strict=True)
     )
-    name = str(both.get("camera_model") or "OPENCV")
+    other = next((key for key in NGP_LENSES if both.get(key)), None)
+    name = str(other or both.get("camera_model") or "OPENCV")
     if name not in MODELS or name in ("FULL_OPENCV",):
         known = [model for model in MODELS if model != "FULL_OPENCV"]
         raise InputError(
-            f"modality.path={file}: camera_model {name} of {frame['file_path']} cannot be read"
+            f"modality.path={file}: the camera model {name} of {frame['file_path']} cannot be read"
             f"{closest(name, known)}; accepted are {', '.join(known)}."
         )
     fisheye = MODELS[name][1] or bool(both.get("is_fisheye"))
@@ -226,7 +245,7 @@ def _split_by_lists(
     named = {s: _ids(names, every, f"modality.path={file}: {s}_filenames") for s, names in lists.items()}
     held_out = named.get("test", named.get("val", set()))
     train = named.get("train", set(range(len(every))) - set().union(*named.values()))
-    if train & held_out and train - held_out != train:
+    if train & held_out:
         notice(
             f"{file} names {len(train & held_out)} photographs to train on and to test; they are trained on."
         )
@@ -251,7 +270,7 @@ def _up(meta: Mapping[str, Any], file: Path) -> Tensor | None:
         return None
     try:
         up = torch.tensor(meta["up"], dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         up = torch.empty(0)
     if up.shape != (3,) or not (torch.isfinite(up).all() and up.norm() > 0):
         raise InputError(f"modality.path={file}: up must be three numbers that are not all 0.")
@@ -274,23 +293,25 @@ def _points(meta: Mapping[str, Any], file: Path) -> tuple[Tensor, Tensor] | None
     name = meta.get("ply_file_path")
     if not name:
         return None
-    from plyfile import PlyData  # of the extra `scene`
-
     ply = file.parent / str(name)
     try:
+        from plyfile import PlyData  # of the extra `scene`
+
         vertex = PlyData.read(str(ply))["vertex"]
         xyz = np.stack([vertex[axis] for axis in "xyz"], 1).astype(np.float64)
         colours = [vertex[c] for c in ("red", "green", "blue")] if "red" in vertex else None
     except Exception as e:  # plyfile raises many types; all mean that the file is unusable
         raise InputError(f"modality.path={file}: ply_file_path {name} cannot be read as points ({e}).") from e
-    rgb = np.full(xyz.shape, 0.5) if colours is None else np.stack(colours, 1) / 255
+    rgb = np.full(xyz.shape, 0.5) if colours is None else np.stack(colours, 1)
+    if np.issubdtype(rgb.dtype, np.integer):
+        rgb = rgb / np.iinfo(rgb.dtype).max
     kept = np.isfinite(xyz).all(1)
-    return torch.from_numpy(xyz[kept]), torch.from_numpy(rgb[kept])
+    return torch.from_numpy(xyz[kept]), torch.from_numpy(rgb[kept].astype(np.float64))
 
 
 def _number(given: Mapping[str, Any], key: str, file: Path, default: float | None = None) -> float:
     value = given.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
         raise InputError(f"modality.path={file}: {key} must be a finite number, not {value!r}.")
     return float(value)
 

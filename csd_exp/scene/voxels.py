@@ -1,4 +1,4 @@
-"""A radiance field on a grid in plain PyTorch: densities and colours at the corners of the cells that matter."""
+"""A radiance field on a grid in plain PyTorch: densities and colours at the corners of cells that matter."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +20,12 @@ SHELL = 0.6  # what all that lies outside of the bounds is contracted to, in hal
 FAR = 100.0  # in the same unit; beyond is the background
 UNIT = 0.05  # the length over which densities are counted, in the same unit
 FAINT = 1e-3  # opacity over a UNIT where nothing is known
-EMPTY = 0.05  # a cell of less weight in every view is taken for nothing when the grid is refined
+EMPTY = 0.05  # a cell of less weight in every view, the most being 1, does not outlive a refinement
 UNSEEN = 1e-4  # a sample of less weight has no colour
-SKY = (64, 128)  # rows and columns of a learned background
+FINEST = 512  # corners along a side
+BALL = 20.0  # density in the middle of the ball that a field begins as
+COLOURS = 0.02  # what a difference of colours counts for beside one of densities
+SKY = (128, 256)  # rows and columns of a learned background
 
 BASIS = (0.28209479177387814, 0.4886025119029199)  # of spherical harmonics of degree 0 and 1
 CORNERS = tuple(product((0, 1), repeat=3))
@@ -53,13 +56,16 @@ class Voxels(Field):
     in such cells are looked up, so that fine grids take little. Colours are spherical harmonics.
 
     bounds: what is resolved. resolutions: corners along a side, coarse to fine; a fit goes through them.
-    harmonics: their degree, 0 or 1. background: what is at infinity, `learned` by direction, `white` or `black`.
-    rays: how many a step of fitting takes. dtype: `float32` or `float64`.
+    harmonics: their degree, 0 or 1. background: what is at infinity, `learned`, `white` or `black`.
+    rays: how many a step of fitting takes. smoothness: weight of the roughness. ball: radius of a ball to
+    begin with, in halves of the bounds' side; None is haze. dtype: `float32` or `float64`.
     """
 
     occupied: Tensor
     index: Tensor
     corners: Tensor
+    middle: Tensor
+    upright: Tensor
 
     def __init__(
         self,
@@ -67,29 +73,71 @@ class Voxels(Field):
         resolutions: Sequence[int] = (40, 80, 144),
         harmonics: int = 1,
         background: Background = "learned",
-        rays: int = 4096,
-        smoothness: float = 1e-4,
+        rays: int = 2048,
+        smoothness: float = 1e-3,
+        ball: float | None = None,
         dtype: str = "float32",
     ):
         super().__init__()
         accept("modality.field.background", background, get_args(Background))
-        accept("modality.field.harmonics", harmonics, (0, 1))
+        if harmonics not in (0, 1):
+            raise InputError(f"modality.field.harmonics must be 0 or 1, not {harmonics}.")
         accept("modality.field.dtype", dtype, ("float32", "float64"))
-        if not resolutions or any(r < 2 for r in resolutions):
-            raise InputError(f"modality.field.resolutions must be of at least 2 corners, not {resolutions}.")
+        if not resolutions or not all(2 <= r <= FINEST for r in resolutions):
+            raise InputError(
+                f"modality.field.resolutions must each lie between 2 and {FINEST} corners, not {resolutions}."
+            )
+        for key, value, least in (("rays", rays, 1), ("smoothness", smoothness, 0)):
+            if not least <= value < math.inf:
+                raise InputError(f"modality.field.{key} must be at least {least}, not {value}.")
         self.bounds, self.resolutions, self.harmonics = bounds, tuple(resolutions), harmonics
         self.background, self.batch, self.smoothness = background, rays, smoothness
         self.shift = math.log(math.expm1(-math.log1p(-FAINT)))
         kind = getattr(torch, dtype)
-        self.register_buffer("middle", bounds.centre.to(kind), persistent=False)
+        # In the state, so that a checkpoint alone can be rendered.
+        self.register_buffer("middle", bounds.centre.to(kind))
+        self.register_buffer("reach", torch.tensor([bounds.half, bounds.near], dtype=torch.float64))
         frame = torch.linalg.qr(torch.cat([bounds.up[:, None], torch.eye(3).to(bounds.up)], 1))[0]
         frame = frame * (1 if frame[:, 0] @ bounds.up > 0 else -1)
-        self.register_buffer("upright", frame.to(kind), persistent=False)
+        self.register_buffer("upright", frame.to(kind))
         self._lay_out(_away_from_cameras(bounds, self.resolutions[0] - 1))
         self.density = nn.Parameter(torch.zeros(len(self.corners) + 1, 1, dtype=kind))
         self.colour = nn.Parameter(torch.zeros(len(self.corners) + 1, 3 * (harmonics + 1) ** 2, dtype=kind))
+        if ball is not None:
+            self._begin_as_ball(ball)
         if background == "learned":
             self.sky = nn.Parameter(torch.zeros(SKY[0] * SKY[1], 3, dtype=kind))
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Tensor], background: Background) -> "Voxels":
+        """The field that a state is of."""
+        half, near = state["reach"].tolist()
+        up, kind = state["upright"][:, 0].double(), state["density"].dtype
+        nowhere = torch.full((1, 3), math.inf, dtype=torch.float64)
+        field = cls(
+            Bounds(state["middle"].double(), half, near, nowhere, up, True),
+            resolutions=[len(state["index"])],
+            harmonics=int((state["colour"].shape[1] // 3) ** 0.5) - 1,
+            background=background,
+            dtype=str(kind).removeprefix("torch."),
+        )
+        field.load_state_dict(state)
+        return field
+
+    @torch.no_grad()
+    def _begin_as_ball(self, radius: float) -> None:
+        """Densest in the middle, as DreamFusion begins; what is not in the bounds is left out for good."""
+        if not 0 < radius <= 1:
+            raise InputError(f"modality.field.ball must lie in (0, 1], not {radius}.")
+        cells = self.resolution - 1
+        side = ((torch.arange(cells) + 0.5) / cells * 2 - 1).abs() * (1 + SHELL) <= 1
+        self._lay_out(side[:, None, None] & side[:, None] & side)
+        places = (self.corners / cells * 2 - 1) * (1 + SHELL)
+        sigma = BALL * (1 - places.norm(dim=1) / radius).clamp(min=0) + FAINT / UNIT
+        raw = torch.log(torch.expm1(sigma * UNIT)) - self.shift
+        kind = self.density.dtype
+        self.density = nn.Parameter(torch.cat([torch.zeros(1), raw])[:, None].to(kind))
+        self.colour = nn.Parameter(torch.zeros(len(self.density), self.colour.shape[1], dtype=kind))
 
     @property
     def resolution(self) -> int:
@@ -133,7 +181,7 @@ class Voxels(Field):
 
     @torch.no_grad()
     def _samples(self, origins: Tensor, heading: Tensor, jitter: Tensor | None) -> _Samples:
-        """One place in each interval of rays [m, 3], in units of half the bounds' side, where it is in a cell that counts."""
+        """One place in each interval of rays [m, 3], of those in cells that count; half a side is 1."""
         edges = self._edges(origins)
         spans = edges.diff()
         along = (edges[:-1] + (0.5 if jitter is None else jitter) * spans).expand(len(origins), -1)
@@ -157,7 +205,7 @@ class Voxels(Field):
         return _Samples(hit, ray, along.flatten()[hit], steps, cells[hit], rows, shares, len(spans))
 
     def _weights(self, samples: _Samples, rays: int) -> tuple[Tensor, Tensor]:
-        """How much of its ray each sample makes up, [samples]; and how much of each ray is left behind all, [rays, 1]."""
+        """What each sample is of its ray, [samples]; and what is left of each ray behind all, [rays, 1]."""
         # A gather of single numbers, many times as fast as one of rows of length 1.
         raw = self.density[:, 0].index_select(0, samples.rows.flatten()).view(samples.rows.shape)
         sigma = F.softplus((raw * samples.shares).sum(1) + self.shift) / UNIT
@@ -168,7 +216,7 @@ class Voxels(Field):
         return weights.flatten().index_select(0, samples.hit), torch.exp(-through[:, -1:])
 
     def _edges(self, origins: Tensor) -> Tensor:
-        """[intervals + 1], where rays are cut: a cell long up to where they leave the bounds, then by disparity."""
+        """[intervals + 1], where rays are cut: a cell long in the bounds, then by disparity."""
         step = 2 * (1 + SHELL) / (self.resolution - 1)
         near = self.bounds.near / self.bounds.half
         reach = float(origins.norm(dim=1).max()) + 3**0.5
@@ -242,18 +290,46 @@ class Voxels(Field):
         error = (counts * (seen.rgb - wanted).square()).mean()
         return error + self.smoothness * self.roughness(draw)
 
+    @torch.no_grad()
+    def surface(self, opacity: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+        """Where a cell has this opacity, within the bounds, as a mesh.
+
+        Vertices [n, 3] in the world, faces [m, 3], and the colours [n, 3] in [0, 1] that do not depend on the
+        direction. Raises InputError where there is none.
+        """
+        from skimage.measure import marching_cubes  # of the extra scene
+
+        sigma = F.softplus(self.density[:, 0] + self.shift) / UNIT
+        sigma[0] = 0
+        dense = sigma[self.index.long()]
+        side = (torch.arange(self.resolution, device=dense.device) / (self.resolution - 1) * 2 - 1) * (
+            1 + SHELL
+        )
+        inside = (side.abs() <= 1).nonzero().squeeze(1)
+        first, last = int(inside[0]), int(inside[-1]) + 1
+        dense = dense[first:last, first:last, first:last].cpu()
+        level = -math.log1p(-opacity) * (self.resolution - 1) / (2 * (1 + SHELL))
+        if not float(dense.min()) < level < float(dense.max()):
+            raise InputError(f"The field has no surface of opacity {opacity:g} within its bounds.")
+        found, faces, _, _ = marching_cubes(dense.double().numpy(), level)
+        places = torch.from_numpy(found.copy()).to(self.middle) + first
+        rows, shares = self._around(places)
+        plain = _interpolated(self.colour, rows, shares).unflatten(1, (3, -1))[..., 0]
+        world = (places / (self.resolution - 1) * 2 - 1) * (1 + SHELL) * self.bounds.half + self.middle
+        return world, torch.from_numpy(faces.copy()).long(), torch.sigmoid(BASIS[0] * plain)
+
     def roughness(self, draw: Draw) -> Tensor:
-        """Mean squared difference of corners to their next ones along each axis, over a random tenth of them."""
-        share = draw.generator("corners").integers(len(self.corners), size=max(1, len(self.corners) // 10))
-        corners = self.corners[torch.from_numpy(share).to(self.corners.device)]
+        """Mean squared difference of corners to the next along each axis, over a random tenth of them."""
+        drawn = draw.generator("corners").integers(len(self.corners), size=max(1, len(self.corners) // 10))
+        corners = self.corners[torch.from_numpy(drawn).to(self.corners.device)]
         flat, total = self.index.flatten(), self.density.new_zeros(())
         rows = flat[_flat(corners, self.resolution)]
         for axis in torch.eye(3, dtype=torch.long, device=corners.device):
             following = flat[_flat((corners + axis).clamp(max=self.resolution - 1), self.resolution)]
             both = following > 0
-            for table in (self.density, self.colour):
+            for table, share in ((self.density, 1.0), (self.colour, COLOURS)):
                 difference = table.index_select(0, rows[both]) - table.index_select(0, following[both])
-                total = total + difference.square().sum(1).mean()
+                total = total + share * difference.square().sum(1).mean()
         return total
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -271,7 +347,7 @@ class Voxels(Field):
     def _refine(self, cameras: Cameras, resolution: int) -> None:
         """Go to a finer grid, over the cells that cameras see something in, and their neighbours."""
         seen = self._seen(cameras).view((self.resolution - 1,) * 3)
-        kept = F.max_pool3d((seen > EMPTY).float()[None, None], 3, 1, padding=1)[0, 0] > 0
+        kept = F.max_pool3d((seen > EMPTY * seen.max()).float()[None, None], 3, 1, padding=1)[0, 0] > 0
         scale = (self.resolution - 1) / (resolution - 1)
         at = ((torch.arange(resolution - 1) + 0.5) * scale).long().to(kept.device)
         fine = kept[at[:, None, None], at[:, None], at]
@@ -283,7 +359,7 @@ class Voxels(Field):
             setattr(self, name, nn.Parameter(torch.cat([torch.zeros_like(value[:1]), value])))
 
     def _seen(self, cameras: Cameras) -> Tensor:
-        """The most that a cell weighs in any ray of the cameras' views at a quarter of their size, [cells]."""
+        """The most that a cell weighs in any ray of the views at a quarter of their size, [cells]."""
         most = self.density.new_zeros((self.resolution - 1) ** 3)
         small = cameras.resized((max(1, cameras.size[0] // 4), max(1, cameras.size[1] // 4))).to(self.density)
         for i in range(len(small)):
@@ -304,7 +380,7 @@ def _flat(cells: Tensor, side: int) -> Tensor:
 
 
 def _contracted(x: Tensor) -> Tensor:
-    """All space to the cube of half the side 1 + SHELL; what lies in that of 1 stays (mip-NeRF 360 Eq. 10)."""
+    """All space to the cube of half the side 1 + SHELL; what lies in that of 1 stays (as mip-NeRF 360)."""
     m = x.abs().amax(-1, keepdim=True).clamp(min=1)
     return (1 + SHELL - SHELL / m) * x / m
 

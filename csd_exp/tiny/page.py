@@ -6,17 +6,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from csd_exp.answers.edits import EDITS
 from csd_exp.answers.paintings import PAINTING_STYLES
-from csd_exp.config import conf_dir
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
 from csd_exp.tiny.card import row, span
 from csd_exp.tiny.scores import COVERED, EXACT
 from csd_exp.tiny.text_to_image import TABLE
+from csd_exp.tiny.train import checked
 
 MODELS = ("instruct_pix2pix", "text_to_image", "clip")
 # What the shipped models were trained with, where it is not what csd-train-prior takes unless told.
@@ -106,10 +105,9 @@ def evaluate(cfg: DictConfig, run: Path, folder: Path) -> dict[str, Any]:
 def write_page(docs: Path, assets: Path, overrides: list[str]) -> Path:
     """Scores all models in `assets` and writes `docs`/models.md; returns its path."""
     scores, cfg = {}, {}
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        for model in MODELS:
-            cfg[model] = compose("train_prior", [f"model={model}", *SHIPPED.get(model, []), *overrides])
-            cfg[model].history = HISTORY.get(model)
+    for model in MODELS:
+        cfg[model] = checked([f"model={model}", *SHIPPED.get(model, []), *overrides])
+        cfg[model].history = HISTORY.get(model)
     for model in MODELS:
         scores[model] = evaluate(cfg[model], docs / "models" / model, assets / model)
     page = docs / "models.md"

@@ -1,0 +1,225 @@
+"""Editing a scene: rounds of its photographs that the field follows, and the field itself."""
+
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from diffusers_folder import save_pipeline
+from scenes import write_scene
+
+from csd_exp import methods
+from csd_exp.images import ImageFiles
+from csd_exp.particles import EditedField, EditedPhotographs
+from csd_exp.priors import GaussianMixture, InstructPix2Pix
+from csd_exp.scene.voxels import Voxels
+from csd_exp.schedules import Draw, Level, Timesteps
+from csd_exp.svgd import RBF, NoKernel
+
+SIDE = 12
+FIELD = partial(Voxels, resolutions=(8, 12), rays=64, background="learned", dtype="float64")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_scene(tmp_path_factory.mktemp("scene") / "photographs", 6, 3, SIDE)
+
+
+@pytest.fixture
+def scene(folder, tmp_path, request):
+    """Particles of the scene, any setting changed by keyword."""
+    cache = (
+        request.config.cache_folder if hasattr(request.config, "cache_folder") else folder.parent / "cache"
+    )
+
+    def make(kind=EditedPhotographs, run="run", **changes):
+        settings = {"field": FIELD, "reconstruction_steps": 30, "cache": str(cache), "frames": 3}
+        if kind is EditedPhotographs:
+            settings |= {"dir": str(tmp_path / run), "views": 4, "edit_steps": 2, "fit_steps": 3}
+        else:
+            settings |= {"batch": 2}
+        shape = {"factor": 1, "multiple": 1, "window": SIDE}
+        return kind(str(folder), **shape, prompt="red", dtype="float64", **settings | changes)
+
+    return make
+
+
+def prior(**changes) -> GaussianMixture:
+    given = {"prompts": {"": [1.0, 1.0], "red": [0.2, 3.0]}, "std": 0.4, "image_std": 0.7, "window": SIDE}
+    return GaussianMixture(**given | changes)
+
+
+def test_a_round_edits_photographs_from_renders_and_gives_them_to_the_field(scene, build, fit):
+    particles = scene()
+    module = build(prior(), particles, optimizer=partial(torch.optim.SGD, lr=0.1))
+    first = particles._round(Draw(0, 0)).tolist()
+    assert len(set(first)) == 4
+    with torch.no_grad():
+        for i in range(6):
+            seen = particles.original(particles.scene.cameras[[i]]).rgb
+            begun = 2 * seen[0].clamp(0, 1) - 1 if i in first else 2 * particles.album.picture(i) - 1
+            torch.testing.assert_close(particles.latent[i].detach(), begun.double(), atol=1e-6, rtol=0)
+            source = 2 * particles.album.picture(i).double() - 1
+            torch.testing.assert_close(particles.source_latent[i], source, atol=1e-6, rtol=0)
+    before = particles.field.density.clone()
+    fit(module, 1)
+    assert particles.edited.tolist() == [-1] * 6
+    assert torch.equal(particles.field.density, before)  # a round has two steps
+
+    whole = scene(run="whole")
+    other = build(prior(), whole, optimizer=partial(torch.optim.SGD, lr=0.1))
+    fit(other, 2)
+    assert [i for i in range(6) if whole.edited[i] == 0] == sorted(first)
+    assert not torch.equal(whole.field.density, before)
+    assert torch.equal(whole.original.density, before)
+    second = whole._round(Draw(0, 2)).tolist()
+    for i in range(6):
+        if i in first:  # what the field is fitted to is the edited photograph, in 8 bits
+            (file,) = whole.folder.glob(f"00000_{i:05d}.png")
+            assert torch.equal(ImageFiles([file])[0], whole.album.picture(i))
+        if i in second:  # and the next round begins at what it shows then
+            with torch.no_grad():
+                seen = 2 * whole.field(whole.scene.cameras[[i]]).rgb[0].clamp(0, 1) - 1
+            torch.testing.assert_close(whole.latent[i].detach(), seen, atol=1e-6, rtol=0)
+
+
+def test_the_field_moves_towards_what_is_asked(scene, build, fit):
+    """Under a prior whose every picture is white, the film turns white."""
+    white = prior(means=[[1.0, 1.0, 1.0]], prompts={"": [1.0], "red": [1.0]}, std=0.05, image_std=9.0)
+    particles = scene(edit_steps=8, fit_steps=60, views=None)
+    optimizer = partial(torch.optim.SGD, lr=0.5)
+    module = build(
+        white, particles, residual=methods.sds, kernel=NoKernel(), weight="one", optimizer=optimizer
+    )
+    before = torch.stack(list(particles.pictures(white))).mean()
+    fit(module, 16)
+    after = torch.stack(list(particles.pictures(white))).mean()
+    assert before < 0.75
+    assert after > before + 0.6 * (1 - before)
+
+
+def run_of(scene, build, kind, run):
+    optimizer = partial(torch.optim.Adam, lr=0.02)
+    return build(
+        prior(), scene(kind, run=run) if kind is EditedPhotographs else scene(kind), optimizer=optimizer
+    )
+
+
+@pytest.mark.parametrize("kind", [EditedPhotographs, EditedField])
+@pytest.mark.parametrize("at", [2, 3])
+def test_a_scene_is_resumed_to_the_same_bits(scene, build, fit, tmp_path, kind, at):
+    whole = run_of(scene, build, kind, "whole")
+    fit(whole, 5)
+    fit(run_of(scene, build, kind, "stopped"), at).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = run_of(scene, build, kind, "stopped")
+    fit(resumed, 5, ckpt_path=tmp_path / "half.ckpt")
+    for name, value in whole.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, resumed.state_dict()[name]), name
+    for one, other in zip(whole.images(), resumed.images(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_reconstructions_are_kept_by_content(scene, folder, tmp_path):
+    cache = tmp_path / "cache"
+    device = torch.device("cpu")
+    first = scene(cache=str(cache)).scene
+    field = first.reconstructed(device, first.album())
+    (file,) = cache.glob("*.pt")
+    stamp = file.stat().st_mtime_ns
+    again = scene(cache=str(cache)).scene
+    assert torch.equal(again.reconstructed(device, again.album()).density, field.density)
+    assert file.stat().st_mtime_ns == stamp
+    for change in ({"reconstruction_steps": 31}, {"seed": 1}, {"bounds": [0, 0, 0, 1.0]}):
+        other = scene(cache=str(cache), **change).scene
+        assert other._content(other.album(), field) != file.stem
+    album = again.album()
+    album.put(0, 1 - album.picture(0))
+    assert again._content(album, field) != file.stem
+
+
+def test_the_film_knows_its_depths_and_cameras(scene, build):
+    measured = scene(trajectory="held_out")
+    build(prior(), measured)
+    facts = measured.facts(1)
+    assert measured.count == 3
+    torch.testing.assert_close(facts["depth"], measured.scene.views.depth(measured.scene.test[1]))
+    assert torch.equal(facts["camera"].pose[0], measured.scene.views.cameras.pose[measured.scene.test[1]])
+    rendered = scene(trajectory="orbit")
+    build(prior(), rendered)
+    assert rendered.facts(0)["depth"].shape == (SIDE, SIDE)
+
+
+def test_ddim_as_a_residual_takes_a_view_to_what_it_makes_of_it():
+    """Against a loop of its own, in the variables of the noise."""
+    gaussian = prior(window=2)
+    table = gaussian.alphas_cumprod
+    x, noise = torch.rand(2, 3, 2, 2, dtype=torch.float64), torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    guidance = [gaussian.guidance("red", None, "")] * 2
+    level = Level.at(640, table)
+
+    def score(queries):
+        (query,) = queries
+        t = torch.full((2,), query.t)
+        rows = [w * gaussian.clean(query.x_t, t, [c] * 2) for w, c in query.guidance[0]]
+        assert query.clean
+        return [sum(rows)]
+
+    views = methods.Views(x, noise, level, guidance, guidance, None, torch.arange(2))
+    x_t, r = methods.ddim_edit(score, views, steps=4)
+    z = table[640].sqrt() * x + (1 - table[640]).sqrt() * noise
+    torch.testing.assert_close(x_t, z)
+    for t, following in zip([640, 480, 320, 160], [480, 320, 160, None], strict=True):
+        a = table[t]
+        eps = sum(w * gaussian.eps(z, torch.full((2,), t), [c] * 2) for w, c in guidance[0])
+        clean = (z - (1 - a).sqrt() * eps) / a.sqrt()
+        z = (
+            clean
+            if following is None
+            else table[following].sqrt() * clean + (1 - table[following]).sqrt() * eps
+        )
+    torch.testing.assert_close(x - r, z)
+
+
+def test_the_direct_update_goes_through_autoencoder_and_renderer_into_the_field(
+    scene, build, fit, tmp_path_factory
+):
+    """The field's gradient against finite differences of <encode(render(field)), what each view descends>."""
+    pipeline = save_pipeline(tmp_path_factory.mktemp("prior") / "pipeline", editing=True)
+    editor = InstructPix2Pix(str(pipeline), guidance_scale=3.0, dtype="float64")
+    views = editor.views
+    side = {"factor": views.factor, "multiple": views.multiple, "window": 16 // views.factor}
+    folder = write_scene(tmp_path_factory.mktemp("larger") / "photographs", 4, 1, 16)
+    field = partial(Voxels, resolutions=(6,), rays=64, dtype="float64")
+    settings = {"reconstruction_steps": 5, "cache": str(folder / "cache"), "batch": 2, "frames": 1}
+    particles = EditedField(str(folder), **side, field=field, prompt="red", dtype="float64", **settings)
+    module = build(editor, particles, kernel=RBF(normalize="n"), timestep=Timesteps(t_min=100, t_max=400))
+    updates = []
+
+    def residual(score, views):
+        x_t, r = methods.dds(score, views)
+        updates.append((views, x_t, r))
+        return x_t, r
+
+    module.residual = residual
+    before = deepcopy(particles.field.state_dict())
+    fit(module, 1)
+    ((asked, x_t, r),) = updates
+    gradient = particles.field.density.grad.clone()
+    particles.field.load_state_dict(before)
+    k, repulsion = RBF(normalize="n")(x_t.flatten(1))
+    coupled = (k @ r.flatten(1) + repulsion) / 2
+    g = asked.level.sigma**2 * coupled.view_as(asked.x)
+
+    def surrogate() -> float:
+        with torch.no_grad():
+            return float((editor.encode(particles.views(asked.ids)) * g).sum())
+
+    for i in gradient[:, 0].abs().topk(4).indices.tolist():
+        slopes = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                particles.field.density[i] += sign * 1e-5
+                slopes.append(surrogate())
+                particles.field.density[i] -= sign * 1e-5
+        assert float(gradient[i]) == pytest.approx((slopes[0] - slopes[1]) / 2e-5, rel=2e-4)
