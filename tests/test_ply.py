@@ -8,7 +8,16 @@ from plyfile import PlyData, PlyElement
 from csd_exp.errors import InputError
 from csd_exp.scene.ply import Gaussians, read_splats, write_splats
 
-NAMES = ["x", "y", "z", "nx", "ny", "nz", *(f"f_dc_{i}" for i in range(3)), *(f"f_rest_{i}" for i in range(9))]
+NAMES = [
+    "x",
+    "y",
+    "z",
+    "nx",
+    "ny",
+    "nz",
+    *(f"f_dc_{i}" for i in range(3)),
+    *(f"f_rest_{i}" for i in range(9)),
+]
 NAMES += ["opacity", *(f"scale_{i}" for i in range(3)), *(f"rot_{i}" for i in range(4))]
 
 

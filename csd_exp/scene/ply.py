@@ -1,4 +1,4 @@
-"""Gaussian splats in PLY files, as gsplat, nerfstudio and the reference code of 3D Gaussian splatting write them."""
+"""Gaussian splats in PLY files, as gsplat, nerfstudio and the reference code of 3DGS write them."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +42,7 @@ def read_splats(path: Path) -> Gaussians:
     rest = sum(name.startswith("f_rest_") for name in names)
     if rest not in HARMONICS:
         accepted = ", ".join(map(str, HARMONICS))
-        raise InputError(f"{path} has {rest} properties f_rest_*; harmonics of degrees 0 to 3 have {accepted}.")
+        raise InputError(f"{path} has {rest} properties f_rest_*; degrees 0 to 3 have {accepted}.")
     columns = {
         "means": ["x", "y", "z"],
         "quats": [f"rot_{i}" for i in range(4)],
