@@ -29,6 +29,7 @@ from csd_exp.particles import Canvas, Particles
 from csd_exp.priors import Prior
 from csd_exp.samplers import PerView
 from csd_exp.scene.cameras import UNIT_CUBE
+from csd_exp.scene.field import Field
 from csd_exp.schedules import Level
 from csd_exp.svgd import Kernel
 from csd_exp.targets import located
@@ -90,6 +91,8 @@ def _check_scene(config: DictConfig) -> None:
         )
     if "field" in config.modality:
         _check_bound(config, "modality.field", True)
+        field = _part(config, "modality.field", Field)
+        field.check(config.modality.field)
         constructed(config.modality.field)(UNIT_CUBE)
 
 

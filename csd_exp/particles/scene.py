@@ -16,7 +16,7 @@ from csd_exp.particles.images import WholePictures
 from csd_exp.scene.album import Album
 from csd_exp.scene.cameras import Bounds
 from csd_exp.scene.field import Field
-from csd_exp.scene.scene import FOLLOWING, Scene, Trajectory, adam, check_scene, improve, within
+from csd_exp.scene.scene import FOLLOWING, Scene, Trajectory, check_scene, within
 from csd_exp.schedules import Draw
 
 
@@ -127,7 +127,7 @@ class EditedPhotographs(_Filmed, WholePictures):
         vars(self).update(original=original, autoencoder=prior)
         # No part of what a step descends: it follows afterwards.
         self.field = self.scene.reconstructed(prior.device, self.album).requires_grad_(False)
-        self.adam = adam(self.field, FOLLOWING)
+        self.fitting = self.field.fitting(FOLLOWING)
         if self.within is not None:
             self.areas = self._in_the_box(self.within, prior.views.factor)
         super().begin(prior, draw)
@@ -172,7 +172,7 @@ class EditedPhotographs(_Filmed, WholePictures):
         self._show_edited()
         self.field.requires_grad_(True)
         for k in range(self.fit_steps):
-            improve(self.field, self.album, self.adam, replace(draw, part=k))
+            self.fitting.step(self.album, replace(draw, part=k))
         self.field.requires_grad_(False)
         self._open(replace(draw, step=draw.step + 1))
 
@@ -203,10 +203,10 @@ class EditedPhotographs(_Filmed, WholePictures):
         return [{"params": [self.latent]}]
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"adam": self.adam.state_dict()}
+        return {"fitting": self.fitting.state_dict()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.adam.load_state_dict(state["adam"])
+        self.fitting.load_state_dict(state["fitting"])
 
 
 class EditedField(_Filmed, Particles):

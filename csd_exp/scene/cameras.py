@@ -169,6 +169,7 @@ class Bounds(NamedTuple):
 
     What lies outside is contracted, see `csd_exp.scene.voxels`. near: nothing is nearer to a camera, all of
     which stand at `positions` [n, 3]. up: [3]. inward: whether the cameras look at the centre from around it.
+    points: xyz [p, 3] and rgb [p, 3] in [0, 1] of surfaces, where some are known.
     """
 
     centre: Tensor
@@ -177,6 +178,7 @@ class Bounds(NamedTuple):
     positions: Tensor
     up: Tensor
     inward: bool
+    points: tuple[Tensor, Tensor] | None = None
 
 
 def bounds(cameras: Cameras, centre: Sequence[float] | None = None, half: float | None = None) -> Bounds:

@@ -1,9 +1,10 @@
 """A scene that is rendered differentiably: cameras in, colours, opacities and depths out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from csd_exp.scene.cameras import Cameras
@@ -33,8 +34,41 @@ class Photographed(Protocol):
         """[3, H, W] in [0, 1]."""
 
 
+class Fitting:
+    """What improves a field: Adam at a share of its own rates."""
+
+    def __init__(self, field: "Field", share: float = 1.0):
+        self.field = field
+        groups = [group | {"lr": share * group["lr"]} for group in field.parameter_groups()]
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-12)
+        self.rates = [group["lr"] for group in groups]
+
+    @torch.enable_grad()
+    def step(self, photographs: Photographed, draw: Draw, decay: float = 1.0) -> None:
+        """One step towards the photographs, at `decay` times the rates."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = decay * rate
+        self.optimizer.zero_grad()
+        self.field.loss(photographs, draw).backward()
+        self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
 class Field(nn.Module, ABC):
     """Every parameter is optimised; what else a field is made of are buffers."""
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any]) -> None:
+        """Raise InputError where the configuration `modality.field` cannot work on this machine."""
+
+    def fitting(self, share: float = 1.0) -> Fitting:
+        """What fits it to photographs, from nothing or, at a share of the rates, from where it stands."""
+        return Fitting(self, share)
 
     @abstractmethod
     def forward(self, cameras: Cameras) -> Rendered:

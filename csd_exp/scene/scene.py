@@ -90,7 +90,7 @@ class Scene:
 
     def reconstructed(self, device: torch.device, album: Album) -> Field:
         """The field of the photographs: from the cache, or fitted by the first process and put there."""
-        field = self.make(self.bounds).to(device)
+        field = self.make(self.bounds._replace(points=self.views.points)).to(device)
         file = self.cache / f"{self._content(album, field)}.pt"
         if not file.is_file() and not (distributed.is_initialized() and distributed.get_rank()):
             notice(
@@ -181,30 +181,13 @@ def check_scene(config: Mapping[str, Any]) -> None:
 
 
 def fit(field: Field, album: Album, steps: int, seed: int = 0) -> None:
-    """Fit a field from nothing: stage by stage by Adam, its rates falling exponentially."""
+    """Fit a field from nothing, stage by stage, its rates falling exponentially."""
     step = 0
     for length in field.stages(album, steps):
-        optimizer = adam(field)
-        rates = [group["lr"] for group in optimizer.param_groups]
+        fitting = field.fitting()
         for _ in range(length):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * LEAST ** (step / steps)
-            improve(field, album, optimizer, Draw(seed, step))
+            fitting.step(album, Draw(seed, step), LEAST ** (step / steps))
             step += 1
-
-
-def adam(field: Field, share: float = 1.0) -> torch.optim.Adam:
-    """Adam at a share of the rates at which the field is fitted from nothing."""
-    groups = [group | {"lr": share * group["lr"]} for group in field.parameter_groups()]
-    return torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-12)
-
-
-def improve(field: Field, album: Album, optimizer: torch.optim.Optimizer, draw: Draw) -> None:
-    """One step of a field towards the pictures of an album."""
-    with torch.enable_grad():
-        optimizer.zero_grad()
-        field.loss(album, draw).backward()
-        optimizer.step()
 
 
 def _photographs(path: str) -> "Photographs":

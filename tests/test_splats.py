@@ -1,0 +1,239 @@
+"""Splats against a plain renderer of Gaussians, itself against a closed form and gsplat's own functions."""
+
+import math
+from functools import partial
+
+import gsplat
+import pytest
+import torch
+from gsplat.cuda._torch_impl import _fully_fused_projection, _quat_scale_to_covar_preci, _spherical_harmonics
+from scenes import around, photographs
+
+from csd_exp.errors import InputError
+from csd_exp.scene.cameras import UNIT_CUBE, Cameras, bounds
+from csd_exp.scene.ply import write_splats
+from csd_exp.scene.scene import fit
+from csd_exp.scene.splats import Splats, _spacing
+from csd_exp.schedules import Draw
+
+EPS2D, LEAST, MOST = 0.3, 1 / 255, 0.999  # gsplat's
+
+
+def rotations(quats):
+    w, x, y, z = torch.nn.functional.normalize(quats, dim=1).unbind(1)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return torch.stack([torch.stack(row, 1) for row in rows], 1)
+
+
+def projected(means, quats, scales, viewmat, k):
+    """Places [n, 2], depths [n], and covariances [n, 2, 2] in the picture (Zwicker et al. 2001)."""
+    turn, move = viewmat[:3, :3], viewmat[:3, 3]
+    x, y, z = (means @ turn.T + move).unbind(1)
+    half = rotations(quats) * scales[:, None]
+    covariance = turn @ half @ half.transpose(1, 2) @ turn.T
+    fx, fy, zero = k[0, 0], k[1, 1], torch.zeros_like(z)
+    jacobian = torch.stack(
+        [torch.stack([fx / z, zero, -fx * x / z**2], 1), torch.stack([zero, fy / z, -fy * y / z**2], 1)], 1
+    )
+    flat = jacobian @ covariance @ jacobian.transpose(1, 2) + EPS2D * torch.eye(2).to(means)
+    return torch.stack([fx * x / z + k[0, 2], fy * y / z + k[1, 2]], 1), z, flat
+
+
+def coloured(means, harmonics, position):
+    """Harmonics of degrees 0 and 1 in the direction of each Gaussian, plus a half, not below 0."""
+    x, y, z = torch.nn.functional.normalize(means - position, dim=1).unbind(1)
+    basis = torch.stack([torch.full_like(x, 0.28209479), -0.48860251 * y, 0.48860251 * z, -0.48860251 * x], 1)
+    return (basis[:, : harmonics.shape[1], None] * harmonics[:, :4]).sum(1).add(0.5).clamp(min=0)
+
+
+def rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane=0.01, **_):
+    """What gsplat.rasterization gives with render_mode="RGB+ED" and packed=False, one loop a camera."""
+    cameras = [projected(means, quats, scales, viewmat, k) for viewmat, k in zip(viewmats, Ks, strict=True)]
+    places = torch.stack([at for at, _, _ in cameras])
+    sizes = [(3 * covariance.diagonal(dim1=1, dim2=2).sqrt()).detach() for _, _, covariance in cameras]
+    outputs = []
+    for at, viewmat, (_, depth, covariance) in zip(places, viewmats, cameras, strict=True):
+        position = -viewmat[:3, :3].T @ viewmat[:3, 3]
+        rgb = coloured(means, colors, position)
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        pixels = torch.stack([columns, rows], 2).to(means) + 0.5
+        away = pixels[:, :, None] - at
+        conic = torch.linalg.inv(covariance)
+        power = 0.5 * torch.einsum("hwni,nij,hwnj->hwn", away, conic, away)
+        alpha = (opacities * torch.exp(-power)).clamp(max=MOST)
+        alpha = alpha * ((alpha >= LEAST) & (depth > near_plane))
+        order = depth.argsort()
+        alpha = alpha[..., order]
+        left = torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha], 2), 2)[..., :-1]
+        weight = alpha * left
+        total = weight.sum(2, keepdim=True)
+        mean = (weight * depth[order]).sum(2, keepdim=True) / total.clamp(min=1e-10)
+        outputs.append((torch.cat([weight @ rgb[order], mean], 2), total))
+    seen, alphas = (torch.stack(x) for x in zip(*outputs, strict=True))
+    meta = {"means2d": places, "radii": torch.stack(sizes), "width": width, "height": height}
+    return seen, alphas, meta | {"n_cameras": len(viewmats), "gaussian_ids": None}
+
+
+def cloud(n=40, degree=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator, dtype=dtype)
+    return {
+        "means": 0.2 * draw(n, 3),
+        "quats": draw(n, 4),
+        "scales": (0.3 * draw(n, 3) - 2.5).exp(),
+        "opacities": draw(n).sigmoid(),
+        "colors": 0.5 * draw(n, (degree + 1) ** 2, 3),
+    }
+
+
+def test_one_gaussian_on_the_axis_is_a_gaussian_in_the_picture():
+    f, z, s, o = 30.0, 2.0, 0.1, 0.7
+    k = torch.tensor([[f, 0, 8], [0, f, 8], [0, 0, 1]]).double()
+    seen, alpha, _ = rasterization(
+        torch.tensor([[0.0, 0.0, z]]).double(),
+        torch.tensor([[1.0, 0, 0, 0]]).double(),
+        torch.full((1, 3), s).double(),
+        torch.tensor([o]).double(),
+        torch.zeros(1, 1, 3).double(),
+        torch.eye(4).double()[None],
+        k[None],
+        16,
+        16,
+    )
+    place = torch.arange(16).double() + 0.5 - 8
+    wanted = o * torch.exp(-(place[:, None] ** 2 + place**2) / 2 / ((f * s / z) ** 2 + EPS2D))
+    wanted = wanted * (wanted >= LEAST)
+    torch.testing.assert_close(alpha[0, ..., 0], wanted)
+    torch.testing.assert_close(seen[0, ..., 0], 0.5 * wanted)
+    assert torch.allclose(seen[0, 8, 8, 3], torch.tensor(z).double())
+
+
+def test_the_projection_is_gsplats():
+    own, cameras = cloud(), around(2, 24)
+    covariance, _ = _quat_scale_to_covar_preci(own["quats"], own["scales"], True, False, triu=False)
+    _, at, depths, conics, _ = _fully_fused_projection(
+        own["means"], covariance, cameras.world_to_camera, cameras.matrix, 24, 24
+    )
+    for i in range(2):
+        places, z, flat = projected(
+            own["means"], own["quats"], own["scales"], cameras.world_to_camera[i], cameras.matrix[i]
+        )
+        torch.testing.assert_close(depths[i], z)
+        torch.testing.assert_close(at[i], places)
+        inverse = torch.linalg.inv(flat)
+        wanted = torch.stack([inverse[:, 0, 0], inverse[:, 0, 1], inverse[:, 1, 1]], 1)
+        torch.testing.assert_close(conics[i], wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_the_colours_are_gsplats():
+    own, position = cloud(), torch.tensor([2.0, 0.3, 1.0]).double()
+    wanted = (_spherical_harmonics(1, own["means"] - position, own["colors"]) + 0.5).clamp(min=0)
+    torch.testing.assert_close(coloured(own["means"], own["colors"], position), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="gsplat rasterises on CUDA")
+def test_splats_on_a_gpu_are_those_of_the_plain_renderer():
+    own, cameras = cloud(dtype=torch.float32), around(2, 24)
+    field = made(own).cuda()
+    seen = field(cameras)
+    wanted, alpha, _ = rasterization(*own.values(), *placed(cameras, own["means"]), 24, 24)
+    torch.testing.assert_close(seen.alpha[:, 0].cpu(), alpha[..., 0], atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        seen.rgb.permute(0, 2, 3, 1).cpu(), wanted[..., :3].clamp(0, 1), atol=5e-3, rtol=0
+    )
+
+
+def placed(cameras: Cameras, like):
+    return cameras.to(like).world_to_camera, cameras.to(like).matrix
+
+
+def made(own, **settings) -> Splats:
+    field = Splats(UNIT_CUBE, count=len(own["means"]), harmonics=1, **{"background": "black"} | settings)
+    with torch.no_grad():
+        for name in ("means", "quats"):
+            field.splats[name].copy_(own[name])
+        field.splats["scales"].copy_(own["scales"].log())
+        field.splats["opacities"].copy_(own["opacities"].logit())
+        field.splats["sh0"].copy_(own["colors"][:, :1])
+        field.splats["shN"].copy_(own["colors"][:, 1:])
+    return field
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    """The library's rasterisation by the plain one, so that everything around it runs without a GPU."""
+    monkeypatch.setattr(gsplat, "rasterization", rasterization)
+
+
+def test_what_the_rasteriser_is_given(on_a_cpu):
+    own, cameras = cloud(dtype=torch.float32), around(2, 20)
+    wanted, alpha, _ = rasterization(*own.values(), *placed(cameras, own["means"]), 20, 20)
+    seen = made(own)(cameras)
+    torch.testing.assert_close(seen.alpha[:, 0], alpha[..., 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(seen.depth[:, 0], wanted[..., 3], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        seen.rgb.permute(0, 2, 3, 1), wanted[..., :3].clamp(0, 1), atol=1e-4, rtol=1e-3
+    )
+    white = made(own, background="white")(cameras)
+    assert torch.allclose(white.rgb, (seen.rgb + 1 - seen.alpha).clamp(0, 1), atol=1e-4)
+
+
+class Pictures:
+    def __init__(self, cameras, images):
+        self.cameras, self.images = cameras, images
+
+    def picture(self, i):
+        return self.images[i]
+
+
+def test_splats_are_densified_towards_photographs_saved_and_loaded(on_a_cpu):
+    cameras = around(6, 16)
+    pictures = Pictures(cameras, photographs(cameras)[0].float())
+    torch.manual_seed(0)
+    field = Splats(bounds(cameras), count=60, harmonics=1)
+
+    def error() -> float:
+        with torch.no_grad():
+            return float((field(cameras).rgb - pictures.images).abs().mean())
+
+    before = error()
+    fit(field, pictures, 60)
+    assert error() < 0.6 * before
+    assert len(field.splats["means"]) != 60
+    again = Splats(bounds(cameras), count=60, harmonics=1)
+    again.load_state_dict(field.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(cameras[[0]]).rgb, field(cameras[[0]]).rgb)
+    many = len(field.splats["means"])
+    following = field.fitting(0.25)
+    following.step(pictures, Draw(0, 0))
+    assert len(field.splats["means"]) == many
+
+
+def test_a_trained_scene_is_taken_as_it_is(on_a_cpu, tmp_path):
+    field, cameras = made(cloud(dtype=torch.float32)), around(2, 12)
+    write_splats(field.gaussians(), tmp_path / "scene.ply")
+    taken = Splats(UNIT_CUBE, background="black", ply=str(tmp_path / "scene.ply"))
+    fit(taken, Pictures(cameras, torch.zeros(2, 3, 12, 12)), 10)
+    torch.testing.assert_close(taken(cameras).rgb, field(cameras).rgb, atol=1e-3, rtol=0)
+
+
+def test_it_begins_at_known_points():
+    points = torch.rand(50, 3).double(), torch.rand(50, 3)
+    field = Splats(UNIT_CUBE._replace(points=points), harmonics=0)
+    torch.testing.assert_close(field.splats["means"], points[0].float())
+    colours = field.splats["sh0"][:, 0] * 0.28209479177387814 + 0.5
+    torch.testing.assert_close(colours, points[1])
+    line = torch.arange(5.0)[:, None] * torch.tensor([[1.0, 0, 0]])
+    assert _spacing(line)[2] == pytest.approx(math.sqrt((1 + 1 + 4) / 3))
+
+
+def test_without_cuda_one_sentence_says_what_works():
+    if torch.cuda.is_available():
+        pytest.skip("here it works")
+    with pytest.raises(InputError, match="modality/field=voxels works here"):
+        Splats.check({})
