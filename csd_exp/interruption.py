@@ -34,9 +34,26 @@ def leave(signum: int, _: FrameType | None = None) -> None:
     os._exit(128 + signum)
 
 
-def stop(signum: int, _: FrameType | None = None) -> None:
-    """Handle a signal by an exception, so that what is half made is removed."""
+_lost: list[int] = []  # signals that came where an exception would be lost
+
+
+def stop(signum: int, frame: FrameType | None = None) -> None:
+    """Handle a signal by an exception, so that what is half made is removed.
+
+    In a destructor, where Python drops exceptions, it is noted for `raise_lost`.
+    """
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            _lost.append(signum)
+            return
+        frame = frame.f_back
     raise Interrupted(signum)
+
+
+def raise_lost() -> None:
+    """Raise Interrupted for a signal that has come in a destructor."""
+    if _lost:
+        raise Interrupted(_lost.pop())
 
 
 def ignored(signum: int, _: FrameType | None = None) -> None:
@@ -68,6 +85,7 @@ def handled(signals: tuple[int, ...], handler: Handler) -> Iterator[None]:
     before = {signum: signal.getsignal(signum) for signum in signals}
     handle(signals, handler)
     try:
+        raise_lost()
         yield
     finally:
         for signum, earlier in before.items():

@@ -16,6 +16,7 @@ from PIL import Image
 import csd_exp
 from csd_exp.callbacks import Interruption, Media
 from csd_exp.errors import InputError
+from csd_exp.interruption import Interrupted, handled, raise_lost, stop
 
 RUN = [
     *("experiment=panorama", "prior=analytic", "prior.window=16", "+prior.prompts.warm=[0,1]"),
@@ -210,3 +211,23 @@ def test_killed_runs_go_on_to_the_bits_of_one_that_was_not() -> None:
     )
     assert tried.returncode == 0, tried.stderr
     assert "2 of 2 runs came to the bits of the whole one" in tried.stdout
+
+
+def test_a_signal_in_a_destructor_is_not_lost() -> None:
+    """Python drops what is raised there."""
+    said = []
+
+    class Last:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            said.append("gone on")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with handled((signal.SIGTERM,), stop):
+        last = Last()
+        del last
+        assert said == ["gone on"]
+        with pytest.raises(Interrupted):
+            raise_lost()
+        raise_lost()  # it counts once
+    assert signal.getsignal(signal.SIGTERM) == before
