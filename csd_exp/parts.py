@@ -91,7 +91,12 @@ def _check_scene(config: DictConfig) -> None:
         )
     if "field" in config.modality:
         _check_bound(config, "modality.field", True)
-        field = _part(config, "modality.field", Field)
+        field = located(config.modality.field._target_)
+        if not (isinstance(field, type) and issubclass(field, Field)):
+            raise InputError(
+                f"modality.field._target_={config.modality.field._target_} is no field; it must be a class "
+                "that derives from csd_exp.scene.field.Field."
+            )
         field.check(config.modality.field)
         constructed(config.modality.field)(UNIT_CUBE)
 
