@@ -1,6 +1,7 @@
 """A scene: its photographs are edited and its field follows, or the field itself is edited."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from csd_exp.particles.images import WholePictures
 from csd_exp.scene.album import Album
 from csd_exp.scene.cameras import Bounds
 from csd_exp.scene.field import Field
-from csd_exp.scene.scene import FOLLOWING, Scene, Trajectory, check_scene, within
+from csd_exp.scene.scene import FOLLOWING, Scene, Trajectory, check_scene, is_first, within
 from csd_exp.schedules import Draw
 
 
@@ -123,10 +124,10 @@ class EditedPhotographs(_Filmed, WholePictures):
         self._shown = self.edited.clone()  # the same, of what the album holds
 
     def begin(self, prior: Autoencoder, draw: Draw) -> None:
+        # Neither is part of what a step descends: the field follows afterwards.
         original = self.scene.reconstructed(prior.device, self.album).requires_grad_(False)
         vars(self).update(original=original, autoencoder=prior)
-        # No part of what a step descends: it follows afterwards.
-        self.field = self.scene.reconstructed(prior.device, self.album).requires_grad_(False)
+        self.field = deepcopy(original)
         self.fitting = self.field.fitting(FOLLOWING)
         if self.within is not None:
             self.areas = self._in_the_box(self.within, prior.views.factor)
@@ -181,7 +182,7 @@ class EditedPhotographs(_Filmed, WholePictures):
         """The edited photographs of a round become files, which every process reads."""
         now = draw.step // self.edit_steps
         for i in self._round(draw).tolist():
-            if _is_first():
+            if is_first():
                 (image,) = self.finish(self.autoencoder.decode(self.latent[i : i + 1]).clamp(0, 1).cpu())
                 if self.areas is not None and self.areas.mask is not None:
                     image = self.areas.composite(i, image, self.album.picture(i))
@@ -257,8 +258,8 @@ class EditedField(_Filmed, Particles):
     @torch.no_grad()
     def begin(self, prior: Autoencoder, draw: Draw) -> None:
         album = self.scene.album()
-        vars(self).update(original=self.scene.reconstructed(prior.device, album).requires_grad_(False))
         self.field = self.scene.reconstructed(prior.device, album)
+        vars(self).update(original=deepcopy(self.field).requires_grad_(False))
         conditions = [prior.condition(album.picture(k)[None]) for k in range(len(album))]
         known = [c for c in conditions if c is not None]
         self.album = album
@@ -286,7 +287,3 @@ class _Photographs:
 
     def __iter__(self) -> Iterator[Tensor]:
         return map(self.album.picture, range(len(self.album)))
-
-
-def _is_first() -> bool:
-    return not (distributed.is_initialized() and distributed.get_rank())

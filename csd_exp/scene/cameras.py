@@ -67,6 +67,11 @@ class Cameras:
         return self.pose[:, :, 2]
 
     @property
+    def up(self) -> Tensor:
+        """[3], the mean of what the pictures have up, a unit vector."""
+        return torch.nn.functional.normalize(-self.pose[:, :, 1].mean(0), dim=0)
+
+    @property
     def world_to_camera(self) -> Tensor:
         """[n, 4, 4]."""
         inverse = torch.eye(4).to(self.pose).repeat(len(self), 1, 1)
@@ -191,7 +196,7 @@ def bounds(cameras: Cameras, centre: Sequence[float] | None = None, half: float 
     and where no camera faces a given centre.
     """
     positions, point = cameras.positions, focus(cameras)
-    up = torch.nn.functional.normalize(-cameras.pose[:, :, 1].mean(0), dim=0)
+    up = cameras.up
     spread = float((positions - positions.mean(0)).norm(dim=1).max())
     if centre is None and spread == 0:
         raise InputError(

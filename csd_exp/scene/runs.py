@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -17,8 +16,7 @@ from csd_exp.facts import camera_of
 from csd_exp.files import write_whole
 from csd_exp.saved import saved
 from csd_exp.scene.cameras import Cameras, focus, orbit
-from csd_exp.scene.field import Field
-from csd_exp.scene.scene import Flight
+from csd_exp.scene.scene import Flight, rendered
 from csd_exp.scene.voxels import Voxels
 from csd_exp.videos import write_gif, write_mp4
 
@@ -50,8 +48,7 @@ def flown(cameras: Cameras, frames: int | None, elevation: float | None, closer:
     """The cameras of a film, or as many on an orbit about what they look at, at an elevation in degrees."""
     if frames is None and elevation is None and closer == 1:
         return cameras
-    target, up = _middle(cameras), -cameras.pose[:, :, 1].mean(0)
-    up = torch.nn.functional.normalize(up, dim=0)
+    target, up = _middle(cameras), cameras.up
     away = cameras.positions - target
     distance = float(away.norm(dim=1).median()) / closer
     height = math.asin(float((away @ up / away.norm(dim=1)).median()))
@@ -69,12 +66,6 @@ def _middle(cameras: Cameras) -> Tensor:
             "The film of this run looks at no one point; leave out --elevation, --frames and --closer."
         )
     return point
-
-
-def rendered(field: Field, cameras: Cameras) -> Iterator[Tensor]:
-    """Images [3, H, W] in [0, 1], each when it is asked for."""
-    for i in range(len(cameras)):
-        yield field(cameras[[i]]).rgb[0].clamp(0, 1)
 
 
 def render() -> None:

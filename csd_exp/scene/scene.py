@@ -92,7 +92,7 @@ class Scene:
         """The field of the photographs: from the cache, or fitted by the first process and put there."""
         field = self.make(self.bounds._replace(points=self.views.points)).to(device)
         file = self.cache / f"{self._content(album, field)}.pt"
-        if not file.is_file() and not (distributed.is_initialized() and distributed.get_rank()):
+        if not file.is_file() and is_first():
             notice(
                 f"reconstructing the scene from {len(self.train)} photographs in {self.steps} steps; it is "
                 f"kept in {self.cache} and used again."
@@ -133,11 +133,9 @@ class Scene:
         )
         return digest.hexdigest()[:16]
 
-    @torch.no_grad()
     def frames(self, field: Field, which: slice = slice(None)) -> Iterator[Tensor]:
-        """What a field looks like along the path: images [3, H, W] in [0, 1], each when it is asked for."""
-        for i in range(*which.indices(len(self.film.cameras))):
-            yield field(self.film.cameras[[i]]).rgb[0].clamp(0, 1)
+        """What a field looks like along the path."""
+        return rendered(field, self.film.cameras[which])
 
     @torch.no_grad()
     def facts(self, field: Field, i: int) -> dict[str, Any]:
@@ -149,6 +147,18 @@ class Scene:
             depth = (seen.depth * (seen.alpha > 0.5))[0, 0]
         photograph = {"photograph": self.views[self.test[i]]} if self.held_out else {}
         return {"camera": camera, "depth": depth.cpu()} | photograph
+
+
+@torch.no_grad()
+def rendered(field: Field, cameras: Cameras) -> Iterator[Tensor]:
+    """What cameras see of a field: images [3, H, W] in [0, 1], each when it is asked for."""
+    for i in range(len(cameras)):
+        yield field(cameras[[i]]).rgb[0].clamp(0, 1)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes, of those that share the run."""
+    return not (distributed.is_initialized() and distributed.get_rank())
 
 
 @torch.no_grad()
