@@ -1,5 +1,6 @@
 """Tiny runs and images, made on the spot."""
 
+import shutil
 from pathlib import Path
 
 import lightning as L
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from playwright.sync_api import sync_playwright
 
 from csd_exp import methods
 from csd_exp.module import CSDModule
@@ -25,6 +27,20 @@ def write_image(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium that draws WebGL without a GPU."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = [path for name in names if (path := shutil.which(name))]
+    if not found:
+        pytest.skip("no Chromium or Chrome is installed")
+    drawn = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=found[0], args=drawn)
+        yield opened
+        opened.close()
 
 
 @pytest.fixture

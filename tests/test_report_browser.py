@@ -1,14 +1,13 @@
 """The report as a reader meets it: opened, dragged and clicked in a real browser."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
 from csd_exp.callbacks import Media, Provenance, Throughput
 from csd_exp.loggers import Csv
@@ -28,18 +27,6 @@ METRICS = {
         "settings": {"flow": {"_target_": "csd_exp.metrics.DIS"}},
     }
 }
-
-
-@pytest.fixture(scope="module")
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = [path for name in names if (path := shutil.which(name))]
-    if not found:
-        pytest.skip("no Chromium or Chrome is installed to open the report in")
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=found[0], args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

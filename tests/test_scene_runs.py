@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from plyfile import PlyData
 from scenes import write_scene
 from test_voxels import cube, filled
 
 import csd_exp
+from csd_exp.errors import InputError
 from csd_exp.scene import runs
+from csd_exp.scene.splats import Splats
 from csd_exp.scene.voxels import Voxels
 
 
@@ -60,7 +63,7 @@ def test_a_run_is_rendered_again_without_its_prior(run, monkeypatch, capsys, tmp
 
 
 def test_another_path_is_as_high_and_as_near_as_it_is_told(run):
-    _, cameras = runs.opened(run)
+    cameras = runs.opened(run).film
     there = runs.flown(cameras, 5, 40.0, 2.0)
     target = runs._middle(cameras)
     up = torch.nn.functional.normalize(-cameras.pose[:, :, 1].mean(0), dim=0)
@@ -78,7 +81,8 @@ def test_a_ball_leaves_as_a_mesh_of_its_size_and_colour(tmp_path, kind):
     filled(field, lambda x: 100 * (0.9 - 1.5 * x.norm(dim=1)).clamp(min=0))
     with torch.no_grad():
         field.colour.view(-1, 3, 4)[:, :, 0] = torch.tensor([6.0, 0.0, -6.0])
-    mesh = trimesh.load(runs.write_mesh(field, tmp_path / f"ball.{kind}"), force="mesh", process=False)
+    field.write(tmp_path / f"ball.{kind}")
+    mesh = trimesh.load(tmp_path / f"ball.{kind}", force="mesh", process=False)
     radius = np.linalg.norm(mesh.vertices - [1, 2, 3], axis=1)
     level = -np.log(0.5) * 63 / 3.2  # density at which a cell has half of the light
     wanted = (0.9 - level / 100) / 1.5 * 2
@@ -88,6 +92,29 @@ def test_a_ball_leaves_as_a_mesh_of_its_size_and_colour(tmp_path, kind):
     colours = mesh.visual.vertex_colors[:, :3].mean(0)
     expected = 255 / (1 + np.exp(-0.28209479 * np.array([6.0, 0.0, -6.0])))
     np.testing.assert_allclose(colours, expected, atol=2)
+
+
+def test_a_run_tells_what_its_field_was(run):
+    """The reconstruction in the cache, which the film of the source shows."""
+    field, source, film = runs.opened(run)
+    assert source is not None
+    before = frames(run / "media" / "source.mp4")[1]
+    shown = (source(film[[1]]).rgb[0].permute(1, 2, 0).clamp(0, 1) * 255).detach().numpy()
+    assert np.abs(shown - before).mean() < 2
+    assert any(not torch.equal(a, b) for a, b in zip(field.parameters(), source.parameters(), strict=True))
+
+
+def test_splats_leave_as_the_splats_that_they_are(tmp_path):
+    """Without a GPU: a file that another library reads, and a state that brings its own reach and number."""
+    field = Splats(cube(half=2.0), count=7, harmonics=1)
+    again = Splats.of_state(field.state_dict(), "learned")
+    assert all(torch.equal(a, b) for a, b in zip(field.parameters(), again.parameters(), strict=True))
+    assert (again.bounds.half, again.bounds.near) == (field.bounds.half, field.bounds.near)
+    again.write(tmp_path / "a.ply", 0.5)
+    read = PlyData.read(str(tmp_path / "a.ply"))["vertex"]
+    np.testing.assert_allclose(read["x"], field.splats["means"][:, 0].detach().numpy(), atol=1e-6)
+    with pytest.raises(InputError, match=r"a\.glb must end in \.ply"):
+        again.write(tmp_path / "a.glb", 0.5)
 
 
 def test_a_run_leaves_as_a_mesh(run, monkeypatch, capsys, tmp_path):

@@ -46,6 +46,13 @@ class _Filmed:
     def facts(self, i: int) -> dict[str, Any]:
         return {"prompt": self.prompt} | self.scene.facts(self.original, i)
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """Names what the field was, for whoever looks at a finished run."""
+        return {"reconstruction": self.scene.reconstruction}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """The reconstruction is in the cache, or made anew."""
+
 
 class EditedPhotographs(_Filmed, WholePictures):
     """Photographs are edited round by round, and after each round the field is fitted to them.
@@ -204,7 +211,7 @@ class EditedPhotographs(_Filmed, WholePictures):
         return [{"params": [self.latent]}]
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"fitting": self.fitting.state_dict()}
+        return super().get_extra_state() | {"fitting": self.fitting.state_dict()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.fitting.load_state_dict(state["fitting"])

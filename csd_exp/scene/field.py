@@ -2,13 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from csd_exp.scene.cameras import Cameras
 from csd_exp.schedules import Draw
+
+Background = Literal["learned", "white", "black"]
 
 
 class Rendered(NamedTuple):
@@ -62,9 +65,24 @@ class Fitting:
 class Field(nn.Module, ABC):
     """Every parameter is optimised; what else a field is made of are buffers."""
 
+    suffix: ClassVar[str]
+    """Of the file that other programs take it as."""
+
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
         """Raise InputError where the configuration `modality.field` cannot work on this machine."""
+
+    @classmethod
+    @abstractmethod
+    def of_state(cls, state: Mapping[str, Tensor], background: Background) -> "Field":
+        """The field that a `state_dict` is of."""
+
+    @abstractmethod
+    def write(self, file: Path, opacity: float) -> None:
+        """Write it in world coordinates; `opacity` is that of a cell of its surface, where it has one.
+
+        Raises InputError for a format that is not accepted.
+        """
 
     def fitting(self, share: float = 1.0) -> Fitting:
         """What fits it to photographs, from nothing or, at a share of the rates, from where it stands."""

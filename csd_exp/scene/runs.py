@@ -4,44 +4,65 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple
 
 import torch
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from csd_exp.callbacks.checkpoint import CheckpointFiles
-from csd_exp.errors import InputError
+from csd_exp.errors import InputError, notice
 from csd_exp.facts import camera_of
-from csd_exp.files import write_whole
 from csd_exp.saved import saved
 from csd_exp.scene.cameras import Cameras, focus, orbit
+from csd_exp.scene.field import Field
 from csd_exp.scene.scene import Flight, rendered
-from csd_exp.scene.voxels import Voxels
+from csd_exp.targets import check_targets
 from csd_exp.videos import write_gif, write_mp4
 
-RENDER = """csd-render RUN_DIR [--frames N] [--size HEIGHT WIDTH] [--elevation DEGREES] [--closer FACTOR]
-                  [--to FOLDER]
-
-Renders the field of a finished run along the path of its film, or an orbit at another height, and writes
-render.mp4 and render.gif: no training, no prior."""
+PREFIX = "particles.field."
+EXTRA = "particles._extra_state"
 
 
-def opened(run_dir: Path) -> tuple[Voxels, Cameras]:
-    """The field that a run has made, and the cameras of its film; raises InputError where it has none."""
+class Opened(NamedTuple):
+    """The field of a run, what it was before, None where that is not kept, and the cameras of the film."""
+
+    field: Field
+    source: Field | None
+    film: Cameras
+
+
+def opened(run_dir: Path) -> Opened:
+    """The scene of a finished run, without its prior; raises InputError where it has none."""
     config, _ = saved(run_dir)
     if not (run_dir / "last.ckpt").is_file():
         raise InputError(f"{run_dir} has no last.ckpt; give the folder of a run that has finished.")
+    made = OmegaConf.select(config, "modality.field")
+    if made is None:
+        raise InputError(f"{run_dir} is a run of no scene; give one of experiment=scene or text_to_3d.")
+    check_targets(OmegaConf.create({"modality": {"field": made}}))
+    kind = get_class(made._target_)
+    if not issubclass(kind, Field):
+        raise InputError(f"{run_dir} has modality.field={made._target_}, which is no field of csd_exp.scene.")
     state = CheckpointFiles().load_checkpoint(run_dir / "last.ckpt")["state_dict"]
-    prefix = "particles.field."
-    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    if "density" not in own:
-        raise InputError(f"{run_dir} holds no field of voxels; give a run of experiment=scene or text_to_3d.")
-    field = Voxels.of_state(own, config.modality.field.background)
+    own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    kept = Path(config.modality.get("cache", "")) / state.get(EXTRA, {}).get("reconstruction", "")
+    source = None
+    if kept.is_file():
+        source = kind.of_state(torch.load(kept, map_location="cpu", weights_only=True), made.background)
     pictures = json.loads((run_dir / "media" / "pictures.json").read_text(encoding="utf-8"))["pictures"]
     cameras = [camera_of(facts) for facts in pictures]
     pose, focal, centre = (torch.cat([getattr(c, n) for c in cameras]) for n in ("pose", "focal", "centre"))
-    return field.requires_grad_(False), Cameras(pose, focal, centre, cameras[0].size)
+    return Opened(kind.of_state(own, made.background), source, Cameras(pose, focal, centre, cameras[0].size))
+
+
+def shown(field: Field) -> Field:
+    """A field ready to be rendered: on the GPU where there is one; raises InputError where it needs one."""
+    field.check({})
+    return field.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def flown(cameras: Cameras, frames: int | None, elevation: float | None, closer: float) -> Cameras:
@@ -68,77 +89,99 @@ def _middle(cameras: Cameras) -> Tensor:
     return point
 
 
+RENDER = """csd-render RUN_DIR [--frames N] [--size HEIGHT WIDTH] [--elevation DEGREES] [--closer FACTOR]
+                  [--to FOLDER]
+
+Renders the field of a finished run along the path of its film, or an orbit at another height, and writes
+render.mp4 and render.gif: no training, no prior."""
+
+EXPORT = """csd-export RUN_DIR [--to FILE.glb] [--opacity 0.5]
+
+Writes the field of a finished run in the world of its poses. Voxels leave as the surface within their bounds
+with its colours: .glb, .ply, .obj, .stl or .off; splats as the .ply that viewers of splats read."""
+
+VIEW = """csd-view RUN_DIR [--host 127.0.0.1] [--port 8080]
+
+Shows the field of a finished run in a browser, and what it was before the edit, until ctrl-C."""
+
+
 def render() -> None:
-    """The command line `csd-render`: exit code 2 and one sentence for anything a user got wrong."""
+    """The command line `csd-render`."""
     parser = argparse.ArgumentParser("csd-render", usage=RENDER)
-    parser.add_argument("run", type=Path)
     parser.add_argument("--frames", type=int)
     parser.add_argument("--size", type=int, nargs=2)
     parser.add_argument("--elevation", type=float)
     parser.add_argument("--closer", type=float, default=1.0)
     parser.add_argument("--to", type=Path)
-    asked = parser.parse_args()
-    try:
-        if not 0.1 <= asked.closer <= 10:
-            raise InputError(f"--closer must lie between 0.1 and 10, not {asked.closer}.")
-        if asked.elevation is not None and not -89 <= asked.elevation <= 89:
-            raise InputError(f"--elevation must lie between -89 and 89 degrees, not {asked.elevation}.")
-        if asked.frames is not None and asked.frames < 1:
-            raise InputError(f"--frames must be at least 1, not {asked.frames}.")
-        if asked.size and min(asked.size) < 1:
-            raise InputError(f"--size must be at least 1 x 1, not {asked.size[0]} x {asked.size[1]}.")
-        field, cameras = opened(asked.run)
-        cameras = flown(cameras, asked.frames, asked.elevation, asked.closer)
-        cameras = cameras.resized(tuple(asked.size)) if asked.size else cameras
-        images = list(rendered(field, cameras))
-        folder = asked.to or asked.run
-        folder.mkdir(parents=True, exist_ok=True)
-        write_mp4(images, folder / "render.mp4", Flight(cameras).times)
-        write_gif(lambda: images, folder / "render.gif", Flight(cameras).times)
-        print(folder / "render.mp4")
-    except InputError as e:
-        print(f"csd-render: {e}", file=sys.stderr)
-        sys.exit(2)
+    _told(parser, _render)
 
 
-EXPORT = """csd-export RUN_DIR [--to FILE.glb] [--opacity 0.5]
-
-Writes the surface of a finished run's field, within its bounds and with its colours, as a mesh in the world
-of its poses: .glb, .ply, .obj, .stl or .off."""
+def _render(asked: argparse.Namespace) -> None:
+    if not 0.1 <= asked.closer <= 10:
+        raise InputError(f"--closer must lie between 0.1 and 10, not {asked.closer}.")
+    if asked.elevation is not None and not -89 <= asked.elevation <= 89:
+        raise InputError(f"--elevation must lie between -89 and 89 degrees, not {asked.elevation}.")
+    if asked.frames is not None and asked.frames < 1:
+        raise InputError(f"--frames must be at least 1, not {asked.frames}.")
+    if asked.size and min(asked.size) < 1:
+        raise InputError(f"--size must be at least 1 x 1, not {asked.size[0]} x {asked.size[1]}.")
+    field, _, film = opened(asked.run)
+    cameras = flown(film, asked.frames, asked.elevation, asked.closer)
+    cameras = cameras.resized(tuple(asked.size)) if asked.size else cameras
+    images = [image.cpu() for image in rendered(shown(field), cameras)]
+    folder = asked.to or asked.run
+    folder.mkdir(parents=True, exist_ok=True)
+    write_mp4(images, folder / "render.mp4", Flight(cameras).times)
+    write_gif(lambda: images, folder / "render.gif", Flight(cameras).times)
+    print(folder / "render.mp4")
 
 
 def export() -> None:
-    """The command line `csd-export`: exit code 2 and one sentence for anything a user got wrong."""
+    """The command line `csd-export`."""
     parser = argparse.ArgumentParser("csd-export", usage=EXPORT)
-    parser.add_argument("run", type=Path)
     parser.add_argument("--to", type=Path)
     parser.add_argument("--opacity", type=float, default=0.5)
+    _told(parser, _export)
+
+
+def _export(asked: argparse.Namespace) -> None:
+    if not 0 < asked.opacity < 1:
+        raise InputError(f"--opacity must lie between 0 and 1, not {asked.opacity}.")
+    field = opened(asked.run).field
+    file = asked.to or (asked.run / "scene").with_suffix(field.suffix)
+    field.write(file, asked.opacity)
+    print(file)
+
+
+def view() -> None:
+    """The command line `csd-view`."""
+    parser = argparse.ArgumentParser("csd-view", usage=VIEW)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8080)
+    _told(parser, _view)
+
+
+def _view(asked: argparse.Namespace) -> None:
+    from csd_exp.scene.viewer import Viewer
+
+    field, source, film = opened(asked.run)
+    if source is None:
+        notice("what the field was before the edit is not kept, so the field as it is is shown alone.")
+    fields = {"edit": field} | ({} if source is None else {"source": source})
+    viewer = Viewer({name: shown(each) for name, each in fields.items()}, film, asked.host, asked.port)
+    print(f"http://{asked.host}:{viewer.port}", flush=True)
+    try:
+        viewer.serve()
+    except KeyboardInterrupt:
+        viewer.stop()
+
+
+def _told(parser: argparse.ArgumentParser, act: Callable[[argparse.Namespace], None]) -> None:
+    """Do what a command line asks for: exit code 2 and one sentence for anything a user got wrong."""
+    parser.add_argument("run", type=Path)
     asked = parser.parse_args()
     try:
-        if not 0 < asked.opacity < 1:
-            raise InputError(f"--opacity must lie between 0 and 1, not {asked.opacity}.")
-        print(write_mesh(opened(asked.run)[0], asked.to or asked.run / "scene.glb", asked.opacity))
+        act(asked)
     except InputError as e:
-        print(f"csd-export: {e}", file=sys.stderr)
+        print(f"{parser.prog}: {e}", file=sys.stderr)
         sys.exit(2)
-
-
-def write_mesh(field: Voxels, file: Path, opacity: float = 0.5) -> Path:
-    """Write a field's surface with vertex colours; raises InputError for a format that is not accepted."""
-    try:
-        import trimesh
-    except ImportError as e:
-        raise InputError("csd-export needs the extra scene: pip install csd_exp[scene].") from e
-
-    kind = file.suffix.removeprefix(".").lower()
-    if kind not in ("glb", "ply", "obj", "stl", "off"):
-        raise InputError(f"--to {file} must end in .glb, .ply, .obj, .stl or .off.")
-    vertices, faces, colours = field.surface(opacity)
-    mesh = trimesh.Trimesh(
-        vertices.cpu().numpy(),
-        faces.numpy(),
-        vertex_colors=(colours * 255).round().byte().cpu().numpy(),
-        process=False,
-    )
-    write_whole(file, cast(str | bytes, mesh.export(file_type=kind)))
-    return file

@@ -91,7 +91,8 @@ class Scene:
     def reconstructed(self, device: torch.device, album: Album) -> Field:
         """The field of the photographs: from the cache, or fitted by the first process and put there."""
         field = self.make(self.bounds._replace(points=self.views.points)).to(device)
-        file = self.cache / f"{self._content(album, field)}.pt"
+        self.reconstruction = f"{self._content(album, field)}.pt"
+        file = self.cache / self.reconstruction
         if not file.is_file() and is_first():
             notice(
                 f"reconstructing the scene from {len(self.train)} photographs in {self.steps} steps; it is "

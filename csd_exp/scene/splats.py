@@ -1,21 +1,20 @@
 """A field of Gaussians by the library gsplat, on CUDA: its rasterisation, its densification."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from csd_exp.errors import InputError, accept
-from csd_exp.scene.cameras import Bounds, Cameras
-from csd_exp.scene.field import Field, Fitting, Photographed, Rendered
+from csd_exp.scene.cameras import UNIT_CUBE, Bounds, Cameras
+from csd_exp.scene.field import Background, Field, Fitting, Photographed, Rendered
 from csd_exp.schedules import Draw
 
 if TYPE_CHECKING:
     from csd_exp.scene.ply import Gaussians
-
-Background = Literal["learned", "white", "black"]
 
 RATES = {"means": 1.6e-4, "scales": 5e-3, "quats": 1e-3, "opacities": 5e-2, "sh0": 2.5e-3, "shN": 2.5e-3 / 20}
 Y0 = 0.28209479177387814  # the harmonic of degree 0
@@ -33,6 +32,8 @@ class Splats(Field):
     world of the poses; nothing is fitted then. structure: weight of 1 - SSIM beside the absolute error.
     Raises InputError for a setting out of range.
     """
+
+    suffix = ".ply"
 
     def __init__(
         self,
@@ -58,9 +59,21 @@ class Splats(Field):
             ply is not None,
         )
         self.splats = nn.ParameterDict(_begun(bounds, count, harmonics) if ply is None else _read(ply))
+        # In the state, so that a checkpoint alone can be rendered.
+        self.register_buffer("reach", torch.tensor([bounds.half, bounds.near], dtype=torch.float64))
         if background == "learned":
             self.behind = nn.Parameter(torch.zeros(3))
         self.steps = 0
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Tensor], background: Background) -> "Splats":
+        half, near = state["reach"].tolist()
+        middle, nowhere = torch.zeros(3).double(), torch.full((1, 3), math.inf, dtype=torch.float64)
+        bounds = Bounds(middle, half, near, nowhere, UNIT_CUBE.up, True)
+        degree = int((1 + state["splats.shN"].shape[1]) ** 0.5) - 1
+        field = cls(bounds, count=4, harmonics=degree, background=background)
+        field.load_state_dict(state)
+        return field
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
@@ -150,6 +163,14 @@ class Splats(Field):
         own = self.splats
         colours = torch.cat([own["sh0"], own["shN"]], 1)
         return Gaussians(own["means"], own["quats"], own["scales"], own["opacities"], colours)
+
+    def write(self, file: Path, opacity: float) -> None:
+        """Write the Gaussians as a PLY file of splats; `opacity` is of no surface here."""
+        from csd_exp.scene.ply import write_splats
+
+        if file.suffix != self.suffix:
+            raise InputError(f"{file} must end in .ply, which splats are written as.")
+        write_splats(self.gaussians(), file)
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """A saved field brings as many Gaussians as it has."""

@@ -3,18 +3,18 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any, Literal, NamedTuple, get_args
+from pathlib import Path
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csd_exp.errors import InputError, accept
+from csd_exp.files import write_whole
 from csd_exp.scene.cameras import Bounds, Cameras, Rays
-from csd_exp.scene.field import Field, Photographed, Rendered
+from csd_exp.scene.field import Background, Field, Photographed, Rendered
 from csd_exp.schedules import Draw
-
-Background = Literal["learned", "white", "black"]
 
 SHELL = 0.6  # what all that lies outside of the bounds is contracted to, in halves of their side
 FAR = 100.0  # in the same unit; beyond is the background
@@ -25,7 +25,9 @@ UNSEEN = 1e-4  # a sample of less weight has no colour
 FINEST = 512  # corners along a side
 BALL = 20.0  # density in the middle of the ball that a field begins as
 COLOURS = 0.02  # what a difference of colours counts for beside one of densities
+AT_ONCE = 16384  # rays that are traced together, so that large pictures take no more memory
 SKY = (128, 256)  # rows and columns of a learned background
+MESHES = (".glb", ".ply", ".obj", ".stl", ".off")
 
 BASIS = (0.28209479177387814, 0.4886025119029199)  # of spherical harmonics of degree 0 and 1
 CORNERS = tuple(product((0, 1), repeat=3))
@@ -60,6 +62,8 @@ class Voxels(Field):
     rays: how many a step of fitting takes. smoothness: weight of the roughness. ball: radius of a ball to
     begin with, in halves of the bounds' side; None is haze. dtype: `float32` or `float64`.
     """
+
+    suffix = ".glb"
 
     occupied: Tensor
     index: Tensor
@@ -110,7 +114,6 @@ class Voxels(Field):
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor], background: Background) -> "Voxels":
-        """The field that a state is of."""
         half, near = state["reach"].tolist()
         up, kind = state["upright"][:, 0].double(), state["density"].dtype
         nowhere = torch.full((1, 3), math.inf, dtype=torch.float64)
@@ -156,10 +159,12 @@ class Voxels(Field):
     def forward(self, cameras: Cameras) -> Rendered:
         cameras = cameras.to(self.density)
         seen = [
-            self.trace(Rays(*(x.flatten(0, 1) for x in rays))) for rays in zip(*cameras.rays(), strict=True)
+            self.trace(Rays(*part))
+            for rays in zip(*cameras.rays(), strict=True)  # of one camera, which decides where rays are cut
+            for part in zip(*(x.flatten(0, 1).split(AT_ONCE) for x in rays), strict=True)
         ]
         shape = (len(cameras), *cameras.size, -1)
-        return Rendered(*(torch.stack(x).view(shape).permute(0, 3, 1, 2) for x in zip(*seen, strict=True)))
+        return Rendered(*(torch.cat(x).view(shape).permute(0, 3, 1, 2) for x in zip(*seen, strict=True)))
 
     def trace(self, rays: Rays, jitter: Tensor | None = None) -> Rendered:
         """What rays [m, 3] see: rgb [m, 3], alpha [m, 1] and depth [m, 1].
@@ -291,6 +296,27 @@ class Voxels(Field):
         return error + self.smoothness * self.roughness(draw)
 
     @torch.no_grad()
+    def write(self, file: Path, opacity: float = 0.5) -> None:
+        """Write the surface with its colours as a mesh: .glb, .ply, .obj, .stl or .off.
+
+        Raises InputError for another format, and without the extra `scene`.
+        """
+        if file.suffix.lower() not in MESHES:
+            raise InputError(f"{file} must end in {', '.join(MESHES[:-1])} or {MESHES[-1]}.")
+        try:
+            from trimesh import Trimesh
+        except ImportError as e:
+            raise InputError("A mesh needs the extra scene: pip install csd_exp[scene].") from e
+
+        vertices, faces, colours = self.surface(opacity)
+        mesh = Trimesh(
+            vertices.cpu().numpy(),
+            faces.numpy(),
+            vertex_colors=(colours * 255).round().byte().cpu().numpy(),
+            process=False,
+        )
+        write_whole(file, cast(str | bytes, mesh.export(file_type=file.suffix[1:].lower())))
+
     def surface(self, opacity: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
         """Where a cell has this opacity, within the bounds, as a mesh.
 
