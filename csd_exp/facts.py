@@ -11,6 +11,7 @@ A metric's `update` takes what it needs to know of a picture, by name:
         right and down; None where it is not known.
     photograph: [3, H, W], what a rendered source should be, and was not fitted to; None elsewhere.
     depth: [H, W] of a picture of a scene along the optical axis, 0 where there is no surface; None of others.
+    camera: `Cameras` of one, which saw it; None of others.
 Particles say what they know by `facts(i)`, in these names: `outside` as a tensor, `flow` as a reference that
 `_flow` follows, the rest as plain values. In place of a flow they may give what it follows from: `depth`
 [H, W] along the optical axis, 0 where there is no surface, and `camera`, a `Cameras` of one.
@@ -37,7 +38,7 @@ from csd_exp.particles import Particles
 from csd_exp.scene.cameras import Cameras, flow
 
 VAR_POSITIONAL, VAR_KEYWORD = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
-KNOWN = ("edited", "prompt", "window", "borders", "outside", "flow", "depth", "photograph")
+KNOWN = ("edited", "prompt", "window", "borders", "outside", "flow", "depth", "camera", "photograph")
 
 
 def write_facts(particles: Particles, media: Path) -> None:
@@ -102,7 +103,7 @@ def read_facts(media: Path) -> Iterator[dict[str, Any]]:
             facts["photograph"] = read_image(media / facts["photograph"])
         if facts["depth"] is not None:
             seen, before = _view(facts, media), seen
-            facts["depth"] = seen[1]
+            facts["camera"], facts["depth"] = seen
             facts["flow"] = None if before is None else _flow_between(before, seen)
         yield facts | ({"source": sources[i]} if sources else {})
 

@@ -19,8 +19,10 @@ from csd_exp.metrics import (
     CLIPImageSimilarity,
     CLIPJanus,
     CLIPTextSimilarity,
+    CLIPTextureless,
 )
 from csd_exp.metrics.clip import Clip, named_clip
+from csd_exp.scene.cameras import Cameras
 
 ANGLES = {"a photograph": 0.0, "a photograph, make it night": 90.0, "a lake": 20.0, "a lake at night": 140.0}
 SMALL = {
@@ -206,6 +208,32 @@ def test_geometry_sees_the_depth_near_white_and_nothing_black():
     metric.reset()
     metric.update(torch.zeros(3, 6, 6), None, "x")
     metric.update(torch.zeros(3, 6, 6), torch.zeros(6, 6), "x")
+    assert math.isnan(metric.compute())
+
+
+def test_a_surface_without_texture_is_lit_where_it_faces_the_light():
+    """A wall in the grey that Lambert's cosine says, before white."""
+    seen = []
+
+    class Watching(Plane):
+        def __call__(self, images):
+            seen.append(images)
+            return super().__call__(images)
+
+    middle = torch.full((1, 2), 8.0).double()
+    camera = Cameras(torch.eye(3, 4).double()[None], 16 * torch.ones(1, 2).double(), middle, (16, 16))
+    depth = torch.full((16, 16), 2.0).double()
+    depth[:, :4] = 0
+    metric = CLIPTextureless(clip=Clip(Watching()), target_caption="a lake")
+    metric.update(torch.zeros(3, 16, 16), depth, camera, "x")
+    (shown,) = seen
+    assert (shown[0, :, :, :3] == 1).all()
+    point = torch.tensor([2 * 0.5 / 16, 2 * 0.5 / 16, 2.0])  # pixel 8, 8; the light is 2 above the camera
+    towards = torch.tensor([0.0, -2.0, 0.0]) - point
+    cosine = float(-towards[2] / towards.norm())
+    assert float(shown[0, 0, 8, 8]) == pytest.approx(0.85 * (0.3 + 0.7 * cosine), abs=1e-5)
+    metric.reset()
+    metric.update(torch.zeros(3, 16, 16), None, None, "x")
     assert math.isnan(metric.compute())
 
 

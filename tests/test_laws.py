@@ -313,7 +313,7 @@ def test_what_is_known_of_pictures_has_names_that_metrics_may_ask_for(modality):
     assert len(pictures) == seen.count
     assert len(originals) == (seen.count if seen.has_source else 0)
     for i, picture in enumerate(pictures):
-        assert set(seen.facts(i)) <= {*KNOWN, "camera"}
+        assert set(seen.facts(i)) <= set(KNOWN)
         assert seen.facts(i)["prompt"]
         assert picture.shape[0] == 3
         assert 0 <= picture.min() <= picture.max() <= 1

@@ -1,5 +1,7 @@
 """The perceptual distance and the style embedding, and what the network that both stand on sees."""
 
+from itertools import combinations
+
 import pytest
 import torch
 import torchvision
@@ -8,7 +10,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from csd_exp.answers.photos import load, picture_files
 from csd_exp.errors import InputError
-from csd_exp.metrics import LPIPS, EfficientNetDistance, efficientnet_distance, style_embedding
+from csd_exp.metrics import LPIPS, Diversity, EfficientNetDistance, efficientnet_distance, style_embedding
 from csd_exp.metrics.perceptual import activations, efficientnet_lite0
 
 PHOTOS = {file.stem: file for file in picture_files("held_out")}
@@ -47,6 +49,20 @@ def test_the_distance_is_that_of_unit_activations():
     assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-5)
     both = efficientnet_distance(torch.stack([a, a]), torch.stack([b, a]))
     assert both.tolist() == pytest.approx([expected.item(), 0], abs=1e-6)
+
+
+def test_diversity_is_the_mean_distance_of_all_pairs():
+    images = [photo(stem, 64) for stem in sorted(PHOTOS)[:4]]
+    metric = Diversity()
+    for image in images:
+        metric.update(image)
+    pairs = [efficientnet_distance(a[None], b[None])[0] for a, b in combinations(images, 2)]
+    assert metric.compute().item() == pytest.approx(float(torch.stack(pairs).mean()), rel=1e-5)
+    metric.update(photo("pmndrs_park", 32))  # of another size, which has no distance
+    assert metric.compute().isnan()
+    metric.reset()
+    metric.update(images[0])
+    assert metric.compute().isnan()
 
 
 def test_a_stronger_blur_is_further_away_whatever_the_size():

@@ -11,9 +11,9 @@ from csd_exp.errors import InputError
 from csd_exp.features import Perceptual as PerceptualFeatures
 from csd_exp.metrics.perceptual import efficientnet_distance
 from csd_exp.particles import GeneratedScene
-from csd_exp.particles.text_to_3d import lambert
 from csd_exp.priors import GaussianMixture
 from csd_exp.scene.cameras import Cameras
+from csd_exp.scene.shading import lambert
 from csd_exp.scene.voxels import Voxels
 from csd_exp.schedules import Draw, Level
 from csd_exp.svgd import RBF, NoKernel, Perceptual, multiplier, svgd

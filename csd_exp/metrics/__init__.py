@@ -20,6 +20,7 @@ from csd_exp.metrics.clip import CLIPImageConsistency as CLIPImageConsistency
 from csd_exp.metrics.clip import CLIPImageSimilarity as CLIPImageSimilarity
 from csd_exp.metrics.clip import CLIPJanus as CLIPJanus
 from csd_exp.metrics.clip import CLIPTextSimilarity as CLIPTextSimilarity
+from csd_exp.metrics.clip import CLIPTextureless as CLIPTextureless
 from csd_exp.metrics.flow import DIS as DIS
 from csd_exp.metrics.flow import RAFT as RAFT
 from csd_exp.metrics.flow import ExactWarpingError as ExactWarpingError
@@ -27,6 +28,7 @@ from csd_exp.metrics.flow import WarpingError as WarpingError
 from csd_exp.metrics.masked import PSNROutside as PSNROutside
 from csd_exp.metrics.masked import SSIMOutside as SSIMOutside
 from csd_exp.metrics.perceptual import LPIPS as LPIPS
+from csd_exp.metrics.perceptual import Diversity as Diversity
 from csd_exp.metrics.perceptual import EfficientNetDistance as EfficientNetDistance
 from csd_exp.metrics.perceptual import PerceptualConsistency as PerceptualConsistency
 from csd_exp.metrics.perceptual import ReconstructionDistance as ReconstructionDistance

@@ -18,8 +18,11 @@ from csd_exp.errors import InputError
 from csd_exp.features import TINY_FOLDER, OpenClip, edit_captions, imported_open_clip
 from csd_exp.files import check_sums, sha256
 from csd_exp.metrics.base import FrameMetric, MeanMetric, PictureMetric
+from csd_exp.scene.cameras import Cameras
+from csd_exp.scene.shading import lambert
 
 TINY = "tiny"
+GREY = 0.85  # of a surface without its colours
 
 
 class Embedder(Protocol):
@@ -194,6 +197,27 @@ class CLIPGeometry(CaptionMetric):
             return
         near, far = depth[depth > 0].min(), depth.max()
         shown = ((far - depth) / (far - near).clamp(min=1e-9) * 0.8 + 0.2) * (depth > 0)
+        self.observe(cosine(self.clip.image(shown.float().expand(3, -1, -1).clone()), captions[1]))
+
+
+class CLIPTextureless(CaptionMetric):
+    """cos(C(s), T(target caption)), in [-1, 1]; the shape, lit and without its colours, shows what is said.
+
+    s is a picture's surface in light grey before white, lit from above the camera: the textureless renders
+    of DreamFusion's "Geo" scores (Poole et al. 2022), which the CSD paper's Table 3 may have used as well.
+    """
+
+    higher_is_better = True
+
+    def update(
+        self, edited: Tensor, depth: Tensor | None = None, camera: Cameras | None = None, prompt: str = ""
+    ) -> None:
+        captions = self.captions(prompt)
+        if depth is None or camera is None or captions is None or not (depth > 0).any():
+            return
+        light = camera.positions + depth.max() * camera.up  # half-way up the sky, for any scale of the world
+        shade = lambert(camera, depth[None, None], light)[0]
+        shown = torch.where(depth > 0, GREY * shade, 1.0)
         self.observe(cosine(self.clip.image(shown.float().expand(3, -1, -1).clone()), captions[1]))
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csd_exp.errors import InputError
+from csd_exp.features import Perceptual
 from csd_exp.metrics.base import FrameMetric, MeanMetric, PictureMetric
 
 # Ends of stages, counted from the stem: the last at each of five resolutions, and the first five of seven.
@@ -151,3 +152,34 @@ class PerceptualConsistency(FrameMetric):
 
     def between(self, previous: Tensor, current: Tensor) -> Tensor:
         return self.distance(previous[None], current[None])[0]
+
+
+class Diversity(MeanMetric):
+    """mean_{i<j} d(e_i, e_j), in [0, 4], of all pairs of a run's pictures: how different particles are.
+
+    d is `EfficientNetDistance`, a squared distance of features f, so that the mean over all pairs of n is
+    2 n / (n - 1) (mean |f|^2 - |mean f|^2), and no picture is kept. Of a scene the pictures are views of it.
+    NaN of one picture, and where sizes differ.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.features: Tensor | None = None  # their sum
+
+    def reset(self) -> None:
+        super().reset()
+        self.features = None
+
+    def update(self, edited: Tensor) -> None:
+        feature = Perceptual()(edited[None])[0].double()
+        before = torch.zeros_like(feature) if self.features is None else self.features
+        self.features = before + feature if len(before) == len(feature) else before * torch.nan
+        self.observe(feature.square().sum())
+
+    def compute(self) -> Tensor:
+        if self.features is None or self.count < 2:
+            return torch.tensor(torch.nan)
+        mean = (self.features / self.count).square().sum()
+        return 2 * self.count / (self.count - 1) * (self.total / self.count - mean.cpu())

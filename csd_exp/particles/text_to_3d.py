@@ -13,6 +13,7 @@ from csd_exp.particles.base import Autoencoder, Particles, Prompts
 from csd_exp.scene.cameras import UNIT_CUBE, Bounds, Cameras, orbit
 from csd_exp.scene.field import Field
 from csd_exp.scene.scene import Flight
+from csd_exp.scene.shading import lambert
 from csd_exp.schedules import Draw
 
 Background = Literal["white", "random"]
@@ -190,18 +191,3 @@ class GeneratedScene(Particles):
         seen = self.field(camera)
         depth = (seen.depth * (seen.alpha > 0.5))[0, 0].detach().cpu()
         return {"prompt": self.prompt, "camera": camera, "depth": depth}
-
-
-def lambert(cameras: Cameras, depth: Tensor, light: Tensor, ambient: float = 0.3) -> Tensor:
-    """How bright surfaces are, [n, 1, H, W] in [ambient, 1], by depths [n, 1, H, W] and lights at [n, 3].
-
-    A normal is that of the triangle of a pixel's point and its neighbours'; differentiable in the depth.
-    """
-    origins, directions = (x.to(depth) for x in cameras.rays())
-    points = origins + depth[:, 0, ..., None] * directions
-    right = torch.nn.functional.pad(points.diff(dim=2).permute(0, 3, 1, 2), [0, 1, 0, 0], mode="replicate")
-    down = torch.nn.functional.pad(points.diff(dim=1).permute(0, 3, 1, 2), [0, 0, 0, 1], mode="replicate")
-    normal = torch.nn.functional.normalize(torch.linalg.cross(down, right, dim=1), dim=1)
-    towards = light.to(depth)[:, :, None, None] - points.permute(0, 3, 1, 2)
-    cosine = (normal * torch.nn.functional.normalize(towards, dim=1)).sum(1, keepdim=True)
-    return ambient + (1 - ambient) * cosine.clamp(min=0)
