@@ -17,8 +17,9 @@ from csd_exp.config import check, composed, conf_dir
 from csd_exp.errors import InputError
 from csd_exp.figures import cache, engine, plan
 from csd_exp.figures.drawing import Bars, Curves, Pictures, captioned
+from csd_exp.figures.plan import QUIET, Cell
 from csd_exp.figures.results import Equal, Record, Results, summary
-from csd_exp.figures.tables import END, QUOTED, escaped, latex, lines, methods, table_csv
+from csd_exp.figures.tables import END, QUOTED, escaped, latex, lines, methods, records_csv, table_csv
 from csd_exp.images import write_png
 
 FIGURES = sorted(
@@ -400,6 +401,28 @@ class TestRuns:
         assert engine.make(full) == 0  # another size with the same runs: none is made, no file replaced
         assert (folder / "fig8.csv").read_bytes() == before
         assert (folder / "fig8_full.csv").read_bytes() == before
+
+    def test_what_another_machine_has_measured_is_not_run_again(self, overrides, counted, tmp_path):
+        """Unless its metrics have other settings here."""
+        own = [o for o in overrides if not o.startswith(("figure", "dir=", "+figure"))]
+        own += ["experiment=panorama", "prompt=turn it into a van gogh", *QUIET]
+        cell, config, names = Cell({"step": "x"}, 0, own), composed(own), ["seam_energy"]
+        first = cache.record(cell, config, tmp_path / "here", names)
+        file = tmp_path / "runs.csv"
+        file.write_text(records_csv([first], names).replace(str(first.values["seam_energy"]), "0.75"))
+        figure = OmegaConf.create({"name": "x", "known": str(file), "equal": None})
+        known = cache.known(figure, names)
+        again = cache.record(cell, config, tmp_path / "there", names, known)
+        assert (again.values, again.run, len(counted)) == ({"seam_energy": 0.75}, None, 1)
+        assert records_csv([again], names) == file.read_text()
+        cache.record(cell, composed([*own, "+metrics.seam_energy.reach=2"]), tmp_path / "there", names, known)
+        assert len(counted) == 2
+        figure.equal = {"strength": "ssim"}
+        with pytest.raises(InputError, match="compares their steps"):
+            cache.known(figure, names)
+        file.write_text("a,b\n1,2\n")
+        with pytest.raises(InputError, match="csd-figure has written of figure=x"):
+            cache.known(OmegaConf.merge(figure, {"equal": None}), names)
 
     def test_runs_are_measured_along_their_steps_with_what_is_asked_for(self, overrides, counted, tmp_path):
         along = [*overrides, ONE_METHOD, "figure.sizes.quick.seeds=[0]", "callbacks=measured", "steps=3"]

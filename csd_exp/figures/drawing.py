@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import ClassVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -177,6 +178,8 @@ class Pictures:
     frames: of a video, those shown in the place of columns. Above stands the source or, with beside=True,
     to the left in every row, with its regions drawn in.
     """
+
+    of_runs: ClassVar[bool] = True  # numbers alone do not show it
 
     rows: Sequence[str]
     columns: Sequence[str] = ()

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from csd_exp.build import constructed, silence_lightning
 from csd_exp.config import allowed, composed, quoted
 from csd_exp.errors import InputError
-from csd_exp.figures.cache import record
+from csd_exp.figures.cache import known, record
 from csd_exp.figures.plan import Cell, check_figure, divided, equal_of, parts, planned
 from csd_exp.figures.results import Record, Results
+from csd_exp.figures.tables import records_csv
 from csd_exp.files import write_whole
 from csd_exp.run import check_run
 from csd_exp.targets import check_targets
@@ -83,7 +85,7 @@ def make(overrides: Sequence[str]) -> int:
         check_run(run_config)
     form.check(figure, cells, configs)
     columns = [*figure.columns, *([equal.strength] if equal else [])]
-    records, reasons = _records(figure.name, cells, configs, folder, columns)
+    records, reasons = _records(figure, cells, configs, folder, columns)
     if len(reasons) == len(cells):
         raise InputError(f"figure={figure.name} has no run that finished; the first: {reasons[0]}")
     about = caption(figure, configs, cells, len(reasons))
@@ -95,14 +97,22 @@ def make(overrides: Sequence[str]) -> int:
 
 
 def _records(
-    name: str, cells: Sequence[Cell], configs: Sequence[DictConfig], folder: Path, columns: Sequence[str]
+    figure: DictConfig,
+    cells: Sequence[Cell],
+    configs: Sequence[DictConfig],
+    folder: Path,
+    columns: Sequence[str],
 ) -> tuple[list[Record], list[str]]:
-    """Every run, made where it is missing, and why those that failed did."""
-    records, reasons = [], []
+    """Every run, made where it is missing, and why those that failed did; runs.csv grows with each."""
+    remembered, shows = known(figure, columns), getattr(get_class(figure.draw._target_), "of_runs", False)
+    records: list[Record] = []
+    reasons = []
     for number, (cell, config) in enumerate(zip(cells, configs, strict=True), 1):
-        began, progress = monotonic(), f"[{number}/{len(cells)}] {name}: {cell}"
+        began, progress = monotonic(), f"[{number}/{len(cells)}] {figure.name}: {cell}"
+        drawn = shows and cell.seed == cells[0].seed
         try:
-            records.append(record(cell, config, folder, columns))
+            records.append(record(cell, config, folder, columns, {} if drawn else remembered))
+            write_whole(folder / "runs.csv", records_csv(records, columns))
             print(f"{progress}: {monotonic() - began:.0f} s", flush=True)
         except DIVERGED as e:
             reasons.append(" ".join(str(e).split()))

@@ -49,7 +49,7 @@ class Paper:
         return {
             f"{name}.png": rendered(drawn, "png"),
             f"{name}.pdf": rendered(drawn, "pdf"),
-            f"{name}.csv": records_csv(results, list(columns)),
+            f"{name}.csv": records_csv(results.records, list(columns)),
             f"{name}_table.csv": table_csv(found, list(figure.rows), list(columns)),
             f"{name}.tex": latex(found, list(figure.rows), columns, about, f"fig:{name}"),
         }

@@ -53,7 +53,9 @@ class FigureConfig:
     the table and their headings; `step` and `rows` are the steps and network rows that were spent. equal: see
     `csd_exp.figures.results.Equal`; null compares at the end only. paper: the paper's numbers, a list of rows
     by axis and metric, and their source. draw: one of `csd_exp.figures.drawing`. form: one of
-    `csd_exp.figures.forms`, what files it is written as. parts: figures to make one by one in place of this.
+    `csd_exp.figures.forms`, what files it is written as. known: a runs.csv that the figure has written on
+    another machine, whose numbers count where a run is not here. parts: figures to make one by one in place
+    of this.
     """
 
     name: str = MISSING
@@ -72,6 +74,7 @@ class FigureConfig:
     paper: list[Any] = field(default_factory=list)
     draw: Any = None
     form: Any = field(default_factory=lambda: {"_target_": "csd_exp.figures.forms.Paper"})
+    known: str | None = None
     parts: list[str] = field(default_factory=list)
 
 

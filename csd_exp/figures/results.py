@@ -24,7 +24,8 @@ class Record:
 
     place: its value on each axis that it is on. values: its metrics at the end, with the `step` and the
     network `rows` spent; empty where the run failed. path: the same along its steps, to the end, where these
-    were measured. run: its folder, None where it failed.
+    were measured. run: its folder, None where it failed or its numbers alone are known. name: of that folder,
+    by all that touches its numbers. measured: names the settings of its metrics.
     """
 
     place: Mapping[str, str]
@@ -32,6 +33,8 @@ class Record:
     values: Mapping[str, float]
     path: Sequence[Point] = ()
     run: Path | None = None
+    name: str = ""
+    measured: str = ""
 
     def picture(self, step: float) -> Path | None:
         """The file of the first picture after so many steps, None where none was kept."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from csd_exp.figures.results import Results, Summary
+from csd_exp.figures.results import Record, Results, Summary
 
 LATEX = {
     **{c: rf"\{c}" for c in "&%$#_{}"},
@@ -75,13 +75,16 @@ def _names(row: Mapping[str, Any], axes: Sequence[str]) -> dict[str, str]:
     return {axis: str(row[axis]) for axis in axes if axis in row}
 
 
-def records_csv(results: Results, columns: Sequence[str]) -> str:
-    """Every run: its place, its seed, its metrics and its folder; those that failed have no numbers."""
+def records_csv(records: Sequence[Record], columns: Sequence[str]) -> str:
+    """Every run: its place, its seed, its metrics and what names both; those that failed have no numbers.
+
+    `csd_exp.figures.cache.known` reads it.
+    """
     rows = [
         {**record.place, "seed": record.seed}
         | {column: record.values.get(column) for column in columns}
-        | {"run": "" if record.run is None else record.run.name}
-        for record in results.records
+        | {"run": record.name, "measured": record.measured}
+        for record in records
     ]
     return written(rows)
 
