@@ -62,6 +62,10 @@ class ParticleModule(L.LightningModule):
         """
         return self.particles.pictures(self.prior, which)
 
+    def preview(self) -> Iterator[Tensor]:
+        """What shows on the way how a run goes."""
+        return self.particles.preview(self.prior)
+
     def _predict(self, queries: Sequence[Query]) -> list[Tensor]:
         self.rows += row_count(queries)
         return predict(self.prior, queries)

@@ -121,6 +121,18 @@ def test_a_scene_is_resumed_to_the_same_bits(scene, build, fit, tmp_path, kind, 
         assert torch.equal(one, other)
 
 
+def test_on_the_way_a_photograph_is_shown_as_it_is_edited(scene, build, fit):
+    """The film does not change before a round is over."""
+    module = run_of(scene, build, EditedPhotographs, "half")
+    before = next(module.images())
+    fit(module, 1)
+    ids = module.particles.choose(Draw(0, 0))
+    (shown,) = module.preview()
+    expected = module.prior.decode(module.particles.latent[ids[:1]])[0].clamp(0, 1)
+    assert torch.equal(shown, expected)
+    assert torch.equal(next(module.images()), before)
+
+
 def test_reconstructions_are_kept_by_content(scene, folder, tmp_path):
     cache = tmp_path / "cache"
     device = torch.device("cpu")

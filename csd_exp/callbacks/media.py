@@ -64,7 +64,7 @@ class Media(L.Callback):
         if step in self.steps and step < trainer.estimated_stepping_batches:
             count = module.particles.count if module.particles.film is None else 1
             xmp = module.particles.xmp
-            self._show(trainer, "edited", module.images(slice(count)), count, f"_{step:06d}", xmp)
+            self._show(trainer, "edited", module.preview(), count, f"_{step:06d}", xmp)
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, module: ParticleModule) -> None:

@@ -101,6 +101,10 @@ class Particles(nn.Module):
         """The particles as they stand: images [3, H, W] in [0, 1], each made when it is asked for."""
         raise NotImplementedError
 
+    def preview(self, prior: Autoencoder) -> Iterator[Tensor]:
+        """What shows on the way how a run goes: the pictures, of a film its first frame."""
+        return self.pictures(prior, slice(self.count if self.film is None else 1))
+
     def originals(self) -> Iterator[Tensor]:
         """The source images [3, H, W], exactly the pixels of the input; nothing without a source."""
         yield from ()

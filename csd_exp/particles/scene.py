@@ -129,6 +129,7 @@ class EditedPhotographs(_Filmed, WholePictures):
         # The round in which each photograph has last been edited: what the field is fitted to.
         self.register_buffer("edited", torch.full((trained,), -1))
         self._shown = self.edited.clone()  # the same, of what the album holds
+        self._watched = 0
 
     def begin(self, prior: Autoencoder, draw: Draw) -> None:
         # Neither is part of what a step descends: the field follows afterwards.
@@ -157,9 +158,14 @@ class EditedPhotographs(_Filmed, WholePictures):
 
     def choose(self, draw: Draw) -> Tensor:
         ids = self._round(draw)
+        self._watched = int(ids[0])
         if self.batch is None or self.batch >= len(ids):
             return ids
         return ids[torch.from_numpy(draw.generator("views").permutation(len(ids))[: self.batch])]
+
+    def preview(self, prior: Autoencoder) -> Iterator[Tensor]:
+        """A photograph of the round, as it is edited so far: the field changes after it."""
+        return self._decoded(prior, slice(self._watched, self._watched + 1))
 
     def _round(self, draw: Draw) -> Tensor:
         """The photographs of the round that a step is in."""

@@ -3,11 +3,14 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from rich.console import Console
+from rich.progress import Progress as Bar
 from torch import Tensor, distributed
 
 from csd_exp.errors import InputError, accept, notice
@@ -98,7 +101,8 @@ class Scene:
                 f"reconstructing the scene from {len(self.train)} photographs in {self.steps} steps; it is "
                 f"kept in {self.cache} and used again."
             )
-            fit(field, album, self.steps, self.seed)
+            with _counting(self.steps) as done:
+                fit(field, album, self.steps, self.seed, done)
             with whole(file) as partial:
                 torch.save(field.state_dict(), partial)
         if distributed.is_initialized():
@@ -191,14 +195,26 @@ def check_scene(config: Mapping[str, Any]) -> None:
     scene_bounds(Cameras(poses, anywhere, anywhere, (1, 1)), photographs.up, config.get("bounds"))
 
 
-def fit(field: Field, album: Album, steps: int, seed: int = 0) -> None:
-    """Fit a field from nothing, stage by stage, its rates falling exponentially."""
+@contextmanager
+def _counting(steps: int) -> Iterator[Callable[[], None]]:
+    """Called after each step it moves a bar along, in a terminal."""
+    console = Console(stderr=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reconstructing", total=steps)
+        yield lambda: bar.advance(task)
+
+
+def fit(
+    field: Field, album: Album, steps: int, seed: int = 0, done: Callable[[], None] = lambda: None
+) -> None:
+    """Fit a field from nothing, stage by stage, its rates falling exponentially; `done` after each step."""
     step = 0
     for length in field.stages(album, steps):
         fitting = field.fitting()
         for _ in range(length):
             fitting.step(album, Draw(seed, step), LEAST ** (step / steps))
             step += 1
+            done()
 
 
 def _photographs(path: str) -> "Photographs":
