@@ -123,32 +123,45 @@ def test_over_the_steps_windows_shares_are_weights_over_their_sum(write_image, t
     ],
 )
 @pytest.mark.parametrize("taper", TAPERS)
-def test_by_expected_coverage_every_latent_takes_the_same_part_on_the_mean(write_image, taper, settings):
+def test_by_expected_coverage_sums_are_as_near_to_one_as_they_can_be(write_image, taper, settings):
     panorama = started(write_image, taper=taper, coverage="expected", **settings)
-    mean, largest = np.zeros(panorama.grid), 0.0
-    for chance, chosen in draws(panorama):
-        total = summed(panorama, chosen)
-        mean += chance * total
-        largest = max(largest, total.max())
     free = panorama.areas.free
     free = np.ones(panorama.grid) if free is None else free[0, 0].numpy()
-    part = mean[free > 0] / free[free > 0]
-    np.testing.assert_allclose(part, part[0], rtol=1e-12)
-    assert (mean[free == 0] == 0).all()
-    assert largest <= 1 + 1e-12
-    if set(settings) <= {"wrap", "batch", "stride"}:  # without an offset it is the chance of a window
-        windows = len(panorama.every())
-        assert part[0] == pytest.approx(min(1, settings.get("batch", windows) / windows), rel=1e-12)
+    sums, mean, square, nearest = {}, 0.0, 0.0, 0.0
+    for chance, chosen in draws(panorama):
+        weights = sums.setdefault(tuple(chosen.tolist()), sum(weighed(panorama, int(i)) for i in chosen))
+        mean, square = mean + chance * weights, square + chance * weights**2
+    divisor = np.where(mean > 0, square / np.where(mean > 0, mean, 1), 1)
+    for chance, chosen in draws(panorama):
+        weights = sums[tuple(chosen.tolist())]
+        np.testing.assert_allclose(summed(panorama, chosen), free * weights / divisor, rtol=1e-11, atol=0)
+        # The derivative of E[(a S - 1)^2] in a, at a = 1 / P.
+        nearest = nearest + chance * (weights / divisor - 1) * weights
+    np.testing.assert_allclose(nearest, 0, atol=1e-12)
+    if "batch" not in settings and "jitter" not in settings:  # so a constant residual gives a constant step
+        np.testing.assert_allclose(summed(panorama, panorama.every()), 1, rtol=1e-12)
 
 
-def test_what_one_window_alone_shows_takes_its_weight_of_expected_coverage(write_image):
+def test_what_one_window_alone_shows_takes_what_its_weight_says_of_expected_coverage(write_image):
     settings = {"height": 4, "width": 12, "batch": 1, "taper": "hann"}
     whole, part = (started(write_image, coverage=c, **settings) for c in ("step", "expected"))
     ids = torch.tensor([4])
     assert torch.equal(whole.share(ids, ids), torch.ones(1, 1, 4, 4, dtype=torch.float64))
-    # At stride 2 the weights of all windows sum to sin^2 + cos^2 = 1, and the only row has no border inside.
-    expected = profile("hann", 4).expand(1, 1, 4, 4)
-    torch.testing.assert_close(part.share(ids, ids), expected, rtol=1e-12, atol=0)
+    # With one window in a step S is one of two weights at each latent, sin^2 or cos^2, or none.
+    p = profile("hann", 4)
+    expected = p * (p + (1 - p)) / (p**2 + (1 - p) ** 2)
+    torch.testing.assert_close(part.share(ids, ids)[0, 0, 0], expected, rtol=1e-12, atol=0)
+
+
+def test_at_the_border_of_the_picture_the_only_window_takes_all_of_it(write_image):
+    """A tapered window has its whole weight there: what no other window may ever show."""
+    for coverage in ("step", "expected"):
+        panorama = started(write_image, 4, 12, batch=2, taper="gaussian", coverage=coverage)
+        for ids, column in ((torch.tensor([0, 4]), 0), (torch.tensor([2, 8]), -1)):
+            share = panorama.share(ids, ids)[0 if column == 0 else 1, 0]
+            torch.testing.assert_close(
+                share[:, column], torch.ones(4, dtype=torch.float64), rtol=1e-12, atol=0
+            )
 
 
 @pytest.mark.parametrize("coverage", ["step", "expected"])

@@ -91,9 +91,10 @@ class Particles(nn.Module):
         return [[(1.0, self.prompt)] for _ in ids]
 
     def share(self, ids: Tensor, chosen: Tensor) -> Tensor | float:
-        """What each latent of views `ids` takes of its update, in 0..1, broadcast to [n, C, h, w].
+        """What each latent of views `ids` takes of its update, at least 0, broadcast to [n, C, h, w].
 
-        Where views of the step's `chosen` ones show the same parameter, their shares of it sum to 1 at most.
+        Where views of the step's `chosen` ones show the same parameter, their shares of it sum to 1 at most,
+        if only on the mean over steps.
         """
         return 1.0
 

@@ -110,12 +110,12 @@ class Panorama(Canvas):
         return self._windows(0, 0)
 
     def share(self, ids: Tensor, chosen: Tensor) -> Tensor:
-        """[n, 1, h, w] in 0..1: p_i / P, the tapered weight of window i over one sum at each latent.
+        """[n, 1, h, w]: p_i / P, the tapered weight of window i over one sum at each latent.
 
         coverage `step`: P is the sum over the step's windows, so that shares of what they show sum to 1 and
-        what one window alone shows takes all of it. `expected`: P is proportional to the mean of that sum
-        over all draws of jitter and batch, so that what one window alone shows takes what its weight says.
-        Every latent then takes the same part of its update on the mean over steps, and no sum is above 1.
+        what one window alone shows takes all of it. `expected`: P is E[S^2] / E[S], S being that sum, over
+        all draws of jitter and batch: what one window alone shows takes what this window's weight says, and
+        the sums of shares are as near to 1 in mean square as they can be; 1 where nothing is drawn.
         """
         if self.expected is not None:
             share = self._weights(ids) / self.crop(self.expected, ids).to(self.latent)
@@ -142,20 +142,21 @@ class Panorama(Canvas):
     def _expected(self) -> Tensor:
         """[1, 1, h, w] in float64: what shares of expected coverage divide by, see `tapers.expected`."""
         offsets = range(self.stride if self.jitter else 1)
-        down, right = (
-            torch.stack([self._covered(axis, self._starts(axis, offset)) for offset in offsets])
+        rows, columns = (
+            [
+                torch.stack([self._covered(axis, self._starts(axis, o), power) for o in offsets])
+                for power in (1, 2)
+            ]
             for axis in (0, 1)
         )
-        drawn = torch.ones(len(offsets), len(offsets), dtype=torch.float64)
-        if self.batch is not None:
-            counts = [[len(self._windows(d, r)) for r in offsets] for d in offsets]
-            drawn = (self.batch / torch.tensor(counts, dtype=torch.float64)).clamp(max=1)
         # Windows in which nothing may change are never drawn, but all that they show stays as it is.
-        free = torch.ones(self.grid) if self.areas.free is None else self.areas.free[0, 0]
-        return expected(down, right, drawn, free)[None, None]
+        n = torch.tensor([[len(self._windows(d, r)) for r in offsets] for d in offsets]).double()
+        batch = n if self.batch is None else n.clamp(max=self.batch)
+        both = batch * (batch - 1) / (n * (n - 1)).clamp(min=1)
+        return expected(rows, columns, batch / n, both)[None, None]
 
-    def _covered(self, axis: int, starts: Sequence[int]) -> Tensor:
-        return laid([(start, self._along(axis, start)) for start in starts], self.grid[axis])
+    def _covered(self, axis: int, starts: Sequence[int], power: int) -> Tensor:
+        return laid([(start, self._along(axis, start) ** power) for start in starts], self.grid[axis])
 
     def _windows(self, down: int, right: int) -> Tensor:
         """The ids of all windows on a grid with this offset, but those that may not change."""

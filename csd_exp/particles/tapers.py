@@ -1,6 +1,6 @@
 """How much each window has to say at each of its latents, before windows are weighed against each other."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -40,14 +40,15 @@ def laid(weights: Iterable[tuple[int, Tensor]], length: int) -> Tensor:
     return total
 
 
-def expected(down: Tensor, right: Tensor, drawn: Tensor, free: Tensor) -> Tensor:
-    """P [h, w] in float64, by which weights are divided to make shares of expected coverage.
+def expected(rows: Sequence[Tensor], columns: Sequence[Tensor], drawn: Tensor, both: Tensor) -> Tensor:
+    """P = E[S^2] / E[S] as [h, w], S the sum of the weights of a step's windows at a latent.
 
-    down, right: [d, h] and [r, w], the sums of the weights of all windows along rows and along columns, for
-    each offset of the windows. drawn: [d, r], the chance of a window to be in a step, by offset. free:
-    [h, w], above 0 where anything may change. P is the mean of drawn_dr down_d right_r over offsets, divided
-    by the largest number that keeps every sum of shares in a step at 1 or below.
+    Divided by P, S comes as near to 1 as any factor brings it, in mean square over all steps.
+    rows: [d, h], the sums of all windows' weights along rows for each offset of the windows, and of their
+    squares. columns: the same, [r, w]. drawn, both: [d, r], the chance that a step has a certain window, and
+    that it has two certain ones.
     """
-    mean = down.T @ drawn @ right / drawn.numel()
-    most = down.amax(0)[:, None] * right.amax(0)
-    return mean / (mean / most)[free > 0].min()
+    (down, down_2), (right, right_2) = rows, columns
+    mean = down.T @ drawn @ right
+    square = down_2.T @ (drawn - both) @ right_2 + down.square().T @ both @ right.square()
+    return square / mean
