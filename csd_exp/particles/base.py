@@ -110,9 +110,13 @@ class Particles(nn.Module):
         """What is known of picture i; see `csd_exp.facts`."""
         return {"prompt": self.prompt}
 
-    def xmp(self, i: int) -> str | None:
-        """The XMP packet that picture i is saved with."""
-        return None
+    def caption(self, i: int) -> str:
+        """What is asked of picture i."""
+        return self.prompt
+
+    def projection(self, i: int) -> Mapping[str, str]:
+        """The GPano properties of picture i by name, see `csd_exp.formats.spheres`; none of most."""
+        return {}
 
     def loss(self, draw: Draw) -> Tensor | None:
         """A regulariser of the step, a scalar that is the same on every rank; None for none."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from csd_exp.errors import InputError, accept, notice
-from csd_exp.formats.spheres import goes_round, read_sphere, sphere_xmp
+from csd_exp.formats.spheres import goes_round, read_sphere
 from csd_exp.images import MAX_PIXELS, pad_to, read_image
 from csd_exp.particles.areas import Areas, Box, check_areas
 from csd_exp.particles.canvas import Canvas, Windows
@@ -166,8 +166,8 @@ class Panorama(Canvas):
             ids = ids[self.crop(self.areas.free, ids).amax((1, 2, 3)) > 0]
         return ids
 
-    def xmp(self, i: int) -> str | None:
-        return sphere_xmp(self.sphere)
+    def projection(self, i: int) -> Mapping[str, str]:
+        return self.sphere
 
     def windows(self) -> Windows:
         starts = [self._starts(0, 0), self._starts(1, 0)]
