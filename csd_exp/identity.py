@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from csd_exp.config import plain
+from csd_exp.config import is_path, plain
 from csd_exp.errors import InputError
 from csd_exp.files import sha256
 from csd_exp.saved import saved
@@ -31,8 +31,8 @@ HARMLESS = (
 def scientific(config: DictConfig) -> dict[str, Any]:
     """Every resolved key that touches the numbers, `group.key` to its value.
 
-    What a Trainer does anyway is left out, and classes have the oldest of their names, so that a run has the
-    same identity before and after.
+    What a Trainer and windows do anyway is left out, and classes have the oldest of their names, so that a
+    run has the same identity before and after.
     """
     run = plain(config)
     sampler = (run.get("method") or {}).get("sampler") or {}
@@ -41,6 +41,8 @@ def scientific(config: DictConfig) -> dict[str, Any]:
         "trainer.fast_dev_run": False,
         "trainer.accumulate_grad_batches": 1,
         "trainer.gradient_clip_val": None,
+        "modality.taper": "none",
+        "modality.coverage": "step",
     }
     run["callbacks"] = {
         name: callback
@@ -75,7 +77,18 @@ def digest(config: DictConfig, fingerprint: str) -> str:
     pictures = [sums for key in files if _is_picture(key) for sums in files[key].values()]
     settings = {key: _by_content(value, key, files) for key, value in settings.items()}
     described = repr((sorted(settings.items()), fingerprint, pictures))
-    return hashlib.sha256(described.encode()).hexdigest()[:16]
+    return _sha256(described)[:16]
+
+
+def told(config: DictConfig, files: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """What of a run may be told to anyone: its settings, with checksums in the place of files and no path.
+
+    files: its `inputs`; several under one key have one checksum, that of theirs.
+    """
+    sums = {key: list(of.values()) for key, of in files.items()}
+    whole = {key: {"": of[0] if len(of) == 1 else _sha256("".join(of))} for key, of in sums.items()}
+    settings = {key: _by_content(value, key, whole) for key, value in scientific(config).items()}
+    return {key: value for key, value in settings.items() if not (isinstance(value, str) and is_path(key))}
 
 
 def check_same_science(folder: Path, config: DictConfig) -> None:
@@ -164,6 +177,10 @@ def _by_content(value: Any, key: str, files: Mapping[str, Mapping[str, str]]) ->
     if isinstance(value, list):
         return [_by_content(child, f"{key}[{i}]", files) for i, child in enumerate(value)]
     return list(files[key].values()) if key in files else value
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _is_picture(key: str) -> bool:

@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 from csd_exp.errors import InputError, notice
 from csd_exp.files import whole
 from csd_exp.formats.colours import to_srgb
+from csd_exp.formats.labels import UNLABELLED, Label
 
 SUFFIXES = (
     *(".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", ".apng", ".avif", ".gif", ".jfif", ".jp2"),
@@ -169,11 +170,14 @@ def luminance(image: Tensor) -> Tensor:
     return (image * weights).sum(-3, keepdim=True)
 
 
-def write_png(image: Tensor, path: Path, xmp: str | None = None) -> None:
-    """Write [3, H, W] in [0, 1] as an 8-bit PNG with its XMP packet, whole or not at all."""
+def write_png(image: Tensor, path: Path, label: Label = UNLABELLED) -> None:
+    """Write [3, H, W] in [0, 1] as an 8-bit PNG with its label, whole or not at all."""
     kept = PngInfo()
-    if xmp is not None:
-        kept.add_itxt("XML:com.adobe.xmp", xmp)
+    for keyword, text in (("Software", label.software), ("Comment", label.comment)):
+        if text:
+            kept.add_text(keyword, text)
+    if label.xmp:
+        kept.add_itxt("XML:com.adobe.xmp", label.xmp)
     with whole(path) as partial:
         Image.fromarray(to_uint8(image)).save(partial, format="PNG", pnginfo=kept)
 

@@ -232,9 +232,10 @@ def _picture(file: Path, caption: str, most_bytes: int = 2_000_000, longest: int
     with opened_image(file) as image:
         width, height = image.size
         if len(content) > most_bytes:
+            said = image.info.get("xmp", b"")  # goes along
             image.thumbnail((longest, longest))
             buffer, kind = io.BytesIO(), "jpeg"
-            image.convert("RGB").save(buffer, "JPEG", quality=92, subsampling=0)
+            image.convert("RGB").save(buffer, "JPEG", quality=92, subsampling=0, xmp=said)
             content = buffer.getvalue()
     uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return Picture(uri, width, height, caption)

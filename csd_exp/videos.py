@@ -24,6 +24,7 @@ from csd_exp.errors import InputError, notice
 from csd_exp.files import whole
 from csd_exp.formats.containers import is_cut_off, mark_sphere, open_media
 from csd_exp.formats.decoding import BT709, hdr, is_sphere, to_image
+from csd_exp.formats.labels import UNLABELLED, Label, label_gif, label_mp4
 from csd_exp.formats.timing import (
     GIF_TICK,
     Clock,
@@ -355,8 +356,9 @@ def write_mp4(
     times: Fraction | Sequence[Fraction],
     sound: Sound | None = None,
     sphere: bool = False,
+    label: Label = UNLABELLED,
 ) -> None:
-    """Write images [3, H, W] in [0, 1] as H.264, whole or not at all, with the packets of a sound.
+    """Write images [3, H, W] in [0, 1] as H.264 with its label, whole or not at all, with a sound's packets.
 
     times: frames a second, or as `Frames.times` when each frame is shown and the last one ends.
     sphere: say that it is a 360-degree video.
@@ -366,10 +368,14 @@ def write_mp4(
     with whole(path) as partial:
         with open_media(partial, "w", format="mp4") as container:
             packets = [_encoded(container, images, times)] + ([sound.copied(container)] if sound else [])
+            if label.comment:
+                container.metadata["comment"] = label.comment
             for _, packet in merge(*packets, key=itemgetter(0)):
                 container.mux(packet)
         if sphere:
             mark_sphere(partial)
+        if label.xmp:
+            label_mp4(partial, label.xmp)
 
 
 def _encoded(
@@ -415,9 +421,14 @@ def _timed(packets: Iterable[Any], lasting: Mapping[int, int]) -> Iterator[tuple
 
 
 def write_gif(
-    images: Callable[[], Iterable[Tensor]], path: Path, times: Fraction | Sequence[Fraction]
+    images: Callable[[], Iterable[Tensor]],
+    path: Path,
+    times: Fraction | Sequence[Fraction],
+    label: Label = UNLABELLED,
 ) -> None:
-    """Write images [3, H, W] in [0, 1] as a looping GIF, whole or not at all; `images` is called twice.
+    """Write images [3, H, W] in [0, 1] as a looping GIF with its label, whole or not at all.
+
+    images: called twice.
 
     times: as for `write_mp4`, rounded to 1/100 s; above 50 frames a second frames are left out.
     For viewing: one palette of 256 colours for all, at most GIF_SIDE pixels a side.
@@ -428,18 +439,16 @@ def write_gif(
     ticks = gif_ticks(even(next(numbers), times) if isinstance(times, Fraction) else times)
     *_, last, end = ticks.values()
     shown = ((ticks[number], image) for number, image in enumerate(images()) if number in ticks)
-    with (
-        whole(path) as partial,
-        open_media(
-            partial, "w", format="gif", options={"final_delay": str(min(end - last, 65535))}
-        ) as container,
-    ):
-        stream = container.add_stream("gif", rate=1 / GIF_TICK)
-        for number, frame in enumerate(_filtered("paletteuse", shown, palette)):
-            if number == 0:
-                stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "pal8"
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    options = {"final_delay": str(min(end - last, 65535))}
+    with whole(path) as partial:
+        with open_media(partial, "w", format="gif", options=options) as container:
+            stream = container.add_stream("gif", rate=1 / GIF_TICK)
+            for number, frame in enumerate(_filtered("paletteuse", shown, palette)):
+                if number == 0:
+                    stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "pal8"
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        label_gif(partial, label)
 
 
 def _filtered(

@@ -63,6 +63,11 @@ CASES = {
     "features_one_view": lambda f, d: (frames(f, 1, dtype=d), RBF(space="features")),
     "panorama": lambda f, d: (panorama(f, dtype=d), RBF(normalize="rms")),
     "panorama_batch": lambda f, d: (panorama(f, batch=5, wrap=True, jitter=True, dtype=d), RBF(space="x_0")),
+    "panorama_taper": lambda f, d: (panorama(f, batch=5, wrap=True, taper="hann", dtype=d), RBF()),
+    "panorama_expected": lambda f, d: (
+        panorama(f, batch=5, jitter=True, taper="gaussian", coverage="expected", mask=[0, 0, 15, 9], dtype=d),
+        RBF(normalize="rms"),
+    ),
     "multidiffusion": lambda f, d: (panorama(f, dtype=d), MultiDiffusion(steps=STEPS)),
     "synctweedies": lambda f, d: (panorama(f, dtype=d), SyncTweedies(steps=STEPS)),
     "panorama_one_window": lambda f, d: (panorama(f, batch=1, dtype=d), RBF()),

@@ -176,7 +176,7 @@ GROUPS = sorted(file.stem for file in (conf_dir() / "metrics").glob("*.yaml"))
 
 @pytest.mark.parametrize("group", [group for group in GROUPS if group != "none"])
 def test_every_group_names_metrics_with_definition_and_sense(group):
-    without = ("clip", "comparison", "generated", "nearness", "text_to_3d")
+    without = ("clip", "comparison", "generated", "nearness", "seams", "text_to_3d")
     distance = [] if group in without else ["metrics/perceptual=lpips"]
     config = composed([f"metrics={group}", *distance])
     nodes = {name: config.metrics[name] for name in metric_classes(config.metrics)}

@@ -74,6 +74,8 @@ def test_cached_runs_are_found_under_the_names_they_have(overrides, before) -> N
     "override",
     [
         "+trainer.gradient_clip_val=1.0",
+        "modality.taper=hann",
+        "modality.coverage=expected",
         "+trainer.accumulate_grad_batches=2",
         "trainer.max_steps=3",
         "trainer.fast_dev_run=true",
@@ -195,6 +197,8 @@ def test_another_science_is_refused_and_another_machine_accepted(folder: Path) -
     for override in (
         *("seed=4", "kernel.normalize=rowsum", "prompt=y", "optimizer.lr=0.5", "steps=7"),
         "+trainer.gradient_clip_val=1.0",
+        "modality.taper=hann",
+        "modality.coverage=expected",
     ):
         with pytest.raises(InputError, match=override.split("=")[0].strip("+").replace(".", r"\.")):
             check_same_science(saved, run_config(override))

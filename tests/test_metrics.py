@@ -18,6 +18,7 @@ from csd_exp.metrics import (
     AnswerDisagreement,
     AnswerDistance,
     Answers,
+    ColourSeams,
     EditStrength,
     PSNROutside,
     SeamEnergy,
@@ -331,6 +332,71 @@ class TestOutside:
             metric.update(photo(), photo())
             metric.update(photo(), photo(), outside=torch.zeros(32, 64, dtype=torch.bool))
             assert metric.compute().isnan()
+
+
+class TestColourSeams:
+    """Steps of colour between windows of 16 pixels, on a picture of noise."""
+
+    borders: ClassVar = ([], [16, 32, 48])
+
+    def seams(self, change, window=16, borders=None, reach=2):
+        source, metric = photo(*change.shape[1:]), ColourSeams(reach)
+        metric.update(source.double() + change, source, window, self.borders if borders is None else borders)
+        return float(metric.compute())
+
+    @staticmethod
+    def stairs(*heights, height=16, width=16):
+        """Flat parts of one width side by side."""
+        return torch.tensor(heights).double().repeat_interleave(width).expand(3, height, -1).clone()
+
+    def test_a_step_in_each_window_has_its_height_wherever_it_lies(self):
+        # 64 columns leave 64 - 4 * 2 + 1 places; every step is wholly among them.
+        places = 57
+        assert self.seams(self.stairs(0, 0.3, 0, 0.3)) == pytest.approx(0.3 * math.sqrt(16 * 3 / places))
+        moved = self.stairs(0, 0.3, 0, 0.3).roll(5, -1)
+        moved[..., :5] = 0
+        assert self.seams(moved) == pytest.approx(self.seams(self.stairs(0, 0.3, 0, 0.3)))
+        long = self.stairs(*[0, 0.3] * 50)
+        assert self.seams(long) == pytest.approx(0.3, rel=5e-3)
+
+    def test_a_step_by_the_definition(self):
+        change, k, total = self.stairs(0.1, 0.0, 0.4, 0.2), 2, 0.0
+        change[1] *= 3
+        change[2] = 0
+        for colour in change[:, 0].tolist():
+            for p in range(2 * k, 64 - 2 * k + 1):
+                d = {j: sum(colour[p + j * k : p + (j + 1) * k]) / k for j in (-2, -1, 0, 1)}
+                total += ((d[0] - d[-1]) - (d[1] - d[-2]) / 3) ** 2
+        s = [0, -1 / 6, -1 / 3, 1 / 6, 2 / 3, 1 / 6, -1 / 3, -1 / 6, 0]  # of one step, from p = -4 to 4
+        c = sum(x**2 for x in s)
+        assert self.seams(change) == pytest.approx(math.sqrt(16 * total / (3 * 57) / c), rel=1e-9)
+
+    def test_gradual_and_even_changes_are_none(self):
+        ramp = torch.linspace(-0.5, 0.5, 64, dtype=torch.float64).expand(3, 32, 64)
+        assert self.seams(ramp) == pytest.approx(0, abs=1e-9)
+        assert self.seams(torch.full((3, 32, 64), 0.3).double()) == pytest.approx(0, abs=1e-9)
+        smooth = (torch.arange(64) / 64 * 2 * math.pi).cos().double().expand(3, 32, 64) * 0.3
+        assert self.seams(smooth) < 0.003
+
+    def test_edges_that_are_not_straight_count_little(self):
+        step = self.stairs(0, 0.3, 0, 0.3, height=64)
+        slanted = torch.stack([row.roll(i, -1) for i, row in enumerate(step.unbind(1))], 1)
+        assert self.seams(slanted) < 0.2 * self.seams(step)
+
+    def test_both_directions_count_where_windows_have_borders(self):
+        step = self.stairs(0, 0.3, 0, 0.3, height=64)
+        assert self.seams(step.mT, borders=([16, 32, 48], [])) == pytest.approx(self.seams(step))
+        both = self.seams(step, borders=([16, 32, 48], [16, 32, 48]))
+        assert both == pytest.approx(self.seams(step) / math.sqrt(2))
+
+    def test_without_windows_or_room_there_is_no_value(self):
+        step = self.stairs(0, 0.3, 0, 0.3)
+        assert math.isnan(self.seams(step, window=None))
+        assert math.isnan(self.seams(step, borders=([], [])))
+        assert math.isnan(self.seams(step, window=17))
+        assert math.isnan(self.seams(step, reach=5))
+        with pytest.raises(InputError, match="reach must be at least 1"):
+            ColourSeams(0)
 
 
 class TestSeams:

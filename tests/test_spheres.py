@@ -9,7 +9,8 @@ from PIL.PngImagePlugin import PngInfo
 from csd_exp.callbacks import Media
 from csd_exp.errors import InputError
 from csd_exp.formats.containers import mark_sphere
-from csd_exp.formats.spheres import goes_round, read_sphere, sphere_xmp
+from csd_exp.formats.labels import Label, packet
+from csd_exp.formats.spheres import goes_round, properties, read_sphere
 from csd_exp.images import write_png
 from csd_exp.particles import Images, Panorama
 from csd_exp.priors.analytic import GaussianMixture
@@ -42,13 +43,17 @@ def picture(path, xmp):
     return str(path)
 
 
-@pytest.mark.parametrize("xmp", [ELEMENTS, sphere_xmp(SAID)], ids=["as elements", "as attributes"])
+@pytest.mark.parametrize("xmp", [ELEMENTS, packet(properties(SAID))], ids=["as elements", "as attributes"])
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 def test_a_sphere_is_read_and_written(tmp_path, suffix, xmp):
     file = picture(tmp_path / f"x.{suffix}", xmp)
     assert read_sphere(file) == SAID
     for particles in (Panorama(file, 1, 16, wrap=True), Images(file, 1, 4)):
-        write_png(next(particles.originals()), tmp_path / "out.png", particles.xmp(0))
+        write_png(
+            next(particles.originals()),
+            tmp_path / "out.png",
+            Label(xmp=packet(properties(particles.projection(0)))),
+        )
         assert read_sphere(tmp_path / "out.png") == SAID
         with Image.open(tmp_path / "out.png") as written:
             assert "Orientation" not in written.info["XML:com.adobe.xmp"]
@@ -58,13 +63,13 @@ def test_a_sphere_is_read_and_written(tmp_path, suffix, xmp):
 def test_other_pictures_carry_nothing(tmp_path, xmp):
     file = picture(tmp_path / "x.jpg", xmp)
     assert read_sphere(file) == {}
-    assert Images(file, 1, 4).xmp(0) is None
+    assert packet(properties(Images(file, 1, 4).projection(0))) == ""
     with pytest.raises(InputError, match="is no file"):
         read_sphere(tmp_path / "missing.jpg")
 
 
 def test_wrap_is_suggested_where_the_borders_meet(tmp_path, capsys):
-    file = picture(tmp_path / "x.jpg", sphere_xmp(SAID))
+    file = picture(tmp_path / "x.jpg", packet(properties(SAID)))
     for _ in range(2):
         Panorama(file, 1, 16)
     said = capsys.readouterr().err
@@ -73,7 +78,7 @@ def test_wrap_is_suggested_where_the_borders_meet(tmp_path, capsys):
     )
     Panorama(file, 1, 16, wrap=True)
     part = SAID | {"CroppedAreaImageWidthPixels": "40"}
-    Panorama(picture(tmp_path / "part.jpg", sphere_xmp(part)), 1, 16)
+    Panorama(picture(tmp_path / "part.jpg", packet(properties(part))), 1, 16)
     assert capsys.readouterr().err == ""
     assert not goes_round(part)
     assert not goes_round({})
@@ -96,7 +101,7 @@ def test_a_video_of_360_degrees_says_so_again(tmp_path):
 
 def test_an_edited_panorama_is_shown_as_a_sphere(tmp_path, build, fit):
     prior = GaussianMixture(prompts={"": [0, 1], "dark": [1, 0]})
-    file = picture(tmp_path / "x.jpg", sphere_xmp(SAID))
+    file = picture(tmp_path / "x.jpg", packet(properties(SAID)))
     module = build(prior, Panorama(file, 1, 16, wrap=True, prompt="dark"))
     fit(module, 2, callbacks=[Media(tmp_path / "run", every_n_steps=1)])
     for name in ("source", "edited_000001", "edited"):

@@ -7,17 +7,19 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import csd_exp
 from csd_exp.files import write_whole
+from csd_exp.identity import told
 from csd_exp.saved import INPUTS, LAUNCHED
 
 
@@ -45,12 +47,23 @@ class Provenance(L.Callback):
         self.config = config
         self.command = shlex.join(command)
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What pictures may tell of the run wherever they go: no path, no machine."""
+        settings = told(cast(DictConfig, OmegaConf.create(self.config)), self.inputs)
+        commit = self._git[0] and self._git[0]["commit"]
+        return {"commit": commit, "settings": settings}
+
+    @cached_property
+    def _git(self) -> tuple[dict | None, str]:
+        return _git()
+
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)
         step = trainer.global_step
         resumed = f"_{step:06d}" if step else ""
-        git, diff = _git()
+        git, diff = self._git
         record = {
             "command": self.command,
             LAUNCHED: str(Path.cwd()),

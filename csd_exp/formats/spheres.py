@@ -3,17 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 from xml.etree import ElementTree
-from xml.sax.saxutils import quoteattr
 
+from csd_exp.formats.labels import NAMESPACES
 from csd_exp.images import opened_image
 
-GPANO = "http://ns.google.com/photos/1.0/panorama/"
-RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
-PACKET = (
-    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
-    f'<rdf:RDF xmlns:rdf="{RDF}"><rdf:Description rdf:about="" xmlns:GPano="{GPANO}" %s/></rdf:RDF>'
-    '</x:xmpmeta><?xpacket end="r"?>'
-)
+GPANO = NAMESPACES["GPano"]
 
 
 def read_sphere(path: str | Path, key: str = "modality.path") -> dict[str, str]:
@@ -35,9 +29,9 @@ def read_sphere(path: str | Path, key: str = "modality.path") -> dict[str, str]:
     }
 
 
-def sphere_xmp(sphere: Mapping[str, str]) -> str | None:
-    """An XMP packet with these GPano properties alone: others, such as an orientation, hold no longer."""
-    return PACKET % " ".join(f"GPano:{k}={quoteattr(v)}" for k, v in sphere.items()) if sphere else None
+def properties(sphere: Mapping[str, str]) -> dict[str, str]:
+    """These GPano properties, for a packet of XMP; others, such as an orientation, hold no longer."""
+    return {f"GPano:{name}": text for name, text in sphere.items()}
 
 
 def goes_round(sphere: Mapping[str, str]) -> bool:

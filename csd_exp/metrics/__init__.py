@@ -38,6 +38,7 @@ from csd_exp.metrics.similarity import SSIM as SSIM
 from csd_exp.metrics.similarity import ReconstructionPSNR as ReconstructionPSNR
 from csd_exp.metrics.similarity import ReconstructionSSIM as ReconstructionSSIM
 from csd_exp.metrics.similarity import StructureSimilarity as StructureSimilarity
+from csd_exp.metrics.windows import ColourSeams as ColourSeams
 from csd_exp.metrics.windows import SeamEnergy as SeamEnergy
 from csd_exp.metrics.windows import StyleSpread as StyleSpread
 from csd_exp.metrics.windows import WindowSpread as WindowSpread

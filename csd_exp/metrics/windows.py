@@ -168,3 +168,60 @@ class SeamEnergy(MeanMetric):
                 interior.append(energy[~near.any(1)].flatten())
         means = [torch.cat(e).mean() if e else torch.tensor(torch.nan) for e in (at_border, interior)]
         return (means[0] + 2 * ROUNDING) / (means[1] + 2 * ROUNDING)
+
+
+class ColourSeams(MeanMetric):
+    """sqrt(w mean_p s_p^2 / c): straight steps of colour in e - o, as long as a window; from 0, no seam.
+
+    s_p = (d_1 - d_-1) - (d_2 - d_-2) / 3, where d_-2, d_-1, d_1 and d_2 are the mean changes of colour in
+    four strips side by side with p in their middle, each `reach` pixels wide and as long as the windows' side
+    w: a step counts, a gradual change of constant slope does not, and content that is not straight over w
+    averages out. The mean is over all places p and channels, along columns if windows have borders there, and
+    likewise along rows. c is the sum of s_p^2 over one step of height 1, so that of one step of height a in
+    each window's length, at any place, the value is a. It asks for no place of a border, so that windows that
+    move from step to step are judged too; what the content itself has of straight edges stays in it. Without
+    windows, or on pictures smaller than one or than the strips, there is no value.
+
+    reach: in pixels; 8 is a latent, over which decoding spreads a step.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, reach: int = 8, **kwargs):
+        super().__init__(**kwargs)
+        if reach < 1:
+            raise InputError(f"metrics.colour_seams.reach must be at least 1, not {reach}.")
+        self.reach = reach
+
+    def update(
+        self,
+        edited: Tensor,
+        source: Tensor,
+        window: int | None = None,
+        borders: tuple[Sequence[int], Sequence[int]] = ((), ()),
+    ) -> None:
+        change = edited.double() - source.double()
+        axes = [axis for axis, places in zip((1, 2), borders, strict=True) if len(places)]
+        if window is None or not axes or min(change.shape[1:]) < max(window, 4 * self.reach):
+            return
+        height = (torch.arange(8 * self.reach) >= 4 * self.reach).double()
+        whole = self._steps(height).square().sum()
+        means = [self._steps(_averaged(change, window, 3 - axis).movedim(axis, -1)) for axis in axes]
+        energy = torch.stack([s.square().mean() for s in means]).mean()
+        self.observe((window * energy / whole).sqrt())
+
+    def _steps(self, values: Tensor) -> Tensor:
+        """s_p along the last axis of [..., n]: [..., n - 4 reach + 1]."""
+        strips = _averaged(values, self.reach, -1)
+        count = strips.shape[-1] - 3 * self.reach
+        before_last, before, after, after_next = (
+            strips[..., j * self.reach : j * self.reach + count] for j in range(4)
+        )
+        return (after - before) - (after_next - before_last) / 3
+
+
+def _averaged(values: Tensor, length: int, axis: int) -> Tensor:
+    """Means of `length` neighbours along an axis, at every place that has so many."""
+    sums = torch.cat([torch.zeros_like(values.narrow(axis, 0, 1)), values.cumsum(axis)], axis)
+    count = values.shape[axis] - length + 1
+    return (sums.narrow(axis, length, count) - sums.narrow(axis, 0, count)) / length

@@ -91,9 +91,10 @@ class Particles(nn.Module):
         return [[(1.0, self.prompt)] for _ in ids]
 
     def share(self, ids: Tensor, chosen: Tensor) -> Tensor | float:
-        """What each latent of views `ids` takes of its update, in 0..1, broadcast to [n, C, h, w].
+        """What each latent of views `ids` takes of its update, at least 0, broadcast to [n, C, h, w].
 
-        Where views of the step's `chosen` ones show the same parameter, their shares of it sum to 1 at most.
+        Where views of the step's `chosen` ones show the same parameter, their shares of it sum to 1 at most,
+        if only on the mean over steps.
         """
         return 1.0
 
@@ -113,9 +114,13 @@ class Particles(nn.Module):
         """What is known of picture i; see `csd_exp.facts`."""
         return {"prompt": self.prompt}
 
-    def xmp(self, i: int) -> str | None:
-        """The XMP packet that picture i is saved with."""
-        return None
+    def caption(self, i: int) -> str:
+        """What is asked of picture i."""
+        return self.prompt
+
+    def projection(self, i: int) -> Mapping[str, str]:
+        """The GPano properties of picture i by name, see `csd_exp.formats.spheres`; none of most."""
+        return {}
 
     def loss(self, draw: Draw) -> Tensor | None:
         """A regulariser of the step, a scalar that is the same on every rank; None for none."""

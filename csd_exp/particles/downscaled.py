@@ -1,6 +1,6 @@
 """Pictures seen in one piece, at the size that a prior was trained on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -41,8 +41,8 @@ class Downscaled(Canvas):
         """Those of the full particles, so that metrics judge every method at the same places."""
         return self.full.facts(i)
 
-    def xmp(self, i: int) -> str | None:
-        return self.full.xmp(i)
+    def projection(self, i: int) -> Mapping[str, str]:
+        return self.full.projection(i)
 
     def editable(self, ids: Tensor) -> float:
         return 1.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from csd_exp.errors import InputError
-from csd_exp.formats.spheres import read_sphere, sphere_xmp
+from csd_exp.formats.spheres import read_sphere
 from csd_exp.images import image_files, pad_to, read_images
 from csd_exp.particles.areas import Areas, Box, check_areas
 from csd_exp.particles.canvas import Canvas
@@ -127,5 +127,5 @@ class Images(WholePictures):
         self.pixels = self.pad(images)
         self.spheres = [read_sphere(file) for file in image_files(path)]
 
-    def xmp(self, i: int) -> str | None:
-        return sphere_xmp(self.spheres[i])
+    def projection(self, i: int) -> Mapping[str, str]:
+        return self.spheres[i]

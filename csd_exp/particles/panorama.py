@@ -2,21 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from csd_exp.errors import InputError, notice
-from csd_exp.formats.spheres import goes_round, read_sphere, sphere_xmp
+from csd_exp.errors import InputError, accept, notice
+from csd_exp.formats.spheres import goes_round, read_sphere
 from csd_exp.images import MAX_PIXELS, pad_to, read_image
 from csd_exp.particles.areas import Areas, Box, check_areas
 from csd_exp.particles.canvas import Canvas, Windows
+from csd_exp.particles.tapers import Coverage, Taper, expected, laid, profile
 from csd_exp.schedules import Draw
 
 
 class Panorama(Canvas):
-    """An image of any size and aspect as windows in latent space; overlaps are averaged by count.
+    """An image of any size and aspect as windows in latent space; overlaps are averaged.
 
     The image is padded by reflection to whole latents and at least one window, and cropped back. A
     window's id is top * width + left in latents, so its noise stays with its place.
@@ -27,6 +28,8 @@ class Panorama(Canvas):
     batch: how many windows a step takes, drawn anew; None takes all.
     wrap: windows cross the left and right border, for 360-degree images.
     jitter: shift the windows by a random offset below the stride each step, so that no seam stays in place.
+    taper: how the weight of a window falls towards its borders, see `csd_exp.particles.tapers.profile`.
+    coverage: what weights are divided by, see `share`. Samplers average by count whatever these two say.
     regions, mask, feather: parts of the image with prompts of their own, and the part that may change, see
         `Areas`; windows with nothing to edit are left out.
     """
@@ -48,6 +51,8 @@ class Panorama(Canvas):
         batch: int | None = None,
         wrap: bool = False,
         jitter: bool = False,
+        taper: Taper = "none",
+        coverage: Coverage = "step",
         regions: Sequence[Mapping[str, Any]] | None = None,
         mask: str | Box | Sequence[str] | None = None,
         feather: int | None = None,
@@ -66,8 +71,10 @@ class Panorama(Canvas):
             )
         if batch is not None and batch < 1:
             raise InputError(f"modality.batch must be at least 1, or null for all windows, not {batch}.")
+        accept("modality.taper", taper, get_args(Taper))
+        accept("modality.coverage", coverage, get_args(Coverage))
         self.factor, self.window, self.stride = factor, window, stride
-        self.batch, self.wrap, self.jitter = batch, wrap, jitter
+        self.batch, self.wrap, self.jitter, self.taper = batch, wrap, jitter, taper
         image, self.sphere = read_image(path), read_sphere(path)
         if goes_round(self.sphere) and not wrap:
             notice(f"modality.path={path} goes all the way round; modality.wrap=true joins its two sides.")
@@ -85,6 +92,7 @@ class Panorama(Canvas):
         pad = partial(pad_to, height=height, width=width, circular=wrap)
         self.pixels = self._with_margin(pad(image[None]), self.margin * factor)
         self.areas = Areas(self.size, pad, factor, regions, mask, feather, wrap=wrap, background=bool(prompt))
+        self.expected = self._expected() if coverage == "expected" else None
 
     def start(self, latent: Tensor, condition: Tensor | None) -> None:
         inner = slice(self.margin, self.margin + self.grid[1])
@@ -101,26 +109,68 @@ class Panorama(Canvas):
     def every(self) -> Tensor:
         return self._windows(0, 0)
 
+    def share(self, ids: Tensor, chosen: Tensor) -> Tensor:
+        """[n, 1, h, w]: p_i / P, the tapered weight of window i over one sum at each latent.
+
+        coverage `step`: P is the sum over the step's windows, so that shares of what they show sum to 1 and
+        what one window alone shows takes all of it. `expected`: P is E[S^2] / E[S], S being that sum, over
+        all draws of jitter and batch: what one window alone shows takes what this window's weight says, and
+        the sums of shares are as near to 1 in mean square as they can be; 1 where nothing is drawn.
+        """
+        if self.expected is not None:
+            share = self._weights(ids) / self.crop(self.expected, ids).to(self.latent)
+        elif self.taper == "none":
+            share = self.overlap(ids, chosen)
+        else:
+            total = self.added(self._weights(chosen), chosen)
+            share = self._weights(ids) / self.crop(total, ids)
+        return share * self.editable(ids)
+
+    def _weights(self, ids: Tensor) -> Tensor:
+        """[n, 1, h, w] in (0, 1]: each window's weight at its latents."""
+        places = [
+            (self._along(0, top)[:, None] * self._along(1, left))[None] for top, left in self.corners(ids)
+        ]
+        return torch.stack(places).to(self.latent)
+
+    def _along(self, axis: int, start: int) -> Tensor:
+        """The weights [window] in float64 of a window that begins at a latent of rows (0) or columns (1)."""
+        borderless = self.wrap and axis == 1
+        inner = (borderless or start > 0, borderless or start + self.window < self.grid[axis])
+        return profile(self.taper, self.window, inner)
+
+    def _expected(self) -> Tensor:
+        """[1, 1, h, w] in float64: what shares of expected coverage divide by, see `tapers.expected`."""
+        offsets = range(self.stride if self.jitter else 1)
+        rows, columns = (
+            [
+                torch.stack([self._covered(axis, self._starts(axis, o), power) for o in offsets])
+                for power in (1, 2)
+            ]
+            for axis in (0, 1)
+        )
+        # Windows in which nothing may change are never drawn, but all that they show stays as it is.
+        n = torch.tensor([[len(self._windows(d, r)) for r in offsets] for d in offsets]).double()
+        batch = n if self.batch is None else n.clamp(max=self.batch)
+        both = batch * (batch - 1) / (n * (n - 1)).clamp(min=1)
+        return expected(rows, columns, batch / n, both)[None, None]
+
+    def _covered(self, axis: int, starts: Sequence[int], power: int) -> Tensor:
+        return laid([(start, self._along(axis, start) ** power) for start in starts], self.grid[axis])
+
     def _windows(self, down: int, right: int) -> Tensor:
         """The ids of all windows on a grid with this offset, but those that may not change."""
-        height, width = self.grid
-        tops = self._starts(height, down)
-        if self.wrap:
-            lefts = [(left + right) % width for left in range(0, width, self.stride)]
-        else:
-            lefts = self._starts(width, right)
-        ids = torch.tensor([top * width + left for top in tops for left in lefts])
+        tops, lefts = self._starts(0, down), self._starts(1, right)
+        ids = torch.tensor([top * self.grid[1] + left for top in tops for left in lefts])
         if self.areas.free is not None:
             ids = ids[self.crop(self.areas.free, ids).amax((1, 2, 3)) > 0]
         return ids
 
-    def xmp(self, i: int) -> str | None:
-        return sphere_xmp(self.sphere)
+    def projection(self, i: int) -> Mapping[str, str]:
+        return self.sphere
 
     def windows(self) -> Windows:
-        starts = [self._starts(self.grid[0], 0), self._starts(self.grid[1], 0)]
-        if self.wrap:
-            starts[1] = list(range(0, self.grid[1], self.stride))
+        starts = [self._starts(0, 0), self._starts(1, 0)]
         rows, columns = (
             {edge % of * self.factor for start in along for edge in (start, start + self.window)}
             for along, of in zip(starts, self.grid, strict=True)
@@ -153,9 +203,14 @@ class Panorama(Canvas):
         height, width = self.size
         return [images[0, :, :height, left : left + width]]
 
-    def _starts(self, side: int, shift: int) -> list[int]:
-        """Window starts along a side: every stride, shifted back, the first and last flush to the border."""
-        last = side - self.window
+    def _starts(self, axis: int, shift: int) -> list[int]:
+        """Where windows begin along rows (0) or columns (1): every stride, shifted by an offset.
+
+        The first and the last are flush to the picture's border, but where it has none.
+        """
+        if self.wrap and axis == 1:
+            return [(start + shift) % self.grid[1] for start in range(0, self.grid[1], self.stride)]
+        last = self.grid[axis] - self.window
         return sorted({min(max(start, 0), last) for start in range(-shift, last + self.stride, self.stride)})
 
     @staticmethod
