@@ -41,6 +41,7 @@ CURVES = {
 }
 SHOWN_PACKAGES = ("csd_exp", "torch", "lightning", "diffusers", "transformers", "numpy")
 MOST_INTERMEDIATE = 12
+MOST_FRAMES = 8
 MOST_VIDEO_BYTES = 16_000_000  # a longer one is played from its file beside the page
 
 # Colours that the page's style sheet replaces, so that curves follow the light or dark theme.
@@ -59,9 +60,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Video:
-    """Source and edited video side by side: a data URI or a file beside the page, and what it holds."""
+    """What a run has made that plays, beside its source where it has one: a data URI, or a file."""
 
     uri: str
+    beside: bool
     width: int
     height: int
     frames: int
@@ -111,6 +113,7 @@ def write_report(run_dir: str | Path) -> Path:
         shown_packages=SHOWN_PACKAGES,
         video=_video(run_dir / "media"),
         pairs=_pairs(run_dir / "media"),
+        frames=_frames(run_dir / "media"),
         steps=_intermediate(run_dir / "media"),
         differences=_differences(run_dir / "media"),
         regions=_first(run_dir / "media", "regions"),
@@ -156,18 +159,40 @@ def _number(value: object) -> str:
 
 def _pairs(media: Path) -> list[tuple[Picture | None, Picture]]:
     """Edited picture of every image, of a video's frames the first, and its source where it has one."""
-    shown = slice(1 if (media / "side_by_side.mp4").is_file() else None)
-    sources: list[Picture | None] = [
-        _picture(f, "source") for f in saved_pictures(media, "source").files[shown]
+    edited = saved_pictures(media, "edited").files
+    shown = range(min(1, len(edited)) if _plays(media) else len(edited))
+    return _beside(media, shown)
+
+
+def _frames(media: Path) -> list[tuple[Picture | None, Picture]]:
+    """Frames of what plays, at most MOST_FRAMES, evenly spaced from the first."""
+    count = len(saved_pictures(media, "edited")) if _plays(media) else 0
+    shown = range(0, count, -(-count // MOST_FRAMES) or 1)
+    return _beside(media, shown, 400_000, 512)
+
+
+def _beside(media: Path, shown: range, *most: int) -> list[tuple[Picture | None, Picture]]:
+    """Edited pictures, each with its source where there is one."""
+    sources, edited = (saved_pictures(media, name).files for name in ("source", "edited"))
+    return [
+        (
+            _picture(sources[i], f"source {i}", *most) if sources else None,
+            _picture(edited[i], f"edited {i}", *most),
+        )
+        for i in shown
     ]
-    edited = [_picture(f, "edited") for f in saved_pictures(media, "edited").files[shown]]
-    return list(zip(sources, edited, strict=False)) if sources else [(None, picture) for picture in edited]
+
+
+def _plays(media: Path) -> Path | None:
+    """The file that shows a video or a film best."""
+    files = [media / f"{name}.mp4" for name in ("side_by_side", "edited")]
+    return next((file for file in files if file.is_file()), None)
 
 
 def _video(media: Path) -> Video | None:
-    """What a run that edited a video has to play."""
-    file = media / "side_by_side.mp4"
-    if not file.is_file():
+    """What a run that made a video, or a film of a scene, has to play."""
+    file = _plays(media)
+    if file is None:
         return None
     with open_media(file) as container:
         stream = container.streams.video[0]
@@ -175,7 +200,7 @@ def _video(media: Path) -> Video | None:
     content = file.read_bytes()
     embedded = f"data:video/mp4;base64,{base64.b64encode(content).decode()}"
     uri = embedded if len(content) <= MOST_VIDEO_BYTES else f"media/{file.name}"
-    return Video(uri, *size, frames, fps)
+    return Video(uri, file.stem == "side_by_side", *size, frames, fps)
 
 
 def _intermediate(media: Path) -> list[Picture]:

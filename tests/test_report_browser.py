@@ -93,6 +93,8 @@ def test_the_video_plays_source_and_edit_side_by_side(page, video):
     assert size[1:] == [48, pytest.approx(0.5, abs=0.05), None]
     assert player.is_visible()
     assert page.get_by_text("Source on the left, edited on the right").is_visible()
+    assert page.locator(".frames figure").count() == 6
+    assert page.locator(".frames figure").first.locator("img").count() == 2
 
 
 def test_the_regions_stand_over_their_prompts(page, video):
