@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE :=
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint unit lock
+.PHONY: demo test lint unit soak lock
 
 demo: $(INSTALLED)
 	$(BIN)/csd experiment=demo
@@ -15,6 +15,10 @@ test: $(INSTALLED)
 
 unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
+
+# What starts whole groups of processes, kills them, or trains: CI runs it as well.
+soak: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -n logical --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

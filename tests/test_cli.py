@@ -227,6 +227,7 @@ class Mine(RBF):
 """
 
 
+@pytest.mark.soak
 def test_two_processes_give_the_result_of_one_also_in_a_multirun(folder: Path) -> None:
     """With a kernel of the user's own, which all processes find."""
     (folder / "my_kernels.py").write_text(KERNEL)

@@ -202,6 +202,7 @@ def test_a_folder_without_a_checkpoint_says_so(folder: Path) -> None:
         csd_exp.edit(*RUN, "hydra.run.dir=run")
 
 
+@pytest.mark.soak
 def test_killed_runs_go_on_to_the_bits_of_one_that_was_not() -> None:
     """At two moments, one of them within a checkpoint; see tests/killed_runs.py for more."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}

@@ -211,6 +211,7 @@ def latent(run: Path) -> torch.Tensor:
     return torch.load(run / "last.ckpt", weights_only=True)["state_dict"]["particles.latent"]
 
 
+@pytest.mark.soak
 def test_torchrun_and_slurm_make_and_continue_one_run(shared: Path, monkeypatch) -> None:
     (run,) = (shared / "outputs/shared").iterdir()
     srun = slurm(0) | {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
@@ -226,6 +227,7 @@ def test_torchrun_and_slurm_make_and_continue_one_run(shared: Path, monkeypatch)
     assert (latent(run) - latent(one)).abs().max() < 1e-5 * latent(one).abs().max()
 
 
+@pytest.mark.soak
 def test_what_the_first_process_refuses_the_others_leave_without_a_word(shared: Path) -> None:
     (shared / "there").mkdir(exist_ok=True)
     by_hand = {"LOCAL_RANK": "RANK", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -238,6 +240,7 @@ def test_what_the_first_process_refuses_the_others_leave_without_a_word(shared: 
     assert not list((shared / "there").iterdir())
 
 
+@pytest.mark.soak
 def test_a_late_rank_joins_and_a_killed_one_ends_the_other_in_one_line(shared: Path) -> None:
     args, port = ["steps=100000", "name=late", "callbacks.checkpoint.every_n_steps=1"], free_port()
     by_hand = {"LOCAL_RANK": "RANK", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -274,8 +277,11 @@ def test_a_late_rank_joins_and_a_killed_one_ends_the_other_in_one_line(shared: P
         (["trainer.strategy=ddp", "trainer.devices=auto"], "are 1 processes, and torchrun"),
     ],
 )
-def test_a_trainer_for_other_processes_than_there_are_is_refused(shared, alone, args, refusal) -> None:
-    alone.chdir(shared)
+def test_a_trainer_for_other_processes_than_there_are_is_refused(
+    tmp_path, write_image, alone, args, refusal
+) -> None:
+    write_image(24, 40, name="picture.png")
+    alone.chdir(tmp_path)
     config = composed([*RUN, *args])
     check_run(config)
     for name, value in torchrun(0, 2).items():
@@ -285,6 +291,7 @@ def test_a_trainer_for_other_processes_than_there_are_is_refused(shared, alone, 
     assert refusal in str(e.value)
 
 
+@pytest.mark.soak
 def test_the_command_is_kept_as_it_was_given(shared: Path) -> None:
     (kept,) = (shared / "outputs/shared").glob("*/command.txt")
     assert shlex.split(kept.read_text().splitlines()[0]) == ["csd", *RUN, *TWO, "trainer.max_steps=3"]

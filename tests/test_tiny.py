@@ -284,6 +284,7 @@ def test_draws_are_shown_row_by_row_after_their_source():
     assert shown == [0, *range(10, 18), 0, 18, 19, 1, *range(20, 28), 1, 28, 29]
 
 
+@pytest.mark.soak
 def test_a_run_stopped_half_way_ends_with_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
     options = compose_test().unet
@@ -390,6 +391,7 @@ def compose_test(*overrides):
         return compose("train_prior", ["size=test", *overrides])
 
 
+@pytest.mark.soak
 def test_the_recipe_trains_exports_and_scores_and_does_nothing_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "names", lambda cache: ["red apple", "snowman"])
     cfg = compose_test(f"run_dir={tmp_path}", "threads=1")
