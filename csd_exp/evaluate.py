@@ -118,7 +118,7 @@ def evaluate(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, dict]:
     before under other names is kept. Raises InputError, before anything is written, for a folder that no
     finished run is in, and for overrides of anything but metrics.
     """
-    config = _config(run_dir)
+    config = run_config(run_dir)
     changes = [override for override in overrides if not is_allow(override)]
     for override in changes:
         if not override.startswith(("metrics=", "metrics.", "metrics/", "+metrics.", "~metrics.")):
@@ -138,7 +138,8 @@ def evaluate(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, dict]:
     return found
 
 
-def _config(run_dir: Path) -> DictConfig:
+def run_config(run_dir: Path) -> DictConfig:
+    """The configuration of a run; raises InputError where it cannot be read or trusted."""
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise InputError(f"{run_dir} has no config.yaml, so it is no run directory; give one that csd wrote.")

@@ -44,7 +44,8 @@ class Pooled:
 class Perceptual:
     """Images [n, 3, H, W] in [0, 1] to [n, D], whose squared distance is the perceptual one.
 
-    That of `csd_exp.metrics.EfficientNetDistance`: |phi_i - phi_j|^2 = mean_l mean_p |u_l,p(i) - u_l,p(j)|^2.
+    That of `csd_exp.metrics.EfficientNetDistance`: |phi_i - phi_j|^2 = mean_l mean_p |u_l,p(i) - u_l,p(j)|^2,
+    the recipe of LPIPS (Zhang et al. 2018) on EfficientNet-Lite0 (Tan & Le 2019).
     """
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ class Perceptual:
 
 
 class OpenClip:
-    """Normalised open_clip embeddings of images and texts, in one space.
+    """Normalised open_clip embeddings of images and texts, in one space: CLIP (Radford et al. 2021).
 
     model, pretrained: names or a checkpoint path, as `open_clip.create_model_and_transforms` takes them; by
     default the small CLIP that the package ships, whose checksums are verified.

@@ -70,7 +70,7 @@ def needs_source(method: object) -> bool:
 
 
 def sds(score: Score, views: Views) -> tuple[Tensor, Tensor]:
-    """x_t and eps^w(x_t; y) - noise, both [n, C, ...]: DreamFusion Eq. 3, the score of CSD Eq. 8."""
+    """x_t and eps^w(x_t; y) - noise, both [n, C, ...]: SDS (Poole et al. 2023, Eq. 3), as in CSD Eq. 8."""
     x_t = views.level.noised(views.x, views.noise)
     (eps,) = score([Query(x_t, views.level.t, views.target)])
     return x_t, eps - views.noise
@@ -78,10 +78,11 @@ def sds(score: Score, views: Views) -> tuple[Tensor, Tensor]:
 
 @from_source
 def dds(score: Score, views: Views) -> tuple[Tensor, Tensor]:
-    """x_t and eps^w(x_t; y) - eps^w(source_t; y_source) with shared noise: DDS Eq. 3, CSD-Edit Eq. 9.
+    """x_t and eps^w(x_t; y) - eps^w(source_t; y_source) with shared noise: DDS and CSD-Edit.
 
-    Under an editing prior and an empty source prompt the baseline is the image-conditional estimate on
-    the noised source, which is CSD-Edit's.
+    DDS (Hertz et al. 2023, Eq. 3); coupled by a kernel it is CSD-Edit (CSD Eq. 9). Under an editing prior and
+    an empty source prompt the baseline is the image-conditional estimate on the noised source, which is
+    CSD-Edit's.
     """
     x_t, eps, baseline = _of_both(score, views)
     return x_t, eps - baseline

@@ -34,7 +34,7 @@ def trailing_timesteps(steps: int, total: int) -> list[int]:
 class PerView:
     """Every view by itself, averaged where they overlap at the end: InstructPix2Pix window by window.
 
-    Deterministic DDIM (Song et al. 2021, Eq. 12, eta = 0) on `trailing` timesteps.
+    Deterministic DDIM (Song et al. 2021, Eq. 12, eta = 0) on `trailing` timesteps (Lin et al. 2024).
     steps: of DDIM. Raises InputError, naming the key, for what the prior's schedule cannot hold.
     """
 

@@ -63,6 +63,8 @@ def inverse_bandwidth(distances: Tensor, rule: Bandwidth | float) -> Tensor:
 class Kernel:
     """A radial kernel k(x, y) = profile(gamma |x - y|^2) and how it couples a set of particles.
 
+    By Stein variational gradient descent (Liu & Wang 2016) on residuals, as CSD does (Kim et al. 2023).
+
     bandwidth: `median` (official), `median_offdiagonal`, or gamma itself (a number > 0).
     scale: multiplies gamma.
     space: what the kernel sees: the noisy view `x_t` (official), the clean view `x_0`, or `features`.

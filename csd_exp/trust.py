@@ -25,6 +25,7 @@ QUOTING = ("hydra.overrides", "hydra.job.override_dirname")
 
 WRITING = ("callbacks", "logger")  # the groups whose parts write files
 WANDB_LOG = "wandb/*/logs/debug-core.log"  # a link that W&B makes to its own cache, and writes to no more
+READ = {"csd_exp.callbacks.ContentCredentials": ("certificate", "key")}  # files, and not written
 FOLDER = re.compile(r"(.+_)?(dir|dirpath|directory|folder)")
 
 
@@ -79,7 +80,7 @@ def check_places(config: DictConfig) -> None:
         for path, node in _dictionaries(parts, group):
             target = str(node.get("_target_"))
             for key, value in ({} if target.startswith(own) else _defaults(target) | node).items():
-                if key != "_target_":
+                if key not in ("_target_", *READ.get(target, ())):
                     _check_place(f"{path}.{key}", value, Path(config.dir))
 
 

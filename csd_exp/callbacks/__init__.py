@@ -2,6 +2,7 @@
 
 from csd_exp.callbacks.checkpoint import CheckpointFiles as CheckpointFiles
 from csd_exp.callbacks.checkpoint import LastCheckpoint as LastCheckpoint
+from csd_exp.callbacks.credentials import ContentCredentials as ContentCredentials
 from csd_exp.callbacks.interruption import Interruption as Interruption
 from csd_exp.callbacks.media import Media as Media
 from csd_exp.callbacks.metrics import Metrics as Metrics

@@ -113,7 +113,10 @@ def _loaded(name: str, *arguments: str) -> OpenClip:
 
 
 class CLIPMetric(MeanMetric):
-    """clip: a name that `named_clip` knows, or a `Clip`. device: where it computes."""
+    """Scores by CLIP (Radford et al. 2021).
+
+    clip: a name that `named_clip` knows, or a `Clip`. device: where it computes.
+    """
 
     def __init__(self, clip: str | Clip = TINY, device: str = "cpu", **kwargs):
         super().__init__(**kwargs)
@@ -154,8 +157,8 @@ class CLIPDirectionalSimilarity(CaptionMetric):
     """cos(C(e) - C(o), T(target caption) - T(source caption)), in [-1, 1]; the edit went where its text says.
 
     The mean over pictures of the directional similarity of StyleGAN-NADA (Gal et al. 2022), as
-    InstructPix2Pix (Brooks et al. 2023) evaluates it; "CLIP Directional Similarity" of the CSD
-    paper. The paper does not state its captions. Here the source's is "a photograph" and the target's "a
+    InstructPix2Pix (Brooks et al. 2023) evaluates it; "CLIP Directional Similarity" of the CSD paper (Kim et
+    al. 2023), which does not state its captions. Here the source's is "a photograph" and the target's "a
     photograph, PROMPT", unless metrics.source_caption and metrics.target_caption are given.
     """
 
@@ -186,7 +189,7 @@ class CLIPGeometry(CaptionMetric):
     """cos(C(d), T(target caption)), in [-1, 1]; the shape without colours shows what the caption says.
 
     The mean over pictures of the CLIP score of a picture's depth d, near white and far black, nothing black:
-    "CLIP Geo" of the CSD paper's Table 3, which does not state how its depths are made visible.
+    "CLIP Geo" of the CSD paper (Kim et al. 2023, Table 3), which does not state how its depths are shown.
     """
 
     higher_is_better = True
@@ -249,8 +252,8 @@ class CLIPJanus(CLIPMetric):
 class CLIPImageSimilarity(CLIPMetric, PictureMetric):
     """cos(C(e), C(o)), in [-1, 1]; 1 where the edit kept all that CLIP sees of the source.
 
-    The mean over pictures; "CLIP image similarity" of InstructPix2Pix (Brooks et al. 2023) and
-    of the CSD paper's panoramas.
+    The mean over pictures; "CLIP image similarity" of InstructPix2Pix (Brooks et al. 2023) and of the CSD
+    paper's panoramas (Kim et al. 2023).
     """
 
     higher_is_better = True
@@ -269,8 +272,8 @@ class CLIPFrameMetric(CLIPMetric, FrameMetric):
 class CLIPImageConsistency(CLIPMetric, FrameMetric):
     """cos(C(e_i), C(e_i+1)), in [-1, 1]; 1 where consecutive edited frames look alike to CLIP.
 
-    The mean over consecutive frames; "CLIP Image Consistency" of the CSD paper's tables, and "frame
-    consistency" of Gen-1 (Esser et al. 2023). It is blind to the source: a still picture has 1.
+    The mean over consecutive frames; "CLIP Image Consistency" of the CSD paper's tables (Kim et al. 2023),
+    and "frame consistency" of Gen-1 (Esser et al. 2023). It is blind to the source: a still picture has 1.
     """
 
     higher_is_better = True
@@ -299,9 +302,9 @@ class CLIPDirectionConsistency(CLIPFrameMetric):
 class CLIPEditConsistency(CLIPFrameMetric):
     """cos(C(e_i) - C(o_i), C(e_i+1) - C(o_i+1)), in [-1, 1]; 1 where the edit is the same in each frame.
 
-    The mean over consecutive frames; the second reading of Instruct-NeRF2NeRF's "CLIP direction consistency",
-    proposed in issue 91 of github.com/ayaanzhaque/instruct-nerf2nerf: the direction of the edit, not that of
-    the camera.
+    The mean over consecutive frames; the second reading of "CLIP direction consistency" of Instruct-NeRF2NeRF
+    (Haque et al. 2023), proposed in issue 91 of github.com/ayaanzhaque/instruct-nerf2nerf: the direction of
+    the edit, not that of the camera.
     """
 
     higher_is_better = True

@@ -73,8 +73,8 @@ class EfficientNetDistance(PictureMetric):
     """mean_l mean_p |u_l,p(edited) - u_l,p(source)|^2, in [0, 4]; 0 for equal pictures.
 
     u_l,p is the activation vector at pixel p of layer l, at unit length: the recipe of LPIPS (Zhang et al.
-    2018, Eq. 1) with all weights one, on five layers of EfficientNet-Lite0 in the place of AlexNet's. The
-    weights were never fitted to human judgement, so values are not those of LPIPS.
+    2018, Eq. 1) with all weights one, on five layers of EfficientNet-Lite0 (Tan & Le 2019) in the place of
+    AlexNet's. The weights were never fitted to human judgement, so values are not those of LPIPS.
     """
 
     higher_is_better = False
@@ -136,9 +136,9 @@ class ReconstructionDistance(MeanMetric):
 class PerceptualConsistency(FrameMetric):
     """`distance` between consecutive edited frames, from 0 where they are equal; the definition is its own.
 
-    The mean over consecutive frames; "LPIPS" of the CSD paper's tables with `metrics/perceptual=lpips`, which
-    does not state the network. It knows nothing of the source: the camera's own motion counts, and a still
-    picture has 0.
+    The mean over consecutive frames; "LPIPS" of the CSD paper's tables with `metrics/perceptual=lpips` (Kim
+    et al. 2023, who do not state the network). It knows nothing of the source: the camera's own motion
+    counts, and a still picture has 0.
     """
 
     higher_is_better = False

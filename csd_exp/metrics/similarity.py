@@ -40,7 +40,10 @@ class ReconstructionPSNR(MeanMetric):
 
 
 class ReconstructionSSIM(MeanMetric):
-    """`SSIM` of a rendered source and its photograph, over photographs that a field was not fitted to."""
+    """`SSIM` of a rendered source and its photograph, over photographs that a field was not fitted to.
+
+    Wang et al. 2004, Eq. 13.
+    """
 
     higher_is_better = True
 
