@@ -13,7 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from diffusers_folder import save_pipeline
+from diffusers_folder import save_pipeline, save_xl
 from PIL import Image
 from scenes import write_scene
 from toys import Learned, Waves
@@ -33,7 +33,15 @@ from csd_exp.particles import (
     Particles,
     Video,
 )
-from csd_exp.priors import GaussianFlow, GaussianMixture, InstructPix2Pix, Prior, StableDiffusion
+from csd_exp.priors import (
+    GaussianFlow,
+    GaussianMixture,
+    InstructPix2Pix,
+    InstructPix2PixXL,
+    Prior,
+    StableDiffusion,
+    StableDiffusionXL,
+)
 from csd_exp.samplers import Downscaled, MultiDiffusion, PerView, SamplingModule, SDEdit, SyncTweedies
 from csd_exp.scene.voxels import Voxels
 from csd_exp.schedules import Draw, Timesteps
@@ -52,6 +60,8 @@ PRIORS: dict[str, Callable[[], Prior]] = {
     "flow": lambda: GaussianFlow(**ANALYTIC),
     "instruct_pix2pix": lambda: InstructPix2Pix(folder(True), guidance_scale=7.5, dtype="float64"),
     "stable_diffusion": lambda: StableDiffusion(folder(False), guidance_scale=7.5, dtype="float64"),
+    "sdxl": lambda: StableDiffusionXL(folder(False, save_xl), dtype="float64"),
+    "cosxl_edit": lambda: InstructPix2PixXL(folder(True, save_xl, edm=True), dtype="float64"),
 }
 EXACT = ("mixture", "flow")  # instant: these take part in the full product, each other family once per law
 RESIDUALS: dict[str, Callable[[], Any]] = {
@@ -136,8 +146,8 @@ def product() -> Iterator[tuple[str, str, str, str]]:
 
 
 @cache
-def folder(editing: bool) -> str:
-    return str(save_pipeline(FOLDERS["priors"] / f"pipeline{editing}", editing))
+def folder(editing: bool, save: Callable[..., Path] = save_pipeline, **kind) -> str:
+    return str(save(FOLDERS["priors"] / f"{save.__name__}{editing}", editing, **kind))
 
 
 FOLDERS: dict[str, Any] = {}

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import model_info, try_to_load_from_cache
 
 from csd_exp.errors import InputError
+from csd_exp.families import family_of
 from csd_exp.files import ASSETS, check_sums
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -47,6 +48,13 @@ def fetched_folder(path: str | Path, variant: str | None = None) -> Path:
     if folder.parent == ASSETS:
         check_sums(folder)
     return folder
+
+
+def check_family(path: str | Path, folder: Path, family: str | None) -> None:
+    """Refuse a folder of another family than this, with the name of the prior that it is for."""
+    found, why = family_of(folder)
+    if family is not None and found not in (family, None):
+        raise InputError(f"prior.path={path}: {why}, as of {found}; use it with prior={found}.")
 
 
 def check_parts(
