@@ -22,8 +22,13 @@ def family_of(folder: Path) -> tuple[str | None, str]:
 
     It is told by the denoiser, whatever pipeline the index names.
     """
-    unet, vae = (_known(folder / part / "config.json") for part in ("unet", "vae"))
-    channels, takes = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+    parts = ("unet", "vae", "transformer")
+    unet, vae, transformer = (_known(folder / part / "config.json") for part in parts)
+    channels, takes = vae.get("latent_channels", 4), (unet or transformer).get("in_channels", 4)
+    kind = str(transformer.get("_class_name"))
+    if kind == "SD3Transformer2DModel" and takes in (channels, 2 * channels):
+        why = f"its transformer, a {kind}, takes {takes} channels for latents of {channels}"
+        return ("ultraedit" if takes > channels else "sd3"), why
     if not unet or takes not in (channels, 2 * channels):
         return None, ""
     large = unet.get("addition_embed_type") == "text_time"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import string
 from pathlib import Path
 
 import torch
@@ -9,6 +10,9 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLInstructPix2PixPipeline,
@@ -16,7 +20,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
@@ -57,6 +69,39 @@ def save_xl(path: Path, editing=True, edm=False) -> Path:
         if edm
         else DDIMScheduler(**LEVELS),
         add_watermarker=False,
+    )
+    return saved(pipe, path, "tokenizer", "tokenizer_2")
+
+
+def save_3(path: Path, editing=True, t5=True) -> Path:
+    """The same of Stable Diffusion 3, with and without its large text encoder, and of UltraEdit."""
+    torch.manual_seed(0)
+    words = tokenizer(path.with_name(path.name + "_tokenizer"))
+    pieces = t5_tokenizer()
+    pipe = StableDiffusion3Pipeline(
+        vae=tiny_vae(16, shift=0.06),
+        text_encoder=tiny_text_encoder(len(words), projection=12),
+        text_encoder_2=tiny_text_encoder(len(words), width=32, projection=20),
+        text_encoder_3=tiny_t5(len(pieces), 64) if t5 else None,
+        tokenizer=words,
+        tokenizer_2=words,
+        tokenizer_3=pieces if t5 else None,
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=16 * (1 + editing),
+            out_channels=16,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=64,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            pos_embed_max_size=12,
+            qk_norm="rms_norm",
+            dual_attention_layers=(0,),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
     return saved(pipe, path, "tokenizer", "tokenizer_2")
 
@@ -107,7 +152,19 @@ def tiny_unet(channels, takes, version, width=24, added=None):
     )
 
 
-def tiny_vae(channels, blocks=3):
+def tiny_t5(vocabulary, width):
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    return T5EncoderModel(T5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", **sizes))
+
+
+def t5_tokenizer():
+    """A T5 tokenizer of single letters."""
+    letters = [(letter, -3.0) for letter in string.ascii_letters + string.punctuation]
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters]
+    return T5TokenizerFast(vocab=words, extra_ids=0, additional_special_tokens=[], model_max_length=40)
+
+
+def tiny_vae(channels, blocks=3, shift=None):
     return AutoencoderKL(
         block_out_channels=(8, 16, 16)[:blocks],
         down_block_types=("DownEncoderBlock2D",) * blocks,
@@ -116,6 +173,7 @@ def tiny_vae(channels, blocks=3):
         norm_num_groups=4,
         sample_size=32,
         scaling_factor=0.3,
+        shift_factor=shift,
     )
 
 

@@ -3,13 +3,20 @@
 from functools import cache
 
 import pytest
-from diffusers_folder import save_pipeline, save_xl
+from diffusers_folder import save_3, save_pipeline, save_xl
 
 import csd_exp
 from csd_exp.config import composed
 from csd_exp.errors import InputError
 from csd_exp.families import family_of, named
-from csd_exp.priors import InstructPix2Pix, InstructPix2PixXL, StableDiffusion, StableDiffusionXL
+from csd_exp.priors import (
+    InstructPix2Pix,
+    InstructPix2PixXL,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+    UltraEdit,
+)
 
 SAVED = {
     "stable_diffusion": lambda path: save_pipeline(path, False),
@@ -17,15 +24,23 @@ SAVED = {
     "sdxl": lambda path: save_xl(path, False),
     "sdxl_instruct_pix2pix": save_xl,
     "cosxl_edit": lambda path: save_xl(path, True, True),
+    "sd3": lambda path: save_3(path, False),
+    "ultraedit": save_3,
 }
 CLASSES = {
     "stable_diffusion": StableDiffusion,
     "instruct_pix2pix": InstructPix2Pix,
     "sdxl": StableDiffusionXL,
     "sdxl_instruct_pix2pix": InstructPix2PixXL,
+    "sd3": StableDiffusion3,
+    "ultraedit": UltraEdit,
 }
-EXPERIMENTS = {"river_sdxl": "sdxl_instruct_pix2pix", "river_cosxl": "cosxl_edit"}
-OTHER_CURVES = {"river_cosxl": InstructPix2PixXL}
+EXPERIMENTS = {
+    "river_sdxl": "sdxl_instruct_pix2pix",
+    "river_cosxl": "cosxl_edit",
+    "river_ultraedit": "ultraedit",
+}
+OTHER_CURVES = {"river_cosxl": InstructPix2PixXL, "river_ultraedit": UltraEdit}
 SMALL = ("modality.window=8", "modality.stride=8", "modality.batch=2", "trainer.fast_dev_run=true")
 
 

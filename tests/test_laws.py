@@ -13,7 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from diffusers_folder import save_pipeline, save_xl
+from diffusers_folder import save_3, save_pipeline, save_xl
 from PIL import Image
 from scenes import write_scene
 from toys import Learned, Waves
@@ -40,7 +40,9 @@ from csd_exp.priors import (
     InstructPix2PixXL,
     Prior,
     StableDiffusion,
+    StableDiffusion3,
     StableDiffusionXL,
+    UltraEdit,
 )
 from csd_exp.samplers import Downscaled, MultiDiffusion, PerView, SamplingModule, SDEdit, SyncTweedies
 from csd_exp.scene.voxels import Voxels
@@ -62,6 +64,8 @@ PRIORS: dict[str, Callable[[], Prior]] = {
     "stable_diffusion": lambda: StableDiffusion(folder(False), guidance_scale=7.5, dtype="float64"),
     "sdxl": lambda: StableDiffusionXL(folder(False, save_xl), dtype="float64"),
     "cosxl_edit": lambda: InstructPix2PixXL(folder(True, save_xl, edm=True), dtype="float64"),
+    "sd3": lambda: StableDiffusion3(folder(False, save_3), dtype="float64"),
+    "ultraedit": lambda: UltraEdit(folder(True, save_3, t5=False), dtype="float64"),
 }
 EXACT = ("mixture", "flow")  # instant: these take part in the full product, each other family once per law
 RESIDUALS: dict[str, Callable[[], Any]] = {

@@ -12,7 +12,9 @@ _LATER = {
     "InstructPix2Pix": "stable_diffusion",
     "InstructPix2PixXL": "stable_diffusion_xl",
     "StableDiffusion": "stable_diffusion",
+    "StableDiffusion3": "stable_diffusion_3",
     "StableDiffusionXL": "stable_diffusion_xl",
+    "UltraEdit": "stable_diffusion_3",
 }
 
 __all__ = [
@@ -23,7 +25,9 @@ __all__ = [
     "Prior",
     "RectifiedFlow",
     "StableDiffusion",
+    "StableDiffusion3",
     "StableDiffusionXL",
+    "UltraEdit",
 ]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub import model_info, try_to_load_from_cache
@@ -20,7 +21,7 @@ from csd_exp.errors import InputError
 from csd_exp.families import family_of
 from csd_exp.files import ASSETS, check_sums
 
-VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 # Of each format the names of whole weight files, diffusers' and transformers'.
 STEMS = {
     "safetensors": ("diffusion_pytorch_model", "model"),
@@ -93,21 +94,28 @@ def config_of(path: str | Path, folder: Path, file: str) -> dict:
     if not (folder / file).is_file():
         part = file.split("/")[0] if "/" in file else "index"
         raise InputError(
-            f"prior.path={path} lacks its {part}: {file} is missing; a folder in the diffusers layout holds "
-            "model_index.json, scheduler, text_encoder, tokenizer, unet and vae."
+            f"prior.path={path} lacks its {part}: {file} is missing; a folder in the diffusers layout "
+            "has model_index.json, scheduler, vae, text encoders with their tokenizers, and a unet or transformer."
         )
     with _blaming(path, f"{file} is not valid JSON"):
         return dict(json.loads((folder / file).read_text()))
 
 
-def load_network(path: str | Path, folder: Path, part: str, cls: Any, variant: str | None = None) -> Any:
-    """A network in float32; one whose file lacks weights would silently be random there.
+def load_network(
+    path: str | Path,
+    folder: Path,
+    part: str,
+    cls: Any,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A network in `dtype`; one whose file lacks weights would silently be random there.
 
     Of pickled weights nothing but tensors is read.
     """
     taken, files = _found_weights(path, folder / part, variant)
     safe = _is_safe(files)
-    options = {"variant": taken, "use_safetensors": safe, "output_loading_info": True}
+    options = {"variant": taken, "use_safetensors": safe, "output_loading_info": True, "torch_dtype": dtype}
     try:
         model, info = load_part(path, folder, part, cls, **options)
     except InputError as e:
@@ -123,7 +131,7 @@ def load_network(path: str | Path, folder: Path, part: str, cls: Any, variant: s
             f"prior.path={path}: the weights of its {part} lack {len(info['missing_keys'])} tensors, "
             f"{min(info['missing_keys'])} for one."
         )
-    return model.float()
+    return model.to(dtype)
 
 
 def load_part(path: str | Path, folder: Path, part: str, cls: Any, **options) -> Any:

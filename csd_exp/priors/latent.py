@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from csd_exp.errors import InputError, accept
 from csd_exp.priors.base import Cond, Guidance, Prior, check_place
+from csd_exp.priors.flow import RectifiedFlow
 from csd_exp.priors.folders import quiet
 
 Posterior = Literal["mode", "sample"]
@@ -67,15 +68,15 @@ class LatentPrior(Prior):
         self._networks, self._encoders = {"vae": vae, **networks}, encoders
         with quiet():
             for network in (*self._networks.values(), *encoders.values()):
-                precision = self.precision_of(vae) if network is vae else self.dtype
-                network.eval().requires_grad_(False).to(precision)
+                network.eval().requires_grad_(False).to(self.precision_of(network))
         self.vae = vae
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self._limit_memory(self.tile)
 
-    def precision_of(self, vae: Any) -> torch.dtype:
-        """What the autoencoder is held in."""
-        return self.dtype
+    def precision_of(self, network: Any) -> torch.dtype:
+        """What a network is held in: `dtype`, but for what overflows in it."""
+        overflows = self.dtype == torch.float16 and getattr(network.config, "model_type", "") == "t5"
+        return torch.bfloat16 if overflows else self.dtype
 
     def to(self, device: torch.device) -> None:
         super().to(device)
@@ -186,6 +187,31 @@ class LatentPrior(Prior):
         self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = tile, tile // self.factor
 
 
+class LatentFlow(RectifiedFlow, LatentPrior):
+    """A latent diffusion model that is a rectified flow; its `network` is given places s for timesteps.
+
+    shift: timestep t is the place s = shift u / (1 + (shift - 1) u), u = (t + 1) / T (Esser et al. 2024,
+        section 5.3.2): which places are visited, and how often. null is the folder's own.
+    The rest is as for LatentPrior.
+    """
+
+    def __init__(self, shift: float | None = None, **shared):
+        if shift is not None and not shift > 0:
+            raise InputError(f"prior.shift must be above 0, not {shift}.")
+        super().__init__(**shared)
+        self.shift = shift
+
+    def places(self, timesteps: int, own: float) -> Tensor:
+        """The table of alphas_cumprod [T]; own: the folder's shift."""
+        shift = own if self.shift is None else self.shift
+        u = torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps
+        return self.flow_table(shift * u / (1 + (shift - 1) * u))
+
+    @torch.no_grad()
+    def velocity(self, x_s: Tensor, s: Tensor, conds: Sequence[Cond]) -> Tensor:
+        return self.predicted(x_s, s, conds)
+
+
 class Editing(LatentPrior):
     """What latent priors that edit add: an image among the network's channels, and guidance by both.
 
@@ -225,6 +251,13 @@ class Editing(LatentPrior):
             for row, c in zip(x, conds, strict=True)
         ]
         return torch.cat([x, torch.stack(images).to(x)], dim=1)
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """torch.compile the blocks that a transformer repeats: one compilation serves all."""
+    for child in network.children():
+        for block in child if isinstance(child, nn.ModuleList) else ():
+            block.compile(dynamic=False)
 
 
 def tokenized(tokenizer: Any, prompt: str, limit: int | None = None) -> Any:

@@ -97,9 +97,9 @@ class StableDiffusionXL(StableDiffusion):
         else:
             self.alphas_cumprod, self.times = noise_levels(parts.scheduler), None
 
-    def precision_of(self, vae: Any) -> torch.dtype:
+    def precision_of(self, network: Any) -> torch.dtype:
         half = self.dtype in (torch.float16, torch.bfloat16)
-        return torch.float32 if half and vae.config.force_upcast else self.dtype
+        return torch.float32 if half and getattr(network.config, "force_upcast", False) else self.dtype
 
     def described(self) -> object:
         vocabularies = [sorted(tokenizer.get_vocab().items()) for tokenizer in self.tokenizers]
