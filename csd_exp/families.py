@@ -29,6 +29,10 @@ def family_of(folder: Path) -> tuple[str | None, str]:
     if kind == "SD3Transformer2DModel" and takes in (channels, 2 * channels):
         why = f"its transformer, a {kind}, takes {takes} channels for latents of {channels}"
         return ("ultraedit" if takes > channels else "sd3"), why
+    if kind == "FluxTransformer2DModel" and takes == 4 * channels:
+        kontext = _known(folder / "model_index.json").get("_class_name") == "FluxKontextPipeline"
+        pipeline = "FluxKontextPipeline" if kontext else "FluxPipeline"
+        return ("kontext" if kontext else "flux"), f"its transformer is a {kind} of a {pipeline}"
     if not unet or takes not in (channels, 2 * channels):
         return None, ""
     large = unet.get("addition_embed_type") == "text_time"

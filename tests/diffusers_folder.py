@@ -11,6 +11,9 @@ from diffusers import (
     DDIMScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionInstructPix2PixPipeline,
@@ -104,6 +107,33 @@ def save_3(path: Path, editing=True, t5=True) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
     return saved(pipe, path, "tokenizer", "tokenizer_2")
+
+
+def save_flux(path: Path, editing=True, distilled=True) -> Path:
+    """The same of FLUX.1 and its Kontext; without guidance among its inputs, of a schnell."""
+    torch.manual_seed(0)
+    words = tokenizer(path.with_name(path.name + "_tokenizer"))
+    pieces = t5_tokenizer()
+    pipe = (FluxKontextPipeline if editing else FluxPipeline)(
+        vae=tiny_vae(4, shift=0.1),
+        text_encoder=tiny_text_encoder(len(words)),
+        text_encoder_2=tiny_t5(len(pieces), 32),
+        tokenizer=words,
+        tokenizer_2=pieces,
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=24,
+            guidance_embeds=distilled,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=distilled),
+    )
+    return saved(pipe, path, "tokenizer")
 
 
 def saved(pipe, path: Path, *tokenizers: str) -> Path:

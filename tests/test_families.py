@@ -3,13 +3,15 @@
 from functools import cache
 
 import pytest
-from diffusers_folder import save_3, save_pipeline, save_xl
+from diffusers_folder import save_3, save_flux, save_pipeline, save_xl
 
 import csd_exp
 from csd_exp.config import composed
 from csd_exp.errors import InputError
 from csd_exp.families import family_of, named
 from csd_exp.priors import (
+    Flux,
+    FluxKontext,
     InstructPix2Pix,
     InstructPix2PixXL,
     StableDiffusion,
@@ -26,6 +28,8 @@ SAVED = {
     "cosxl_edit": lambda path: save_xl(path, True, True),
     "sd3": lambda path: save_3(path, False),
     "ultraedit": save_3,
+    "flux": lambda path: save_flux(path, False),
+    "kontext": save_flux,
 }
 CLASSES = {
     "stable_diffusion": StableDiffusion,
@@ -34,13 +38,16 @@ CLASSES = {
     "sdxl_instruct_pix2pix": InstructPix2PixXL,
     "sd3": StableDiffusion3,
     "ultraedit": UltraEdit,
+    "flux": Flux,
+    "kontext": FluxKontext,
 }
 EXPERIMENTS = {
     "river_sdxl": "sdxl_instruct_pix2pix",
     "river_cosxl": "cosxl_edit",
     "river_ultraedit": "ultraedit",
+    "river_kontext": "kontext",
 }
-OTHER_CURVES = {"river_cosxl": InstructPix2PixXL, "river_ultraedit": UltraEdit}
+OTHER_CURVES = {"river_cosxl": InstructPix2PixXL, "river_ultraedit": UltraEdit, "river_kontext": FluxKontext}
 SMALL = ("modality.window=8", "modality.stride=8", "modality.batch=2", "trainer.fast_dev_run=true")
 
 

@@ -13,7 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from diffusers_folder import save_3, save_pipeline, save_xl
+from diffusers_folder import save_3, save_flux, save_pipeline, save_xl
 from PIL import Image
 from scenes import write_scene
 from toys import Learned, Waves
@@ -34,6 +34,8 @@ from csd_exp.particles import (
     Video,
 )
 from csd_exp.priors import (
+    Flux,
+    FluxKontext,
     GaussianFlow,
     GaussianMixture,
     InstructPix2Pix,
@@ -65,6 +67,8 @@ PRIORS: dict[str, Callable[[], Prior]] = {
     "sdxl": lambda: StableDiffusionXL(folder(False, save_xl), dtype="float64"),
     "cosxl_edit": lambda: InstructPix2PixXL(folder(True, save_xl, edm=True), dtype="float64"),
     "sd3": lambda: StableDiffusion3(folder(False, save_3), dtype="float64"),
+    "flux": lambda: small(Flux(folder(False, save_flux), dtype="float64")),
+    "kontext": lambda: small(FluxKontext(folder(True, save_flux), dtype="float64")),
     "ultraedit": lambda: UltraEdit(folder(True, save_3, t5=False), dtype="float64"),
 }
 EXACT = ("mixture", "flow")  # instant: these take part in the full product, each other family once per law
@@ -171,6 +175,12 @@ def folders(tmp_path_factory):
     FOLDERS.update(pictures=made, priors=made)
     folder.cache_clear()
     priors.cache_clear()
+
+
+def small(prior: Prior) -> Prior:
+    """The same where windows are of 8 latents, whatever the network was trained at."""
+    prior.views = prior.views._replace(window=8)
+    return prior
 
 
 @cache

@@ -9,6 +9,8 @@ from csd_exp.priors.flow import RectifiedFlow as RectifiedFlow
 
 # diffusers takes seconds to import, and most of the package does without it.
 _LATER = {
+    "Flux": "flux",
+    "FluxKontext": "flux",
     "InstructPix2Pix": "stable_diffusion",
     "InstructPix2PixXL": "stable_diffusion_xl",
     "StableDiffusion": "stable_diffusion",
@@ -18,6 +20,8 @@ _LATER = {
 }
 
 __all__ = [
+    "Flux",
+    "FluxKontext",
     "GaussianFlow",
     "GaussianMixture",
     "InstructPix2Pix",

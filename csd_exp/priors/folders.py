@@ -6,7 +6,7 @@ one InputError that names `prior.path` and the part.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub import model_info, try_to_load_from_cache
+from torch import nn
 
 from csd_exp.errors import InputError
 from csd_exp.families import family_of
@@ -61,15 +62,16 @@ def check_family(path: str | Path, folder: Path, family: str | None) -> None:
 def check_parts(
     path: str | Path,
     folder: Path,
-    networks: Sequence[str],
+    classes: Mapping[str, type],
     variant: str | None = None,
     allow_pickle: bool = False,
-    tokenizers: Sequence[str] = ("tokenizer",),
 ) -> dict[str, dict]:
     """The configurations of a folder's networks by part, and of its scheduler; all parts must be there.
 
-    A variant may be there for some of the networks only; the others are then taken without.
+    classes: of the parts, by name. A variant may be there for some of the networks only; the others are then
+    taken without.
     """
+    networks = [part for part, cls in classes.items() if issubclass(cls, nn.Module)]
     config_of(path, folder, "model_index.json")
     configs = {"scheduler": config_of(path, folder, "scheduler/scheduler_config.json")}
     configs |= {part: config_of(path, folder, f"{part}/config.json") for part in networks}
@@ -80,7 +82,7 @@ def check_parts(
         )
     for part in networks:
         _check_weights(path, folder, part, variant, allow_pickle)
-    for part in tokenizers:
+    for part in (part for part in classes if part.startswith("tokenizer")):
         if not any(all((folder / part / file).is_file() for file in files) for files in VOCABULARIES):
             raise InputError(
                 f"prior.path={path} lacks its {part}: neither {part}/tokenizer.json nor {part}/vocab.json "
@@ -95,10 +97,27 @@ def config_of(path: str | Path, folder: Path, file: str) -> dict:
         part = file.split("/")[0] if "/" in file else "index"
         raise InputError(
             f"prior.path={path} lacks its {part}: {file} is missing; a folder in the diffusers layout "
-            "has model_index.json, scheduler, vae, text encoders with their tokenizers, and a unet or transformer."
+            "has model_index.json, scheduler, vae, text encoders with tokenizers, and a unet or transformer."
         )
     with _blaming(path, f"{file} is not valid JSON"):
         return dict(json.loads((folder / file).read_text()))
+
+
+def load_parts(
+    path: str | Path,
+    folder: Path,
+    classes: Mapping[str, type],
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """The parts of a folder by their names; networks in `dtype`, but the autoencoder in float32."""
+    with quiet():
+        return {
+            part: load_network(path, folder, part, cls, variant, torch.float32 if part == "vae" else dtype)
+            if issubclass(cls, nn.Module)
+            else load_part(path, folder, part, cls)
+            for part, cls in classes.items()
+        }
 
 
 def load_network(

@@ -12,20 +12,21 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from csd_exp.errors import InputError
 from csd_exp.files import ASSETS
 from csd_exp.priors.base import Cond, ViewShape
-from csd_exp.priors.folders import (
-    check_family,
-    check_parts,
-    fetched_folder,
-    known_folder,
-    load_network,
-    load_part,
-    quiet,
-)
+from csd_exp.priors.folders import check_family, check_parts, fetched_folder, known_folder, load_parts
 from csd_exp.priors.latent import Editing, LatentPrior, settings, tokenized
 
 EMBEDDED = ASSETS / "instruct_pix2pix"
 
 Prediction = Literal["epsilon", "v_prediction"]
+
+
+CLASSES: dict[str, type] = {
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "tokenizer": CLIPTokenizer,
+    "unet": UNet2DConditionModel,
+    "scheduler": DDIMScheduler,
+}
 
 
 class Parts(NamedTuple):
@@ -77,10 +78,9 @@ class StableDiffusion(LatentPrior):
         pickled = config.get("allow_pickle", False)
         check_folder(config["path"], config.get("variant"), cls.family, pickled)
 
-    @classmethod
-    def load(cls, path: str | Path, variant: str | None, allow_pickle: bool) -> Any:
+    def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> Any:
         """The parts of a folder or hub id."""
-        return load(path, variant, cls.family, allow_pickle)
+        return load(path, variant, self.family, allow_pickle)
 
     def take(self, parts: Any) -> None:
         """Hold the parts of a family, with their noise levels."""
@@ -161,7 +161,7 @@ def check_folder(
     if folder is None:
         return
     check_family(path, folder, family)
-    configs = check_parts(path, folder, ("vae", "text_encoder", "unet"), variant, allow_pickle)
+    configs = check_parts(path, folder, CLASSES, variant, allow_pickle)
     check_prediction(path, configs["scheduler"])
     _check_fit(path, configs["vae"], configs["text_encoder"], configs["unet"])
 
@@ -175,14 +175,7 @@ def load(
     """The float32 components of a folder or hub id, checked as by `check_folder`; only a hub id downloads."""
     folder = fetched_folder(path, variant)
     check_folder(folder, variant, family, allow_pickle)
-    with quiet():
-        return Parts(
-            vae=load_network(path, folder, "vae", AutoencoderKL, variant),
-            text_encoder=load_network(path, folder, "text_encoder", CLIPTextModel, variant),
-            tokenizer=load_part(path, folder, "tokenizer", CLIPTokenizer),
-            unet=load_network(path, folder, "unet", UNet2DConditionModel, variant),
-            scheduler=load_part(path, folder, "scheduler", DDIMScheduler),
-        )
+    return Parts(**load_parts(path, folder, CLASSES, variant))
 
 
 def check_prediction(path: str | Path, scheduler: dict) -> None:

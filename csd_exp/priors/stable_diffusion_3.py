@@ -18,9 +18,7 @@ from csd_exp.priors.folders import (
     config_of,
     fetched_folder,
     known_folder,
-    load_network,
-    load_part,
-    quiet,
+    load_parts,
 )
 from csd_exp.priors.latent import (
     Conditioning,
@@ -34,18 +32,30 @@ from csd_exp.priors.latent import (
 T5_TOKENS = 256  # as in diffusers' pipeline
 
 
+CLASSES: dict[str, type] = {
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModelWithProjection,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "tokenizer": CLIPTokenizer,
+    "tokenizer_2": CLIPTokenizer,
+    "transformer": SD3Transformer2DModel,
+    "scheduler": FlowMatchEulerDiscreteScheduler,
+}
+LARGE: dict[str, type] = {"text_encoder_3": T5EncoderModel, "tokenizer_3": T5TokenizerFast}
+
+
 class Parts3(NamedTuple):
-    """The components of a Stable Diffusion 3 pipeline; without the large text encoder, None in its places."""
+    """The components of a Stable Diffusion 3 pipeline, with or without the large text encoder."""
 
     vae: AutoencoderKL
     text_encoder: CLIPTextModelWithProjection
     text_encoder_2: CLIPTextModelWithProjection
-    text_encoder_3: T5EncoderModel | None
     tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer
-    tokenizer_3: T5TokenizerFast | None
     transformer: SD3Transformer2DModel
     scheduler: FlowMatchEulerDiscreteScheduler
+    text_encoder_3: T5EncoderModel | None = None
+    tokenizer_3: T5TokenizerFast | None = None
 
 
 class StableDiffusion3(LatentFlow):
@@ -91,23 +101,8 @@ class StableDiffusion3(LatentFlow):
         """The parts of a folder or hub id."""
         folder = fetched_folder(path, variant)
         check_folder(folder, variant, self.family, allow_pickle, t5)
-        t5 = t5 and has_t5(path, folder)
-
-        def network(part: str, cls: Any) -> Any:
-            return load_network(path, folder, part, cls, variant, self.dtype)
-
-        with quiet():
-            return Parts3(
-                network("vae", AutoencoderKL),
-                network("text_encoder", CLIPTextModelWithProjection),
-                network("text_encoder_2", CLIPTextModelWithProjection),
-                network("text_encoder_3", T5EncoderModel) if t5 else None,
-                load_part(path, folder, "tokenizer", CLIPTokenizer),
-                load_part(path, folder, "tokenizer_2", CLIPTokenizer),
-                load_part(path, folder, "tokenizer_3", T5TokenizerFast) if t5 else None,
-                network("transformer", SD3Transformer2DModel),
-                load_part(path, folder, "scheduler", FlowMatchEulerDiscreteScheduler),
-            )
+        classes = _classes(path, folder, t5)
+        return Parts3(**load_parts(path, folder, classes, variant, self.dtype))
 
     def described(self) -> object:
         vocabularies = [sorted(tokenizer.get_vocab().items()) for tokenizer in self.tokenizers if tokenizer]
@@ -152,9 +147,10 @@ class UltraEdit(Editing, StableDiffusion3):
         super().__init__(path=path, conditioning=conditioning, **shared)
 
 
-def has_t5(path: str | Path, folder: Path) -> bool:
-    """Whether a folder has the large text encoder."""
-    return config_of(path, folder, "model_index.json").get("text_encoder_3", [None])[0] is not None
+def _classes(path: str | Path, folder: Path, t5: bool) -> dict[str, type]:
+    """The parts of a folder that are used."""
+    index = config_of(path, folder, "model_index.json")
+    return CLASSES | (LARGE if t5 and index.get("text_encoder_3", [None])[0] is not None else {})
 
 
 def check_folder(
@@ -169,14 +165,12 @@ def check_folder(
     if folder is None:
         return
     check_family(path, folder, family)
-    large = t5 and has_t5(path, folder)
-    if large and not (folder / "text_encoder_3").is_dir():
+    classes = _classes(path, folder, t5)
+    if "text_encoder_3" in classes and not (folder / "text_encoder_3").is_dir():
         raise InputError(
             f"prior.path={path} lacks its text_encoder_3, the large one; add it, or prior.t5=false."
         )
-    networks = ["vae", "text_encoder", "text_encoder_2", "transformer", *["text_encoder_3"] * large]
-    tokenizers = ["tokenizer", "tokenizer_2", *["tokenizer_3"] * large]
-    configs = check_parts(path, folder, networks, variant, allow_pickle, tokenizers)
+    configs = check_parts(path, folder, classes, variant, allow_pickle)
     _check_fit(path, configs)
 
 

@@ -18,15 +18,20 @@ from csd_exp.priors.folders import (
     config_of,
     fetched_folder,
     known_folder,
-    load_network,
-    load_part,
-    quiet,
+    load_parts,
 )
 from csd_exp.priors.latent import Conditioning, Editing, settings, tokenized
 from csd_exp.priors.stable_diffusion import StableDiffusion, check_prediction, noise_levels
 
-NETWORKS = ("vae", "text_encoder", "text_encoder_2", "unet")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+CLASSES: dict[str, type] = {
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "tokenizer": CLIPTokenizer,
+    "tokenizer_2": CLIPTokenizer,
+    "unet": UNet2DConditionModel,
+    "scheduler": DDIMScheduler,
+}
 
 
 class PartsXL(NamedTuple):
@@ -68,22 +73,13 @@ class StableDiffusionXL(StableDiffusion):
         pickled = config.get("allow_pickle", False)
         check_folder(config["path"], config.get("variant"), cls.family, pickled)
 
-    @classmethod
-    def load(cls, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsXL:
+    def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsXL:
         folder = fetched_folder(path, variant)
-        check_folder(folder, variant, cls.family, allow_pickle)
+        check_folder(folder, variant, self.family, allow_pickle)
         edm = is_edm(config_of(path, folder, "scheduler/scheduler_config.json"))
-        with quiet():
-            return PartsXL(
-                load_network(path, folder, "vae", AutoencoderKL, variant),
-                load_network(path, folder, "text_encoder", CLIPTextModel, variant),
-                load_network(path, folder, "text_encoder_2", CLIPTextModelWithProjection, variant),
-                load_part(path, folder, "tokenizer", CLIPTokenizer),
-                load_part(path, folder, "tokenizer_2", CLIPTokenizer),
-                load_network(path, folder, "unet", UNet2DConditionModel, variant),
-                load_part(path, folder, "scheduler", EDMEulerScheduler if edm else DDIMScheduler),
-                config_of(path, folder, "model_index.json").get("force_zeros_for_empty_prompt", True),
-            )
+        classes = CLASSES | ({"scheduler": EDMEulerScheduler} if edm else {})
+        zeros = config_of(path, folder, "model_index.json").get("force_zeros_for_empty_prompt", True)
+        return PartsXL(**load_parts(path, folder, classes, variant, self.dtype), zeros=zeros)
 
     def take(self, parts: PartsXL) -> None:
         self.tokenizers = parts.tokenizer, parts.tokenizer_2
@@ -183,7 +179,7 @@ def check_folder(
             f"prior.path={path} is a refiner of SDXL, which only finishes pictures of its base model; "
             "give a folder of the base model."
         )
-    configs = check_parts(path, folder, NETWORKS, variant, allow_pickle, TOKENIZERS)
+    configs = check_parts(path, folder, CLASSES, variant, allow_pickle)
     check_prediction(path, configs["scheduler"])
     _check_edm(path, configs["scheduler"])
     _check_fit(path, configs["text_encoder"], configs["text_encoder_2"], configs["unet"])
