@@ -59,7 +59,8 @@ def _couples(config: DictConfig) -> bool:
 
 def bibliography(parts: Mapping[str, str]) -> Iterator[str]:
     """The entries of what `composition` gives, each below a line that says what it is of."""
-    known, cited, silent = references(), {}, []
+    known, silent = references(), []
+    cited: dict[str, list[str]] = {}
     for path, target in parts.items():
         thing = located(target) if target.startswith("csd_exp.") else None
         keys = [] if thing is None else mentions(thing)

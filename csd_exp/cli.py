@@ -43,6 +43,7 @@ from csd_exp.config import (
     source,
 )
 from csd_exp.errors import InputError, RankLost
+from csd_exp.families import named
 from csd_exp.files import short, unwritable
 from csd_exp.interruption import SIGNALS, Interrupted, handle, handled, ignored, leave, stop
 from csd_exp.launch import Place, group, is_child, is_first, made, placed, together
@@ -82,6 +83,7 @@ def _refuse(message: str) -> NoReturn:
 
 def csd(args: Sequence[str]) -> None:
     """Check every run that a command line asks for, then let Hydra start them."""
+    args = named(args)
     flags = _parsed(args)
     for flag in ("config_path", "experimental_rerun"):
         if getattr(flags, flag) is not None:

@@ -25,6 +25,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from csd_exp.errors import InputError, closest
+from csd_exp.families import named
 from csd_exp.saved import moved, saved
 from csd_exp.targets import check_name, check_targets, in_hydra, nodes
 from csd_exp.trust import check_places, check_resolvers
@@ -110,6 +111,7 @@ OmegaConf.register_new_resolver("asset", lambda name: str(PACKAGE / "assets" / n
 def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:
     """The configuration of these overrides, `hydra` node included; raises InputError in one sentence."""
     check_choices(overrides)
+    overrides = named(overrides)
     own = allowed(overrides)
     source_name = source(overrides, config_name)
     try:

@@ -14,12 +14,40 @@ from csd_exp.errors import InputError, accept
 from csd_exp.lazy import untouched
 from csd_exp.methods import Residual, Views
 from csd_exp.particles import Canvas, Particles
+from csd_exp.particles.base import Place
 from csd_exp.priors.base import Guidance, Prior, Query, compositional, predict, row_count
 from csd_exp.schedules import Draw, Level, Timesteps, Weight, weight
 from csd_exp.svgd import Kernel, multiplier, svgd
 
 Noise = Literal["independent", "shared"]
 Features = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Score:
+    """What views are scored with; see `csd_exp.methods.Score`.
+
+    conditions, places: of each view, see `csd_exp.particles.Particles`; all its guidance has these tensors.
+    """
+
+    predict: Callable[[Sequence[Query]], list[Tensor]]
+    prior: Prior
+    conditions: Sequence[Tensor | None]
+    places: Sequence[Place | None]
+    negative_prompt: str
+
+    def __call__(self, queries: Sequence[Query]) -> list[Tensor]:
+        return self.predict(queries)
+
+    def guidance(self, prompt: str) -> list[Guidance]:
+        return self.guided([[(1.0, prompt)]] * len(self.conditions))
+
+    def guided(self, prompts: Sequence[Sequence[tuple[float, str]]]) -> list[Guidance]:
+        """Each view's guidance under its prompts (alpha_k, y_k); nothing where it has none."""
+        return [
+            self.prior.placed(compositional(self.prior, view, condition, self.negative_prompt), place)
+            for view, condition, place in zip(prompts, self.conditions, self.places, strict=True)
+        ]
 
 
 class ParticleModule(L.LightningModule):
@@ -65,6 +93,11 @@ class ParticleModule(L.LightningModule):
     def preview(self) -> Iterator[Tensor]:
         """What shows on the way how a run goes."""
         return self.particles.preview(self.prior)
+
+    def _score(self, ids: Tensor) -> _Score:
+        """What views `ids` are scored with."""
+        seen = self.particles
+        return _Score(self._predict, self.prior, seen.condition(ids), seen.places(ids), self.negative_prompt)
 
     def _predict(self, queries: Sequence[Query]) -> list[Tensor]:
         self.rows += row_count(queries)
@@ -114,22 +147,6 @@ class ParticleModule(L.LightningModule):
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
-
-
-@dataclass(frozen=True)
-class _Score:
-    """What the residual of one step scores with; see `csd_exp.methods.Score`."""
-
-    predict: Callable[[Sequence[Query]], list[Tensor]]
-    prior: Prior
-    conditions: Sequence[Tensor | None]
-    negative_prompt: str
-
-    def __call__(self, queries: Sequence[Query]) -> list[Tensor]:
-        return self.predict(queries)
-
-    def guidance(self, prompt: str) -> list[Guidance]:
-        return [self.prior.guidance(prompt, c, self.negative_prompt) for c in self.conditions]
 
 
 class CSDModule(ParticleModule):
@@ -230,20 +247,21 @@ class CSDModule(ParticleModule):
         """
         keys = [0 if self.noise == "shared" else int(i) for i in ids]
         noise = torch.stack([draw.normal("noise", key, x.shape[1:]) for key in keys]).to(x)
-        conditions, negative = self.particles.condition(ids), self.negative_prompt
         edits = [
             [(alpha, prompt) for alpha, prompt in view if prompt is not None]
             for view in self.particles.prompts(ids)
         ]
         shares = [sum(alpha for alpha, _ in view) for view in edits]
-        target = [
-            compositional(self.prior, [(alpha / share, prompt) for alpha, prompt in view], c, negative)
-            for view, share, c in zip(edits, shares, conditions, strict=True)
-        ]
-        score = _Score(self._predict, self.prior, conditions, negative)
+        score = self._score(ids)
+        target = score.guided(
+            [
+                [(alpha / share, prompt) for alpha, prompt in view]
+                for view, share in zip(edits, shares, strict=True)
+            ]
+        )
         baseline = [
-            self.prior.guidance(self.source_prompt, c, negative) if share else []
-            for share, c in zip(shares, conditions, strict=True)
+            guidance if share else []
+            for share, guidance in zip(shares, score.guidance(self.source_prompt), strict=True)
         ]
         source = self.particles.source(ids)
         source = None if source is None else self._latents(source)

@@ -17,7 +17,7 @@ from csd_exp.errors import InputError
 from csd_exp.module import ParticleModule
 from csd_exp.particles import Canvas, Particles
 from csd_exp.particles.downscaled import Downscaled as DownscaledPictures
-from csd_exp.priors.base import Guidance, Prior, Query, compositional
+from csd_exp.priors.base import Guidance, Prior, Query
 from csd_exp.schedules import Draw, Level
 
 Fuse = Callable[[Tensor], Tensor]
@@ -202,12 +202,8 @@ class SamplingModule(ParticleModule):
 
     def _target(self, places: Tensor) -> list[Guidance]:
         ids = self.ids[places]
-        return [
-            compositional(
-                self.prior, [(a, prompt or "") for a, prompt in view], condition, self.negative_prompt
-            )
-            for view, condition in zip(self.canvas.prompts(ids), self.canvas.condition(ids), strict=True)
-        ]
+        prompts = [[(a, prompt or "") for a, prompt in view] for view in self.canvas.prompts(ids)]
+        return self._score(ids).guided(prompts)
 
     def _fuse(self, views: Tensor) -> Tensor:
         return self.canvas.crop(self.canvas.pasted(views, self.ids), self.ids)

@@ -1,19 +1,39 @@
-"""Tiny random Stable Diffusion and InstructPix2Pix pipelines, saved as folders in the public layout."""
+"""Tiny random pipelines of every family, saved as folders in the public layout."""
 
 import json
 import shutil
+import string
 from pathlib import Path
 
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
 
 def save_pipeline(path: Path, editing=True, prediction_type="epsilon", channels=4) -> Path:
@@ -26,21 +46,103 @@ def save_pipeline(path: Path, editing=True, prediction_type="epsilon", channels=
         text_encoder=tiny_text_encoder(len(words)),
         tokenizer=words,
         unet=tiny_unet(channels, channels * (1 + editing), 2 if prediction_type == "v_prediction" else 1),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type=prediction_type,
-            clip_sample=False,
-        ),
+        scheduler=DDIMScheduler(prediction_type=prediction_type, **LEVELS),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    return saved(pipe, path, "tokenizer")
+
+
+def save_xl(path: Path, editing=True, edm=False) -> Path:
+    """The same of SDXL, its InstructPix2Pix, and CosXL under EDM."""
+    torch.manual_seed(0)
+    words = tokenizer(path.with_name(path.name + "_tokenizer"))
+    pipeline = StableDiffusionXLInstructPix2PixPipeline if editing else StableDiffusionXLPipeline
+    pipe = pipeline(
+        vae=tiny_vae(4),
+        text_encoder=tiny_text_encoder(len(words)),
+        text_encoder_2=tiny_text_encoder(len(words), width=32, projection=20),
+        tokenizer=words,
+        tokenizer_2=words,
+        unet=tiny_unet(4, 4 * (1 + editing), 2, width=56, added=6 * 8 + 20),
+        scheduler=EDMEulerScheduler(
+            sigma_max=120.0, sigma_data=1.0, sigma_schedule="exponential", prediction_type="v_prediction"
+        )
+        if edm
+        else DDIMScheduler(**LEVELS),
+        add_watermarker=False,
+    )
+    return saved(pipe, path, "tokenizer", "tokenizer_2")
+
+
+def save_3(path: Path, editing=True, t5=True) -> Path:
+    """The same of Stable Diffusion 3, with and without its large text encoder, and of UltraEdit."""
+    torch.manual_seed(0)
+    words = tokenizer(path.with_name(path.name + "_tokenizer"))
+    pieces = t5_tokenizer()
+    pipe = StableDiffusion3Pipeline(
+        vae=tiny_vae(16, shift=0.06),
+        text_encoder=tiny_text_encoder(len(words), projection=12),
+        text_encoder_2=tiny_text_encoder(len(words), width=32, projection=20),
+        text_encoder_3=tiny_t5(len(pieces), 64) if t5 else None,
+        tokenizer=words,
+        tokenizer_2=words,
+        tokenizer_3=pieces if t5 else None,
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=16 * (1 + editing),
+            out_channels=16,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=64,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            pos_embed_max_size=12,
+            qk_norm="rms_norm",
+            dual_attention_layers=(0,),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    return saved(pipe, path, "tokenizer", "tokenizer_2")
+
+
+def save_flux(path: Path, editing=True, distilled=True) -> Path:
+    """The same of FLUX.1 and its Kontext; without guidance among its inputs, of a schnell."""
+    torch.manual_seed(0)
+    words = tokenizer(path.with_name(path.name + "_tokenizer"))
+    pieces = t5_tokenizer()
+    pipe = (FluxKontextPipeline if editing else FluxPipeline)(
+        vae=tiny_vae(4, shift=0.1),
+        text_encoder=tiny_text_encoder(len(words)),
+        text_encoder_2=tiny_t5(len(pieces), 32),
+        tokenizer=words,
+        tokenizer_2=pieces,
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=24,
+            guidance_embeds=distilled,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=distilled),
+    )
+    return saved(pipe, path, "tokenizer")
+
+
+def saved(pipe, path: Path, *tokenizers: str) -> Path:
+    """Save a pipeline with its tokenizers in the two files of the public layout, and return its folder."""
     pipe.save_pretrained(path)
-    # The installed transformers save one tokenizer.json; public folders hold these two files.
-    shutil.rmtree(path / "tokenizer")
-    shutil.move(path.with_name(path.name + "_tokenizer"), path / "tokenizer")
+    for name in tokenizers:  # the installed transformers save one tokenizer.json
+        shutil.rmtree(path / name)
+        shutil.copytree(path.with_name(path.name + "_tokenizer"), path / name)
+    shutil.rmtree(path.with_name(path.name + "_tokenizer"))
     return path
 
 
@@ -58,8 +160,13 @@ def tokenizer(folder):
     return CLIPTokenizer.from_pretrained(str(folder))
 
 
-def tiny_unet(channels, takes, version):
+def tiny_unet(channels, takes, version, width=24, added=None):
     two = {"use_linear_projection": True, "attention_head_dim": [2, 4]}
+    large = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": added,
+    }
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=takes,
@@ -68,13 +175,26 @@ def tiny_unet(channels, takes, version):
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
-        cross_attention_dim=24,
+        cross_attention_dim=width,
         norm_num_groups=8,
         **(two if version == 2 else {"attention_head_dim": 4}),
+        **({} if added is None else large),
     )
 
 
-def tiny_vae(channels, blocks=3):
+def tiny_t5(vocabulary, width):
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    return T5EncoderModel(T5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", **sizes))
+
+
+def t5_tokenizer():
+    """A T5 tokenizer of single letters."""
+    letters = [(letter, -3.0) for letter in string.ascii_letters + string.punctuation]
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters]
+    return T5TokenizerFast(vocab=words, extra_ids=0, additional_special_tokens=[], model_max_length=40)
+
+
+def tiny_vae(channels, blocks=3, shift=None):
     return AutoencoderKL(
         block_out_channels=(8, 16, 16)[:blocks],
         down_block_types=("DownEncoderBlock2D",) * blocks,
@@ -83,20 +203,22 @@ def tiny_vae(channels, blocks=3):
         norm_num_groups=4,
         sample_size=32,
         scaling_factor=0.3,
+        shift_factor=shift,
     )
 
 
-def tiny_text_encoder(vocabulary):
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=24,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=40,
-            bos_token_id=vocabulary - 2,
-            eos_token_id=vocabulary - 1,
-            pad_token_id=vocabulary - 1,
-        )
+def tiny_text_encoder(vocabulary, width=24, projection=None):
+    """A CLIP text encoder; with a projection, one that also says what the whole text is."""
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        projection_dim=projection or 512,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
     )
+    return CLIPTextModel(config) if projection is None else CLIPTextModelWithProjection(config)

@@ -12,6 +12,7 @@ from csd_exp.images import as_saved
 from csd_exp.metrics import (
     DIS,
     RAFT,
+    Drift,
     EfficientNetDistance,
     ExactWarpingError,
     FrameMetric,
@@ -195,6 +196,20 @@ class TestDIS:
     def test_small_pictures_have_a_flow_too(self, panorama, size):
         a, b = (frame[:, : size[0], : size[1]] for frame in pan(panorama, 0, 1))
         assert DIS()(a, b).shape == (2, *size)
+
+
+class TestDrift:
+    @pytest.mark.parametrize(("shift", "regraded"), [(0, False), (0, True), (3, False), (3, True)])
+    def test_it_is_how_far_things_have_moved_whatever_their_colour(self, panorama, shift, regraded):
+        source, edited = pan(panorama, 0, shift)
+        metric = Drift()
+        metric.update(as_saved(0.7 * edited + 0.15) if regraded else edited, source)
+        assert float(metric.compute()) == pytest.approx(shift, abs=0.3)
+
+    def test_where_nothing_is_in_both_pictures_it_has_no_value(self):
+        metric = Drift(lambda a, b: constant_flow(1000, 0, *a.shape[-2:]))
+        metric.update(torch.zeros(3, 8, 8), torch.zeros(3, 8, 8))
+        assert metric.compute().isnan()
 
 
 class TestRAFT:

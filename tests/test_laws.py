@@ -13,7 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from diffusers_folder import save_pipeline
+from diffusers_folder import save_3, save_flux, save_pipeline, save_xl
 from PIL import Image
 from scenes import write_scene
 from toys import Learned, Waves
@@ -33,7 +33,19 @@ from csd_exp.particles import (
     Particles,
     Video,
 )
-from csd_exp.priors import GaussianFlow, GaussianMixture, InstructPix2Pix, Prior, StableDiffusion
+from csd_exp.priors import (
+    Flux,
+    FluxKontext,
+    GaussianFlow,
+    GaussianMixture,
+    InstructPix2Pix,
+    InstructPix2PixXL,
+    Prior,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+    UltraEdit,
+)
 from csd_exp.samplers import Downscaled, MultiDiffusion, PerView, SamplingModule, SDEdit, SyncTweedies
 from csd_exp.scene.voxels import Voxels
 from csd_exp.schedules import Draw, Timesteps
@@ -52,6 +64,12 @@ PRIORS: dict[str, Callable[[], Prior]] = {
     "flow": lambda: GaussianFlow(**ANALYTIC),
     "instruct_pix2pix": lambda: InstructPix2Pix(folder(True), guidance_scale=7.5, dtype="float64"),
     "stable_diffusion": lambda: StableDiffusion(folder(False), guidance_scale=7.5, dtype="float64"),
+    "sdxl": lambda: StableDiffusionXL(folder(False, save_xl), dtype="float64"),
+    "cosxl_edit": lambda: InstructPix2PixXL(folder(True, save_xl, edm=True), dtype="float64"),
+    "sd3": lambda: StableDiffusion3(folder(False, save_3), dtype="float64"),
+    "flux": lambda: small(Flux(folder(False, save_flux), dtype="float64")),
+    "kontext": lambda: small(FluxKontext(folder(True, save_flux), dtype="float64")),
+    "ultraedit": lambda: UltraEdit(folder(True, save_3, t5=False), dtype="float64"),
 }
 EXACT = ("mixture", "flow")  # instant: these take part in the full product, each other family once per law
 RESIDUALS: dict[str, Callable[[], Any]] = {
@@ -137,8 +155,8 @@ def product() -> Iterator[tuple[str, str, str, str]]:
 
 
 @cache
-def folder(editing: bool) -> str:
-    return str(save_pipeline(FOLDERS["priors"] / f"pipeline{editing}", editing))
+def folder(editing: bool, save: Callable[..., Path] = save_pipeline, **kind) -> str:
+    return str(save(FOLDERS["priors"] / f"{save.__name__}{editing}", editing, **kind))
 
 
 FOLDERS: dict[str, Any] = {}
@@ -158,6 +176,12 @@ def folders(tmp_path_factory):
     FOLDERS.update(pictures=made, priors=made)
     folder.cache_clear()
     priors.cache_clear()
+
+
+def small(prior: Prior) -> Prior:
+    """The same where windows are of 8 latents, whatever the network was trained at."""
+    prior.views = prior.views._replace(window=8)
+    return prior
 
 
 @cache

@@ -150,7 +150,7 @@ def test_a_csd_edit_view_costs_the_fewest_rows_and_nothing_is_lost(folder, scale
     null = prior.embedding(negative)
     for query, prompt, out in zip(queries, (PROMPT, ""), predict(prior, queries), strict=True):
         texts = ((prior.embedding(prompt), condition), (null, condition), (null, None))
-        conds = [Cond(text=text, image=image) for text, image in texts]
+        conds = [Cond(**text, image=image) for text, image in texts]
         both, only_image, none = (prior.eps(query.x_t, torch.tensor([T]), [cond]) for cond in conds)
         expected = none + w_s * (only_image - none) + w_y * (both - only_image)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
@@ -161,12 +161,10 @@ def test_without_an_image_condition_guidance_is_classifier_free_with_zeros(folde
     assert [(w, cond["image"]) for w, cond in prior.guidance(PROMPT)] == [(3.0, None), (-2.0, None)]
     ((_, one), (_, other)) = prior.guidance(NEGATIVE, None, NEGATIVE)
     assert one is other
-    zeros = Cond(text=prior.embedding(PROMPT), image=torch.zeros_like(latent()[0]))
+    zeros = Cond(**prior.embedding(PROMPT), image=torch.zeros_like(latent()[0]))
     t = torch.tensor([T])
     assert torch.equal(prior.eps(latent(), t, [Cond(text=zeros["text"])]), prior.eps(latent(), t, [zeros]))
-    assert torch.equal(
-        prior.eps(latent(), t, [Cond()]), prior.eps(latent(), t, [Cond(text=prior.embedding(""))])
-    )
+    assert torch.equal(prior.eps(latent(), t, [Cond()]), prior.eps(latent(), t, [prior.embedding("")]))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])
@@ -219,7 +217,7 @@ def test_weights_are_held_in_dtype_and_outputs_are_the_callers(folder, dtype, to
     for expected, out in pairs:
         assert out.dtype == torch.float32
         assert torch.linalg.norm(out - expected) < tolerance * torch.linalg.norm(expected)
-    double = prior.eps(latent().double(), torch.tensor([T]), [Cond(text=prior.embedding(PROMPT))])
+    double = prior.eps(latent().double(), torch.tensor([T]), [prior.embedding(PROMPT)])
     assert double.dtype == (torch.float64 if dtype == "float64" else torch.float32)
 
 
@@ -301,9 +299,9 @@ def test_the_text_encoder_runs_once_for_each_string(folder):
 def test_a_prompt_longer_than_the_tokenizers_limit_is_cut_with_one_warning(folder):
     prior = StableDiffusion(folder(False))
     with pytest.warns(UserWarning, match="has 52 tokens and the text encoder reads the first 40") as seen:
-        long = prior.embedding("x " * 50)
+        long = prior.embedding("x " * 50)["text"]
     assert len(seen) == 1
-    assert torch.equal(long, StableDiffusion(folder(False)).embedding("x " * 38))
+    assert torch.equal(long, StableDiffusion(folder(False)).embedding("x " * 38)["text"])
 
 
 def test_attention_is_scaled_dot_product(folder):
@@ -555,7 +553,10 @@ def test_a_hub_id_is_downloaded_without_what_is_not_needed(folder, monkeypatch):
     [
         ({"dtype": "int8"}, r"prior\.dtype must be one of float32"),
         ({"posterior": "median"}, r"prior\.posterior must be one of mode, sample"),
-        ({"conditioning": "paper"}, r"prior\.conditioning must be one of mode_unscaled, official"),
+        (
+            {"conditioning": "paper"},
+            r"prior\.conditioning must be one of mode_unscaled, mode_scaled, official",
+        ),
         ({"row_chunk": 0}, r"prior\.row_chunk must be at least 1"),
         ({"device": "cuda:99"}, r"prior\.device=cuda:99 is not among"),
         ({"device": "tpu"}, r"prior\.device=tpu is not among"),

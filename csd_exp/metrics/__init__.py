@@ -23,6 +23,7 @@ from csd_exp.metrics.clip import CLIPTextSimilarity as CLIPTextSimilarity
 from csd_exp.metrics.clip import CLIPTextureless as CLIPTextureless
 from csd_exp.metrics.flow import DIS as DIS
 from csd_exp.metrics.flow import RAFT as RAFT
+from csd_exp.metrics.flow import Drift as Drift
 from csd_exp.metrics.flow import ExactWarpingError as ExactWarpingError
 from csd_exp.metrics.flow import WarpingError as WarpingError
 from csd_exp.metrics.masked import PSNROutside as PSNROutside

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from csd_exp.errors import InputError
 from csd_exp.images import to_uint8
-from csd_exp.metrics.base import FrameMetric
+from csd_exp.metrics.base import FrameMetric, MeanMetric
 
 SMALLEST = 16  # pixels a side that DIS can search
 
@@ -114,6 +114,31 @@ def warping_error(before: Tensor, after: Tensor, there: Tensor, back: Tensor) ->
     """
     seen = visible(there, back)
     return (warped(after, there) - before)[:, seen].square().mean() if seen.any() else None
+
+
+class Drift(MeanMetric):
+    """sum_p M(p) |w(p)| / sum_p M(p), in pixels; 0 where an edit leaves everything in its place.
+
+    w is the optical flow from the source to its edit, estimated by `flow` once the edit's channels have the
+    mean and the deviation of the source's, so that regrading is no motion; M leaves out what flow there and
+    back says is not in both (Ruder et al. 2016), as where something else has been painted. Editors that take
+    the source as tokens may move a picture as a whole, which overlapping windows do not forgive.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, flow: Flow | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.flow = DIS() if flow is None else flow
+
+    def update(self, edited: Tensor, source: Tensor) -> None:
+        mean, deviation = edited.mean((1, 2), keepdim=True), edited.std((1, 2), keepdim=True)
+        its_mean, its_deviation = source.mean((1, 2), keepdim=True), source.std((1, 2), keepdim=True)
+        edited = (its_mean + (edited - mean) * its_deviation / deviation.clamp(min=1e-6)).clamp(0, 1)
+        there, back = self.flow(source, edited), self.flow(edited, source)
+        seen = visible(there, back)
+        if seen.any():
+            self.observe(there.square().sum(0).sqrt()[seen].mean())
 
 
 class WarpingError(FrameMetric):

@@ -16,6 +16,9 @@ from csd_exp.schedules import Draw
 Prompts = list[list[tuple[float, str | None]]]
 """Each view's prompts y_k with their weights alpha_k > 0 of sum 1; None asks for no edit."""
 
+Place = tuple[int, int, int, int]
+"""Where a view lies: the height and width of its picture, its own top and left in it; in pixels."""
+
 
 class Autoencoder(Protocol):
     """What particles are handed of a prior; see `csd_exp.priors.Prior`."""
@@ -89,6 +92,10 @@ class Particles(nn.Module):
     def prompts(self, ids: Tensor) -> Prompts:
         """What is asked of each view."""
         return [[(1.0, self.prompt)] for _ in ids]
+
+    def places(self, ids: Tensor) -> Sequence[Place | None]:
+        """Where each view lies in its picture; None for one that is a picture of its own."""
+        return [None] * len(ids)
 
     def share(self, ids: Tensor, chosen: Tensor) -> Tensor | float:
         """What each latent of views `ids` takes of its update, at least 0, broadcast to [n, C, h, w].

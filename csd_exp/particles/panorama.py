@@ -11,6 +11,7 @@ from csd_exp.errors import InputError, accept, notice
 from csd_exp.formats.spheres import goes_round, read_sphere
 from csd_exp.images import MAX_PIXELS, pad_to, read_image
 from csd_exp.particles.areas import Areas, Box, check_areas
+from csd_exp.particles.base import Place
 from csd_exp.particles.canvas import Canvas, Windows
 from csd_exp.particles.tapers import Coverage, Taper, expected, laid, profile
 from csd_exp.schedules import Draw
@@ -194,6 +195,11 @@ class Panorama(Canvas):
     def corners(self, ids: Tensor) -> list[tuple[int, int]]:
         """Top and left of each window, in latents."""
         return [divmod(int(i), self.grid[1]) for i in ids]
+
+    def places(self, ids: Tensor) -> list[Place | None]:
+        """In the picture as it was padded."""
+        height, width = (side * self.factor for side in self.grid)
+        return [(height, width, top * self.factor, left * self.factor) for top, left in self.corners(ids)]
 
     def render(self) -> Tensor:
         return self._with_margin(self.latent, self.margin)

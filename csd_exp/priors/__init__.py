@@ -1,17 +1,41 @@
 """What scores a view: a frozen diffusion model, or a Gaussian mixture in closed form."""
 
+from importlib import import_module
+
 from csd_exp.priors.analytic import GaussianFlow as GaussianFlow
 from csd_exp.priors.analytic import GaussianMixture as GaussianMixture
 from csd_exp.priors.base import Prior as Prior
 from csd_exp.priors.flow import RectifiedFlow as RectifiedFlow
 
-__all__ = ["GaussianFlow", "GaussianMixture", "InstructPix2Pix", "Prior", "RectifiedFlow", "StableDiffusion"]
+# diffusers takes seconds to import, and most of the package does without it.
+_LATER = {
+    "Flux": "flux",
+    "FluxKontext": "flux",
+    "InstructPix2Pix": "stable_diffusion",
+    "InstructPix2PixXL": "stable_diffusion_xl",
+    "StableDiffusion": "stable_diffusion",
+    "StableDiffusion3": "stable_diffusion_3",
+    "StableDiffusionXL": "stable_diffusion_xl",
+    "UltraEdit": "stable_diffusion_3",
+}
+
+__all__ = [
+    "Flux",
+    "FluxKontext",
+    "GaussianFlow",
+    "GaussianMixture",
+    "InstructPix2Pix",
+    "InstructPix2PixXL",
+    "Prior",
+    "RectifiedFlow",
+    "StableDiffusion",
+    "StableDiffusion3",
+    "StableDiffusionXL",
+    "UltraEdit",
+]
 
 
 def __getattr__(name: str):
-    # diffusers takes seconds to import, and most of the package does without it.
-    if name not in ("InstructPix2Pix", "StableDiffusion"):
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from csd_exp.priors import stable_diffusion
-
-    return getattr(stable_diffusion, name)
+    return getattr(import_module(f"csd_exp.priors.{_LATER[name]}"), name)

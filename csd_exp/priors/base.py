@@ -114,6 +114,14 @@ class Prior(ABC):
         A prompt has the same text tensor whenever it is asked for.
         """
 
+    def placed(self, guidance: Guidance, place: tuple[int, int, int, int] | None) -> Guidance:
+        """The same of a view that is a part of a picture, for a prior that is told so; most are not.
+
+        place: the picture's height and width, the view's top and left in it, in pixels; None where a view is
+        a picture of its own.
+        """
+        return guidance
+
     @abstractmethod
     def eps(self, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
         """Noise estimates [r, C, ...] of rows x_t at timesteps t [r], one row per conditioning."""

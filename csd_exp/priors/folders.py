@@ -6,20 +6,23 @@ one InputError that names `prior.path` and the part.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub import model_info, try_to_load_from_cache
+from torch import nn
 
 from csd_exp.errors import InputError
+from csd_exp.families import family_of
 from csd_exp.files import ASSETS, check_sums
 
-VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 # Of each format the names of whole weight files, diffusers' and transformers'.
 STEMS = {
     "safetensors": ("diffusion_pytorch_model", "model"),
@@ -49,18 +52,26 @@ def fetched_folder(path: str | Path, variant: str | None = None) -> Path:
     return folder
 
 
+def check_family(path: str | Path, folder: Path, family: str | None) -> None:
+    """Refuse a folder of another family than this, with the name of the prior that it is for."""
+    found, why = family_of(folder)
+    if family is not None and found not in (family, None):
+        raise InputError(f"prior.path={path}: {why}, as of {found}; use it with prior={found}.")
+
+
 def check_parts(
     path: str | Path,
     folder: Path,
-    networks: Sequence[str],
+    classes: Mapping[str, type],
     variant: str | None = None,
     allow_pickle: bool = False,
-    tokenizers: Sequence[str] = ("tokenizer",),
 ) -> dict[str, dict]:
     """The configurations of a folder's networks by part, and of its scheduler; all parts must be there.
 
-    A variant may be there for some of the networks only; the others are then taken without.
+    classes: of the parts, by name. A variant may be there for some of the networks only; the others are then
+    taken without.
     """
+    networks = [part for part, cls in classes.items() if issubclass(cls, nn.Module)]
     config_of(path, folder, "model_index.json")
     configs = {"scheduler": config_of(path, folder, "scheduler/scheduler_config.json")}
     configs |= {part: config_of(path, folder, f"{part}/config.json") for part in networks}
@@ -71,7 +82,7 @@ def check_parts(
         )
     for part in networks:
         _check_weights(path, folder, part, variant, allow_pickle)
-    for part in tokenizers:
+    for part in (part for part in classes if part.startswith("tokenizer")):
         if not any(all((folder / part / file).is_file() for file in files) for files in VOCABULARIES):
             raise InputError(
                 f"prior.path={path} lacks its {part}: neither {part}/tokenizer.json nor {part}/vocab.json "
@@ -85,21 +96,45 @@ def config_of(path: str | Path, folder: Path, file: str) -> dict:
     if not (folder / file).is_file():
         part = file.split("/")[0] if "/" in file else "index"
         raise InputError(
-            f"prior.path={path} lacks its {part}: {file} is missing; a folder in the diffusers layout holds "
-            "model_index.json, scheduler, text_encoder, tokenizer, unet and vae."
+            f"prior.path={path} lacks its {part}: {file} is missing; a folder in the diffusers layout "
+            "has model_index.json, scheduler, vae, text encoders with tokenizers, and a unet or transformer."
         )
     with _blaming(path, f"{file} is not valid JSON"):
         return dict(json.loads((folder / file).read_text()))
 
 
-def load_network(path: str | Path, folder: Path, part: str, cls: Any, variant: str | None = None) -> Any:
-    """A network in float32; one whose file lacks weights would silently be random there.
+def load_parts(
+    path: str | Path,
+    folder: Path,
+    classes: Mapping[str, type],
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """The parts of a folder by their names; networks in `dtype`, but the autoencoder in float32."""
+    with quiet():
+        return {
+            part: load_network(path, folder, part, cls, variant, torch.float32 if part == "vae" else dtype)
+            if issubclass(cls, nn.Module)
+            else load_part(path, folder, part, cls)
+            for part, cls in classes.items()
+        }
+
+
+def load_network(
+    path: str | Path,
+    folder: Path,
+    part: str,
+    cls: Any,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A network in `dtype`; one whose file lacks weights would silently be random there.
 
     Of pickled weights nothing but tensors is read.
     """
     taken, files = _found_weights(path, folder / part, variant)
     safe = _is_safe(files)
-    options = {"variant": taken, "use_safetensors": safe, "output_loading_info": True}
+    options = {"variant": taken, "use_safetensors": safe, "output_loading_info": True, "torch_dtype": dtype}
     try:
         model, info = load_part(path, folder, part, cls, **options)
     except InputError as e:
@@ -115,7 +150,7 @@ def load_network(path: str | Path, folder: Path, part: str, cls: Any, variant: s
             f"prior.path={path}: the weights of its {part} lack {len(info['missing_keys'])} tensors, "
             f"{min(info['missing_keys'])} for one."
         )
-    return model.float()
+    return model.to(dtype)
 
 
 def load_part(path: str | Path, folder: Path, part: str, cls: Any, **options) -> Any:

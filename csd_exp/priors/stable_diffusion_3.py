@@ -1,0 +1,194 @@
+"""Stable Diffusion 3 and 3.5, and UltraEdit, frozen, from a diffusers folder or the Hugging Face hub."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from csd_exp.errors import InputError
+from csd_exp.priors.base import Cond, ViewShape
+from csd_exp.priors.folders import (
+    check_family,
+    check_parts,
+    config_of,
+    fetched_folder,
+    known_folder,
+    load_parts,
+)
+from csd_exp.priors.latent import (
+    Conditioning,
+    Editing,
+    LatentFlow,
+    compile_blocks,
+    settings,
+    tokenized,
+)
+
+T5_TOKENS = 256  # as in diffusers' pipeline
+
+
+CLASSES: dict[str, type] = {
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModelWithProjection,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "tokenizer": CLIPTokenizer,
+    "tokenizer_2": CLIPTokenizer,
+    "transformer": SD3Transformer2DModel,
+    "scheduler": FlowMatchEulerDiscreteScheduler,
+}
+LARGE: dict[str, type] = {"text_encoder_3": T5EncoderModel, "tokenizer_3": T5TokenizerFast}
+
+
+class Parts3(NamedTuple):
+    """The components of a Stable Diffusion 3 pipeline, with or without the large text encoder."""
+
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModelWithProjection
+    text_encoder_2: CLIPTextModelWithProjection
+    tokenizer: CLIPTokenizer
+    tokenizer_2: CLIPTokenizer
+    transformer: SD3Transformer2DModel
+    scheduler: FlowMatchEulerDiscreteScheduler
+    text_encoder_3: T5EncoderModel | None = None
+    tokenizer_3: T5TokenizerFast | None = None
+
+
+class StableDiffusion3(LatentFlow):
+    """Stable Diffusion 3 and 3.5 (Esser et al. 2024), a rectified flow with classifier-free guidance.
+
+    path, variant, allow_pickle: as for StableDiffusion.
+    t5: whether the large one of the three text encoders is used; a folder may lack it. Without it its tokens
+        are zeros, as in diffusers' pipeline. Where `dtype` is float16 it is held in bfloat16.
+    The rest is as for LatentFlow.
+    Raises InputError, naming the key or the file, for parts that are missing, damaged or do not fit.
+    """
+
+    family: ClassVar[str] = "sd3"
+
+    def __init__(
+        self,
+        path: str | Path | Parts3,
+        variant: str | None = None,
+        allow_pickle: bool = False,
+        t5: bool = True,
+        **shared,
+    ):
+        super().__init__(**shared)
+        parts = path if isinstance(path, Parts3) else self.load(path, variant, allow_pickle, t5)
+        clips = {"text_encoder": parts.text_encoder, "text_encoder_2": parts.text_encoder_2}
+        large = {} if parts.text_encoder_3 is None else {"text_encoder_3": parts.text_encoder_3}
+        self.hold(parts.vae, clips | large, transformer=parts.transformer)
+        self.transformer, self.t5 = parts.transformer, parts.text_encoder_3
+        self.tokenizers = parts.tokenizer, parts.tokenizer_2, parts.tokenizer_3
+        scheduler = parts.scheduler.config
+        self.alphas_cumprod = self.places(scheduler.num_train_timesteps, scheduler.shift)
+        config = parts.transformer.config
+        self.views = ViewShape(self.factor, config.out_channels, config.sample_size, config.patch_size)
+        if self._fill:
+            compile_blocks(self.transformer)
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any]) -> None:
+        pickled, t5 = config.get("allow_pickle", False), config.get("t5", True)
+        check_folder(config["path"], config.get("variant"), cls.family, pickled, t5)
+
+    def load(self, path: str | Path, variant: str | None, allow_pickle: bool, t5: bool) -> Parts3:
+        """The parts of a folder or hub id."""
+        folder = fetched_folder(path, variant)
+        check_folder(folder, variant, self.family, allow_pickle, t5)
+        classes = _classes(path, folder, t5)
+        return Parts3(**load_parts(path, folder, classes, variant, self.dtype))
+
+    def described(self) -> object:
+        vocabularies = [sorted(tokenizer.get_vocab().items()) for tokenizer in self.tokenizers if tokenizer]
+        return (settings(self.transformer), settings(self.vae)), vocabularies
+
+    def network(self, x: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
+        return self.transformer(
+            hidden_states=x,
+            timestep=(1000 * t).float(),
+            encoder_hidden_states=self.texts(conds),
+            pooled_projections=self.texts(conds, "pooled"),
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def embed(self, prompt: str) -> Cond:
+        states, pooled = [], []
+        limit = self.tokenizers[0].model_max_length
+        for tokenizer, name in zip(self.tokenizers, ("text_encoder", "text_encoder_2"), strict=False):
+            tokens = tokenized(tokenizer, prompt, limit).to(self.device)
+            out = self._encoders[name](tokens.input_ids, output_hidden_states=True)
+            states.append(out.hidden_states[-2][0])
+            pooled.append(out[0][0])
+        clips, width = torch.cat(states, dim=-1), self.transformer.config.joint_attention_dim
+        large = clips.new_zeros(T5_TOKENS, width)
+        if self.t5 is not None:
+            tokens = tokenized(self.tokenizers[2], prompt, T5_TOKENS).to(self.device)
+            large = self.t5(tokens.input_ids)[0][0].to(clips)
+        text = torch.cat([pad(clips, (0, width - clips.shape[-1])), large])
+        return Cond(text=text.to(self.dtype), pooled=torch.cat(pooled, dim=-1).to(self.dtype))
+
+
+class UltraEdit(Editing, StableDiffusion3):
+    """UltraEdit (Zhao et al. 2024): InstructPix2Pix on Stable Diffusion 3, conditioned on the scaled mode.
+
+    The rest is as for Editing and StableDiffusion3.
+    """
+
+    family = "ultraedit"
+
+    def __init__(self, path: str | Path | Parts3, conditioning: Conditioning = "mode_scaled", **shared):
+        super().__init__(path=path, conditioning=conditioning, **shared)
+
+
+def _classes(path: str | Path, folder: Path, t5: bool) -> dict[str, type]:
+    """The parts of a folder that are used."""
+    index = config_of(path, folder, "model_index.json")
+    return CLASSES | (LARGE if t5 and index.get("text_encoder_3", [None])[0] is not None else {})
+
+
+def check_folder(
+    path: str | Path,
+    variant: str | None = None,
+    family: str | None = None,
+    allow_pickle: bool = False,
+    t5: bool = True,
+) -> None:
+    """As `csd_exp.priors.stable_diffusion.check_folder`, for Stable Diffusion 3; families: `family_of`."""
+    folder = known_folder(path)
+    if folder is None:
+        return
+    check_family(path, folder, family)
+    classes = _classes(path, folder, t5)
+    if "text_encoder_3" in classes and not (folder / "text_encoder_3").is_dir():
+        raise InputError(
+            f"prior.path={path} lacks its text_encoder_3, the large one; add it, or prior.t5=false."
+        )
+    configs = check_parts(path, folder, classes, variant, allow_pickle)
+    _check_fit(path, configs)
+
+
+def _check_fit(path: str | Path, configs: Mapping[str, dict]) -> None:
+    transformer, channels = configs["transformer"], configs["vae"].get("latent_channels", 4)
+    takes, gives = transformer.get("in_channels", 16), transformer.get("out_channels", 16)
+    if takes not in (channels, 2 * channels) or gives != channels:
+        raise InputError(
+            f"prior.path={path}: its transformer takes {takes} channels for latents of {channels} and "
+            f"returns {gives}; accepted are {channels} or {2 * channels} and {channels}, Stable Diffusion 3 "
+            "or UltraEdit without masks."
+        )
+    clips = [configs[part] for part in ("text_encoder", "text_encoder_2")]
+    pooled, width = sum(c.get("projection_dim", 0) for c in clips), transformer.get("joint_attention_dim")
+    wide = configs.get("text_encoder_3", {}).get("d_model", width)
+    if transformer.get("pooled_projection_dim") != pooled or wide != width:
+        raise InputError(
+            f"prior.path={path}: its transformer reads text {width} and pooled text "
+            f"{transformer.get('pooled_projection_dim')} wide, and its text encoders' are {wide} and "
+            f"{pooled}; accepted are Stable Diffusion 3 and 3.5 and UltraEdit."
+        )

@@ -1,0 +1,98 @@
+"""Every family from its folder: told by `prior=auto`, edited with by its experiment."""
+
+from functools import cache
+
+import pytest
+from diffusers_folder import save_3, save_flux, save_pipeline, save_xl
+
+import csd_exp
+from csd_exp.config import composed
+from csd_exp.errors import InputError
+from csd_exp.families import family_of, named
+from csd_exp.priors import (
+    Flux,
+    FluxKontext,
+    InstructPix2Pix,
+    InstructPix2PixXL,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+    UltraEdit,
+)
+
+SAVED = {
+    "stable_diffusion": lambda path: save_pipeline(path, False),
+    "instruct_pix2pix": save_pipeline,
+    "sdxl": lambda path: save_xl(path, False),
+    "sdxl_instruct_pix2pix": save_xl,
+    "cosxl_edit": lambda path: save_xl(path, True, True),
+    "sd3": lambda path: save_3(path, False),
+    "ultraedit": save_3,
+    "flux": lambda path: save_flux(path, False),
+    "kontext": save_flux,
+}
+CLASSES = {
+    "stable_diffusion": StableDiffusion,
+    "instruct_pix2pix": InstructPix2Pix,
+    "sdxl": StableDiffusionXL,
+    "sdxl_instruct_pix2pix": InstructPix2PixXL,
+    "sd3": StableDiffusion3,
+    "ultraedit": UltraEdit,
+    "flux": Flux,
+    "kontext": FluxKontext,
+}
+EXPERIMENTS = {
+    "river_sdxl": "sdxl_instruct_pix2pix",
+    "river_cosxl": "cosxl_edit",
+    "river_ultraedit": "ultraedit",
+    "river_kontext": "kontext",
+}
+OTHER_CURVES = {"river_cosxl": InstructPix2PixXL, "river_ultraedit": UltraEdit, "river_kontext": FluxKontext}
+SMALL = ("modality.window=8", "modality.stride=8", "modality.batch=2", "trainer.fast_dev_run=true")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return cache(lambda family: SAVED[family](tmp_path_factory.mktemp(family) / "folder"))
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_the_family_is_told_from_the_folder(folder, family):
+    assert family_of(folder(family))[0] == family == CLASSES[family].family
+    config = composed(["prior=auto", f"prior.path={folder(family)}", "prior.guidance_scale=2", "prompt=x"])
+    assert config.prior._target_ == f"csd_exp.priors.{CLASSES[family].__name__}"
+    assert (config.prior.guidance_scale, config.prior.path) == (2, str(folder(family)))
+    CLASSES[family].check(config.prior)
+
+
+def test_a_folder_of_no_family_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/config.json").write_text("[")
+    with pytest.raises(InputError, match=r"is of no family that prior=auto knows; choose one with"):
+        named(["prior=auto", f"prior.path={tmp_path}"])
+    with pytest.raises(InputError, match=r"prior=auto needs the folder.*prior\.path=FOLDER"):
+        named(["prior=auto"])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    with pytest.raises(InputError, match=r"prior\.path=nobody/nothing is no folder here"):
+        composed(["prior=auto", "prior.path=nobody/nothing"])
+    assert named(["prior=embedded", "prior.path=x"]) == ["prior=embedded", "prior.path=x"]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_each_experiment_edits_with_its_family(folder, experiment, write_image, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = csd_exp.edit(
+        *(f"experiment={experiment}", f"prior.path={folder(EXPERIMENTS[experiment])}", *SMALL),
+        *(f"modality.path={write_image(32, 40)}", "metrics=none", "callbacks=none", "logger=csv"),
+    )
+    assert result.images[0].shape == (3, 32, 40)
+
+
+def test_timesteps_of_other_curves_have_the_signal_to_noise_ratios_of_the_public_code(folder):
+    table = StableDiffusion(folder("stable_diffusion")).alphas_cumprod
+    for experiment, cls in OTHER_CURVES.items():
+        config = composed([f"experiment={experiment}", "prior.path=x", "modality.path=x"])
+        own, timestep = cls(folder(EXPERIMENTS[experiment])).alphas_cumprod, config.schedule.timestep
+        for t, theirs in ((timestep.t_min, 20), (timestep.t_max, 500)):
+            ratio, expected = (a / (1 - a) for a in (own[t], table[theirs]))
+            assert float(ratio / expected) == pytest.approx(1, rel=0.03)
