@@ -15,7 +15,14 @@ GROUPS = ("method", "kernel", "features", "prior", "modality", "metrics")
 # Nobody else's, or arithmetic as old as the hills.
 OURS = {
     *("Answers", "AnswerDisagreement", "AnswerDistance", "EditStrength", "WindowSpread", "colour_statistics"),
-    *("SeamEnergy", "ColourSeams", "PSNROutside", "ReconstructionPSNR", "ReconstructionDistance"),
+    *(
+        "SeamEnergy",
+        "ColourSeams",
+        "PSNROutside",
+        "ReconstructionPSNR",
+        "ReconstructionDistance",
+        "Diversity",
+    ),
     *("GaussianMixture", "GaussianFlow", "Pooled"),
     *("Panorama", "Images", "Video", "Generated", "GeneratedScene", "EditedPhotographs", "EditedField"),
 }

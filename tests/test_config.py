@@ -193,10 +193,18 @@ def test_a_class_of_another_kind_is_refused(picture: str, override: str, kind: s
 METHODS = {
     "sds": ("csd_exp.methods.sds", "NoKernel"),
     "csd": ("csd_exp.methods.sds", "RBF"),
+    "csd_perceptual": ("csd_exp.methods.sds", "Perceptual"),
     "dds": ("csd_exp.methods.dds", "NoKernel"),
     "csd_edit": ("csd_exp.methods.dds", "RBF"),
     "csd_edit_random_noise": ("csd_exp.methods.sds", "RBF"),
 }
+
+
+@pytest.mark.parametrize("experiment", sorted(f.stem for f in (conf_dir() / "experiment").glob("*.yaml")))
+def test_a_method_brings_its_kernel_into_every_experiment(experiment: str) -> None:
+    """No experiment couples, in silence, what was asked for uncoupled."""
+    kernel = composed([f"experiment={experiment}", "method=sds", "prompt=x"]).kernel
+    assert kernel._target_ == "csd_exp.svgd.NoKernel"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -207,7 +207,7 @@ class CLIPTextureless(CaptionMetric):
     """cos(C(s), T(target caption)), in [-1, 1]; the shape, lit and without its colours, shows what is said.
 
     s is a picture's surface in light grey before white, lit from above the camera: the textureless renders
-    of DreamFusion's "Geo" scores (Poole et al. 2022), which the CSD paper's Table 3 may have used as well.
+    of DreamFusion's "Geo" scores (Poole et al. 2023), which the CSD paper's Table 3 may have used as well.
     """
 
     higher_is_better = True
