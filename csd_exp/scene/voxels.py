@@ -25,7 +25,7 @@ UNSEEN = 1e-4  # a sample of less weight has no colour
 FINEST = 512  # corners along a side
 BALL = 20.0  # density in the middle of the ball that a field begins as
 COLOURS = 0.02  # what a difference of colours counts for beside one of densities
-AT_ONCE = 16384  # rays that are traced together, so that large pictures take no more memory
+AT_ONCE = 1024  # rays that are traced together, so that what is in between stays in the cache
 SKY = (128, 256)  # rows and columns of a learned background
 MESHES = (".glb", ".ply", ".obj", ".stl", ".off")
 
@@ -190,15 +190,15 @@ class Voxels(Field):
         edges = self._edges(origins)
         spans = edges.diff()
         along = (edges[:-1] + (0.5 if jitter is None else jitter) * spans).expand(len(origins), -1)
-        places = self._to_grid(
-            _contracted(origins[:, None] + along[..., None] * heading[:, None]).flatten(0, 1)
-        )
-        cells = _flat(places.long().clamp(0, self.resolution - 2), self.resolution - 1)
-        hit = self.occupied.flatten()[cells].nonzero().squeeze(1)
-        ray, order = hit // len(spans), hit % len(spans)
+        # Axis by axis: an innermost side of 3 is too short for vectors.
+        way = origins.T[..., None] + along * heading.T[..., None]
+        places = self._to_grid(_contracted(way, 0).flatten(1))
+        cells = _flat(places.long().clamp(0, self.resolution - 2), self.resolution - 1, 0)
+        hit = self.occupied.flatten().index_select(0, cells).nonzero().squeeze(1)
+        ray, order, found = hit // len(spans), hit % len(spans), places[:, hit].T.contiguous()
         steps, outside = (
             spans[order],
-            (places[hit] / (self.resolution - 1) * 2 - 1).abs().amax(1) * (1 + SHELL) > 1,
+            (found / (self.resolution - 1) * 2 - 1).abs().amax(1) * (1 + SHELL) > 1,
         )
         outside = outside.nonzero().squeeze(1)
         ends = [
@@ -206,7 +206,7 @@ class Voxels(Field):
             for k in (0, 1)
         ]
         steps = steps.index_copy(0, outside, (ends[1] - ends[0]).norm(dim=1))
-        rows, shares = self._around(places[hit])
+        rows, shares = self._around(found)
         return _Samples(hit, ray, along.flatten()[hit], steps, cells[hit], rows, shares, len(spans))
 
     def _weights(self, samples: _Samples, rays: int) -> tuple[Tensor, Tensor]:
@@ -239,7 +239,8 @@ class Voxels(Field):
         offset = places - cell
         lowest = _flat(cell, self.resolution)
         steps = [_flat(torch.tensor(c), self.resolution) for c in CORNERS]
-        rows = self.index.flatten()[torch.stack([lowest + step.to(lowest) for step in steps], 1)]
+        corners = torch.stack([lowest + step.to(lowest) for step in steps], 1)
+        rows = self.index.flatten().index_select(0, corners.flatten()).view(corners.shape)
         sides = torch.stack([1 - offset, offset], 2)
         x, y, z = sides[:, 0], sides[:, 1], sides[:, 2]
         shares = x[:, :, None, None] * y[:, None, :, None] * z[:, None, None, :]
@@ -401,13 +402,14 @@ def _touched(occupied: Tensor) -> Tensor:
     return F.max_pool3d(occupied[None, None].float(), 2, 1, padding=1)[0, 0] > 0
 
 
-def _flat(cells: Tensor, side: int) -> Tensor:
-    return (cells[..., 0] * side + cells[..., 1]) * side + cells[..., 2]
+def _flat(cells: Tensor, side: int, axis: int = -1) -> Tensor:
+    x, y, z = cells.unbind(axis)
+    return (x * side + y) * side + z
 
 
-def _contracted(x: Tensor) -> Tensor:
+def _contracted(x: Tensor, axis: int = -1) -> Tensor:
     """All space to the cube of half the side 1 + SHELL; what lies in that of 1 stays (as mip-NeRF 360)."""
-    m = x.abs().amax(-1, keepdim=True).clamp(min=1)
+    m = x.abs().amax(axis, keepdim=True).clamp(min=1)
     return (1 + SHELL - SHELL / m) * x / m
 
 
