@@ -71,9 +71,13 @@ def inputs(config: DictConfig) -> dict[str, dict[str, str]]:
 
 
 def digest(config: DictConfig, fingerprint: str) -> str:
-    """Names a run by its settings, the fingerprint of its prior and the contents of the files it reads."""
+    """Names a run by its settings, the fingerprint of its prior and the contents of the files it reads.
+
+    Where the prior and the pictures lie does not matter, so that it has the same name on every machine.
+    """
     files, settings = inputs(config), scientific(config)
-    settings.pop("modality.path", None)
+    for place in ("modality.path", "prior.path"):
+        settings.pop(place, None)
     pictures = [sums for key in files if _is_picture(key) for sums in files[key].values()]
     settings = {key: _by_content(value, key, files) for key, value in settings.items()}
     described = repr((sorted(settings.items()), fingerprint, pictures))

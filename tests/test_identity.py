@@ -37,6 +37,12 @@ def name(*overrides: str) -> str:
     return digest(run_config(*overrides), "weights")
 
 
+def test_a_run_has_the_same_name_wherever_its_weights_lie() -> None:
+    """Their fingerprint says what they are."""
+    here, there = (composed(["experiment=panorama", "prompt=x", f"prior.path={p}"]) for p in ("here", "there"))
+    assert digest(here, "weights") == digest(there, "weights") != digest(there, "others")
+
+
 @pytest.mark.parametrize(
     ("overrides", "before"),
     [
