@@ -39,7 +39,7 @@ def name(*overrides: str) -> str:
 
 def test_a_run_has_the_same_name_wherever_its_weights_lie() -> None:
     """Their fingerprint says what they are."""
-    here, there = (composed(["experiment=panorama", "prompt=x", f"prior.path={p}"]) for p in ("here", "there"))
+    here, there = (composed(["prompt=x", f"prior.path={folder}"]) for folder in ("here", "there"))
     assert digest(here, "weights") == digest(there, "weights") != digest(there, "others")
 
 
