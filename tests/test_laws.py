@@ -93,8 +93,7 @@ MODALITIES: dict[str, Callable[..., Particles]] = {
     "panorama": lambda f, m, **s: Panorama(f / "wide.png", f_(m), m.window, m_(m), **s),
     "around": lambda f, m, **s: Panorama(
         *(f / "wide.png", f_(m), m.window, m_(m)),
-        **{"batch": 2, "wrap": True, "jitter": True, "mask": MASK, "taper": "hann", "coverage": "expected"}
-        | s,
+        **{"batch": 2, "wrap": True, "jitter": True, "mask": MASK, "taper": "hann"} | s,
     ),
     "video": lambda f, m, **s: Video(f, f_(m), m_(m), regions=REGIONS, **{"batch": 2} | s),
     "generated": lambda f, m, **s: Generated(f_(m), m_(m), m.window, count=3, **s),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from csd_exp.config import composed
 from csd_exp.errors import InputError
 from csd_exp.particles import Panorama
 from csd_exp.particles.tapers import profile
@@ -222,6 +223,13 @@ def test_samplers_average_by_count_whatever_the_taper(write_image, fit):
         ends.append(module.particles.latent.detach())
     assert torch.equal(ends[0], ends[1])
     assert torch.equal(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("preset", ["official", "official_nosvgd"])
+def test_the_public_code_counts_whatever_an_experiment_says(preset):
+    for experiment in ("panorama", "regions", "mask", "demo"):
+        modality = composed([f"experiment={experiment}", f"preset={preset}"]).modality
+        assert (modality.taper, modality.coverage) == ("none", "step")
 
 
 @pytest.mark.parametrize("key", ["taper", "coverage"])
