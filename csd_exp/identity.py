@@ -31,7 +31,7 @@ HARMLESS = (
 def scientific(config: DictConfig) -> dict[str, Any]:
     """Every resolved key that touches the numbers, `group.key` to its value.
 
-    What a Trainer does anyway is left out, and classes have the oldest of their names, so that a run has the
+    What is done anyway is left out, and classes have the oldest of their names, so that a run has the
     same identity before and after.
     """
     run = plain(config)
@@ -41,6 +41,7 @@ def scientific(config: DictConfig) -> dict[str, Any]:
         "trainer.fast_dev_run": False,
         "trainer.accumulate_grad_batches": 1,
         "trainer.gradient_clip_val": None,
+        "modality.controls": None,
     }
     run["callbacks"] = {
         name: callback

@@ -13,6 +13,7 @@ from csd_exp.images import MAX_PIXELS, pad_to, read_image
 from csd_exp.particles.areas import Areas, Box, check_areas
 from csd_exp.particles.base import Place
 from csd_exp.particles.canvas import Canvas, Windows
+from csd_exp.particles.controls import check_controls, read_controls
 from csd_exp.schedules import Draw
 
 
@@ -28,6 +29,7 @@ class Panorama(Canvas):
     batch: how many windows a step takes, drawn anew; None takes all.
     wrap: windows cross the left and right border, for 360-degree images.
     jitter: shift the windows by a random offset below the stride each step, so that no seam stays in place.
+    controls: for a prior that is controlled by pictures, one picture like this for each that it is given.
     regions, mask, feather: parts of the image with prompts of their own, and the part that may change, see
         `Areas`; windows with nothing to edit are left out.
     """
@@ -38,6 +40,7 @@ class Panorama(Canvas):
     def check(cls, config: Mapping[str, Any]) -> None:
         height, width = read_image(config["path"]).shape[-2:]
         check_areas(config, (height, width))
+        check_controls(config.get("controls"), _one, (height, width))
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class Panorama(Canvas):
         batch: int | None = None,
         wrap: bool = False,
         jitter: bool = False,
+        controls: Sequence[str] | None = None,
         regions: Sequence[Mapping[str, Any]] | None = None,
         mask: str | Box | Sequence[str] | None = None,
         feather: int | None = None,
@@ -85,6 +89,9 @@ class Panorama(Canvas):
         self.margin = min(window // 2, self.grid[1]) if wrap else 0
         pad = partial(pad_to, height=height, width=width, circular=wrap)
         self.pixels = self._with_margin(pad(image[None]), self.margin * factor)
+        self.controls = read_controls(
+            controls, _one, self.size, lambda one: self._with_margin(pad(one[None]), self.margin * factor)[0]
+        )
         self.areas = Areas(self.size, pad, factor, regions, mask, feather, wrap=wrap, background=bool(prompt))
 
     def start(self, latent: Tensor, condition: Tensor | None) -> None:
@@ -167,3 +174,7 @@ class Panorama(Canvas):
     @staticmethod
     def _with_margin(canvas: Tensor, margin: int) -> Tensor:
         return torch.cat([canvas[..., canvas.shape[-1] - margin :], canvas, canvas[..., :margin]], -1)
+
+
+def _one(path: str, key: str) -> list[Tensor]:
+    return [read_image(path, key)]

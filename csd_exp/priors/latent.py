@@ -66,12 +66,15 @@ class LatentPrior(Prior):
         encoders: of texts, which are on the device only while a new text is embedded.
         """
         self._networks, self._encoders = {"vae": vae, **networks}, encoders
-        with quiet():
-            for network in (*self._networks.values(), *encoders.values()):
-                network.eval().requires_grad_(False).to(self.precision_of(network))
+        for network in (*self._networks.values(), *encoders.values()):
+            self.freeze(network)
         self.vae = vae
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self._limit_memory(self.tile)
+
+    def freeze(self, network: Any) -> None:
+        with quiet():
+            network.eval().requires_grad_(False).to(self.precision_of(network))
 
     def precision_of(self, network: Any) -> torch.dtype:
         """What a network is held in: `dtype`, but for what overflows in it."""
