@@ -75,6 +75,8 @@ def test_rows_are_held_to_one_device(folder, family):
     guidance = prior.guidance("x", None if conditions is None else conditions[0])
     elsewhere = torch.device("meta")
     prior.to(elsewhere)
+    denoiser = next(network for name, network in prior._networks.items() if name != "vae")
+    assert (prior.vae.device.type, denoiser.device.type) == ("meta", "cpu")  # texts are embedded first
     placed = [
         (weight, Cond(**{name: tensor.to(elsewhere) for name, tensor in cond.items()}))
         for weight, cond in guidance
@@ -83,7 +85,7 @@ def test_rows_are_held_to_one_device(folder, family):
     for clean in (False, True):
         queries = [Query(x_t, 421, [prior.placed(placed, (64, 64, 0, 32))], clean)]
         (out,) = predict(prior, queries)
-        assert out.device == elsewhere
+        assert out.device == denoiser.device == elsewhere
     assert prior.decode(x_t).device == elsewhere
 
 

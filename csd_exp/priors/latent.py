@@ -59,6 +59,7 @@ class LatentPrior(Prior):
         self._embeddings: dict[str, Cond] = {}
         self._networks: dict[str, nn.Module] = {}
         self._encoders: dict[str, nn.Module] = {}
+        self._arrived = True
 
     def hold(self, vae: Any, encoders: dict[str, Any], **networks: Any) -> None:
         """Freeze the networks in `dtype`; those that convolve in the memory format asked for.
@@ -82,9 +83,10 @@ class LatentPrior(Prior):
         return torch.bfloat16 if overflows else self.dtype
 
     def to(self, device: torch.device) -> None:
+        """The autoencoder comes at once, the other networks with the first row, when texts are embedded."""
         super().to(device)
-        for network in self._networks.values():
-            network.to(self.device)
+        self.vae.to(self.device)
+        self._arrived = False
         for text in self._embeddings.values():
             text.update({name: tensor.to(self.device) for name, tensor in text.items()})
 
@@ -155,6 +157,10 @@ class LatentPrior(Prior):
 
     def predicted(self, x: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
         """The same for the caller's rows."""
+        if not self._arrived:
+            for network in self._networks.values():
+                network.to(self.device)
+            self._arrived = True
         n = len(x)
         rows = list(range(n)) + [n - 1] * (self.row_chunk - n if self._fill else 0)
         conds = [conds[i] for i in rows]
