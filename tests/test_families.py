@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 from diffusers_folder import save_3, save_flux, save_pipeline, save_xl
+from public_folders import PUBLIC, write_public
 
 import csd_exp
 from csd_exp.config import composed
@@ -65,6 +66,16 @@ def test_the_family_is_told_from_the_folder(folder, family):
     assert config.prior._target_ == f"csd_exp.priors.{CLASSES[family].__name__}"
     assert (config.prior.guidance_scale, config.prior.path) == (2, str(folder(family)))
     CLASSES[family].check(config.prior)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_configurations_of_public_models_pass(tmp_path, name):
+    family = write_public(tmp_path / name, name)
+    config = composed(["prior=auto", f"prior.path={tmp_path / name}", "prompt=x"])
+    assert config.prior._target_ == f"csd_exp.priors.{CLASSES[family].__name__}"
+    CLASSES[family].check(config.prior)
+    with pytest.raises(InputError, match=rf"as of {family}; use it with prior={family}\."):
+        CLASSES["flux" if family == "sdxl" else "sdxl"].check(config.prior)
 
 
 @pytest.mark.parametrize("family", CLASSES)

@@ -112,12 +112,17 @@ class LatentPrior(Prior):
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.scaled(self.unscaled(image, noise if self.posterior == "sample" else None))
 
+    @property
+    def latent_shift(self) -> float:
+        """What is taken from the autoencoder's latents before they are scaled."""
+        return self.vae.config.shift_factor or 0.0
+
     def scaled(self, z: Tensor) -> Tensor:
         """Latents of the autoencoder's own."""
-        return (z - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+        return (z - self.latent_shift) * self.vae.config.scaling_factor
 
     def decode(self, latent: Tensor) -> Tensor:
-        z = latent / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+        z = latent / self.vae.config.scaling_factor + self.latent_shift
         return (self.returned(self.vae.decode(self.held(z, self.vae.dtype)).sample, latent) + 1) / 2
 
     def unscaled(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
