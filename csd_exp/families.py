@@ -23,14 +23,14 @@ def family_of(folder: Path) -> tuple[str | None, str]:
     It is told by the denoiser, whatever pipeline the index names.
     """
     parts = ("unet", "vae", "transformer")
-    unet, vae, transformer = (_known(folder / part / "config.json") for part in parts)
+    unet, vae, transformer = (known(folder / part / "config.json") for part in parts)
     channels, takes = vae.get("latent_channels", 4), (unet or transformer).get("in_channels", 4)
     kind = str(transformer.get("_class_name"))
     if kind == "SD3Transformer2DModel" and takes in (channels, 2 * channels):
         why = f"its transformer, a {kind}, takes {takes} channels for latents of {channels}"
         return ("ultraedit" if takes > channels else "sd3"), why
     if kind == "FluxTransformer2DModel" and takes == 4 * channels:
-        kontext = _known(folder / "model_index.json").get("_class_name") == "FluxKontextPipeline"
+        kontext = known(folder / "model_index.json").get("_class_name") == "FluxKontextPipeline"
         pipeline = "FluxKontextPipeline" if kontext else "FluxPipeline"
         return ("kontext" if kontext else "flux"), f"its transformer is a {kind} of a {pipeline}"
     if not unet or takes not in (channels, 2 * channels):
@@ -80,7 +80,7 @@ def _configurations(path: str) -> Path:
         ) from e
 
 
-def _known(file: Path) -> dict[str, Any]:
+def known(file: Path) -> dict[str, Any]:
     """A JSON file as far as it can be read."""
     with suppress(OSError, ValueError):
         found = json.loads(file.read_text(encoding="utf-8"))

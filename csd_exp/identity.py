@@ -31,8 +31,8 @@ HARMLESS = (
 def scientific(config: DictConfig) -> dict[str, Any]:
     """Every resolved key that touches the numbers, `group.key` to its value.
 
-    What a Trainer and windows do anyway is left out, and classes have the oldest of their names, so that a
-    run has the same identity before and after.
+    What is done anyway is left out, and classes have the oldest of their names, so that a run has the
+    same identity before and after.
     """
     run = plain(config)
     sampler = (run.get("method") or {}).get("sampler") or {}
@@ -43,6 +43,7 @@ def scientific(config: DictConfig) -> dict[str, Any]:
         "trainer.gradient_clip_val": None,
         "modality.taper": "none",
         "modality.coverage": "step",
+        "modality.controls": None,
     }
     run["callbacks"] = {
         name: callback

@@ -56,6 +56,7 @@ def check_parts(config: DictConfig) -> None:
     modality, prior = _part(config, "modality", Particles), _part(config, "prior", Prior)
     _part(config, "kernel", Kernel)
     modality.check(config.modality)
+    _check_controls(config)
     _check_scene(config)
     sampled = "sampler" in config.method
     key = "method.sampler" if sampled else "method.residual"
@@ -79,6 +80,17 @@ def check_parts(config: DictConfig) -> None:
         _check_optimisation(config, issubclass(modality, Canvas))
     _check_trainer(config)
     prior.check(config.prior)
+
+
+def _check_controls(config: DictConfig) -> None:
+    """Of a prior that is controlled by given pictures: there are as many as it asks for."""
+    asked = [control.get("kind") for control in config.prior.get("controls") or ()].count("given")
+    given = len(config.modality.get("controls") or ())
+    if asked != given:
+        raise InputError(
+            f"modality.controls has {given} entries, and {asked} of prior.controls are of kind given; there "
+            "must be one for each."
+        )
 
 
 def _check_scene(config: DictConfig) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -134,6 +135,20 @@ def save_flux(path: Path, editing=True, distilled=True) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=distilled),
     )
     return saved(pipe, path, "tokenizer")
+
+
+def save_control(path: Path, like: Path, steps=2, seed=1) -> Path:
+    """A ControlNet of random weights, none of them zero, for the UNet of a folder, and return its folder."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel.from_pretrained(like / "unet")
+    net = ControlNetModel.from_unet(
+        unet, conditioning_embedding_out_channels=(4, 8, 8)[: steps + 1], load_weights_from_unet=False
+    )
+    for p in net.parameters():
+        if not p.any():
+            p.data.normal_(std=0.1)
+    net.save_pretrained(path)
+    return path
 
 
 def saved(pipe, path: Path, *tokenizers: str) -> Path:

@@ -324,7 +324,7 @@ def test_help_is_readable(folder: Path) -> None:
     done = csd("--help")
     assert done.returncode == 0
     assert "csd experiment=demo" in done.stdout
-    for group in ("kernel: imq, none, perceptual, rbf, uniform", "experiment: demo"):
+    for group in ("kernel: imq, none, perceptual, rbf, uniform", "experiment: controlnet, demo"):
         assert group in done.stdout
     assert not (folder / "outputs").exists()
 

@@ -3,7 +3,9 @@
 from functools import cache
 
 import pytest
+import torch
 from diffusers_folder import save_3, save_flux, save_pipeline, save_xl
+from public_folders import PUBLIC, write_public
 
 import csd_exp
 from csd_exp.config import composed
@@ -19,6 +21,7 @@ from csd_exp.priors import (
     StableDiffusionXL,
     UltraEdit,
 )
+from csd_exp.priors.base import Cond, Query, predict
 
 SAVED = {
     "stable_diffusion": lambda path: save_pipeline(path, False),
@@ -63,6 +66,38 @@ def test_the_family_is_told_from_the_folder(folder, family):
     assert config.prior._target_ == f"csd_exp.priors.{CLASSES[family].__name__}"
     assert (config.prior.guidance_scale, config.prior.path) == (2, str(folder(family)))
     CLASSES[family].check(config.prior)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_configurations_of_public_models_pass(tmp_path, name):
+    family = write_public(tmp_path / name, name)
+    config = composed(["prior=auto", f"prior.path={tmp_path / name}", "prompt=x"])
+    assert config.prior._target_ == f"csd_exp.priors.{CLASSES[family].__name__}"
+    CLASSES[family].check(config.prior)
+    with pytest.raises(InputError, match=rf"as of {family}; use it with prior={family}\."):
+        CLASSES["flux" if family == "sdxl" else "sdxl"].check(config.prior)
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_rows_are_held_to_one_device(folder, family):
+    """On torch's device `meta`, where no operation may meet a tensor of another one."""
+    prior, image = CLASSES[family](folder(family)), torch.rand(1, 3, 32, 32)
+    conditions = prior.condition(image)
+    guidance = prior.guidance("x", None if conditions is None else conditions[0])
+    elsewhere = torch.device("meta")
+    prior.to(elsewhere)
+    denoiser = next(network for name, network in prior._networks.items() if name != "vae")
+    assert (prior.vae.device.type, denoiser.device.type) == ("meta", "cpu")  # texts are embedded first
+    placed = [
+        (weight, Cond(**{name: tensor.to(elsewhere) for name, tensor in cond.items()}))
+        for weight, cond in guidance
+    ]
+    x_t = torch.zeros(1, *prior.encode(image.to(elsewhere)).shape[1:], device=elsewhere)
+    for clean in (False, True):
+        queries = [Query(x_t, 421, [prior.placed(placed, (64, 64, 0, 32))], clean)]
+        (out,) = predict(prior, queries)
+        assert out.device == denoiser.device == elsewhere
+    assert prior.decode(x_t).device == elsewhere
 
 
 def test_a_folder_of_no_family_is_one_sentence(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from diffusers_folder import save_3, save_flux, save_pipeline, save_xl
+from diffusers_folder import save_3, save_control, save_flux, save_pipeline, save_xl
 from PIL import Image
 from scenes import write_scene
 from toys import Learned, Waves
@@ -34,6 +34,7 @@ from csd_exp.particles import (
     Video,
 )
 from csd_exp.priors import (
+    ControlNet,
     Flux,
     FluxKontext,
     GaussianFlow,
@@ -69,7 +70,22 @@ PRIORS: dict[str, Callable[[], Prior]] = {
     "sd3": lambda: StableDiffusion3(folder(False, save_3), dtype="float64"),
     "flux": lambda: small(Flux(folder(False, save_flux), dtype="float64")),
     "kontext": lambda: small(FluxKontext(folder(True, save_flux), dtype="float64")),
+    "controlnet": lambda: ControlNet(
+        *(folder(False), [{"path": folder(False, save_controlnet), "kind": "gray"}]), dtype="float64"
+    ),
     "ultraedit": lambda: UltraEdit(folder(True, save_3, t5=False), dtype="float64"),
+}
+# What each of the other families is tried with, making pictures or editing them.
+FAMILIES = {
+    "instruct_pix2pix": ("panorama", "generated", "field"),
+    "stable_diffusion": ("panorama", "generated", "field"),
+    "sdxl": ("generated",),
+    "cosxl_edit": ("panorama",),
+    "sd3": ("generated",),
+    "ultraedit": ("panorama",),
+    "flux": ("generated",),
+    "kontext": ("panorama",),
+    "controlnet": ("panorama",),
 }
 EXACT = ("mixture", "flow")  # instant: these take part in the full product, each other family once per law
 RESIDUALS: dict[str, Callable[[], Any]] = {
@@ -148,9 +164,14 @@ def product() -> Iterator[tuple[str, str, str, str]]:
                     every = prior == "mixture" and (modality not in SCENES or (r + k) % 5 == 0)
                     once = prior == "flow" and (r + k + m) % 5 == 0 and modality not in SCENES
                     family = prior not in EXACT and (r, k, m) in ((1, 1, 1), (0, 2, 4), (0, 1, 5))
+                    family = family and modality in FAMILIES[prior]
                     learned = residual == "learned" and prior not in EXACT  # of three channels
                     if (every or once or family) and not learned and fits(RESIDUALS[residual](), modality):
                         yield prior, residual, kernel, modality
+
+
+def save_controlnet(path: Path, editing: bool) -> Path:
+    return save_control(path, Path(folder(editing)))
 
 
 @cache
@@ -354,6 +375,7 @@ def test_what_is_known_of_pictures_has_names_that_metrics_may_ask_for(modality):
 def test_laws_of_a_sampler(prior, modality, sampler, tmp_path, monkeypatch):
     """Chunks do not matter, rows are counted, a resumed run has the same bits; also from pure noise."""
     once = (modality, sampler) in (("panorama", "multidiffusion"), ("generated", "per_view"))
+    once = once and modality in FAMILIES.get(prior, MODALITIES)
     if not fits(SAMPLERS[sampler], modality) or (prior not in EXACT and not once):
         pytest.skip("needs a source, or the family has its turn elsewhere")
     scored, rows = priors(prior), []

@@ -46,10 +46,11 @@ def copy(folder, tmp_path):
 
 
 @torch.no_grad()
-def edited(pipe, noise, image, sigmas, negative, guidance_scale, image_guidance_scale):
+def edited(pipe, noise, image, sigmas, negative, guidance_scale, image_guidance_scale, recipe):
     """InstructPix2Pix on Stable Diffusion 3 of the library's own parts, which has no pipeline of it."""
-    mode = pipe.vae.encode(2 * image - 1).latent_dist.mode()
-    condition = (mode - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    condition = pipe.vae.encode(2 * image - 1).latent_dist.mode()
+    if recipe == "diffusers":
+        condition = (condition - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     text, null, pooled, pooled_null = pipe.encode_prompt(
         *(PROMPT, PROMPT, PROMPT), negative_prompt=negative, do_classifier_free_guidance=True
     )
@@ -67,10 +68,10 @@ def edited(pipe, noise, image, sigmas, negative, guidance_scale, image_guidance_
     return noise
 
 
-def answer(pipe, noise, image, sigmas, negative, **scales):
+def answer(pipe, noise, image, sigmas, negative, recipe="ultraedit", **scales):
     """The latents that the pipeline ends in, from the places that the scheduler shifts."""
     if "image_guidance_scale" in scales:
-        return edited(pipe, noise, image, sigmas, negative, **scales)
+        return edited(pipe, noise, image, sigmas, negative, **scales, recipe=recipe)
     sized = {"height": image.shape[-2], "width": image.shape[-1], "num_inference_steps": len(sigmas)}
     call = {"latents": noise, "sigmas": sigmas, "negative_prompt": negative, "output_type": "latent"}
     return pipe(PROMPT, **sized, **call, **scales).images
@@ -95,18 +96,24 @@ def test_sampling_ends_in_the_pipelines_latents(held, write_image, fit, editing,
 
 
 @pytest.mark.parametrize("negative", [None, NEGATIVE])
-@pytest.mark.parametrize("editing", [True, False])
-def test_one_guided_estimate_equals_diffusers_own(held, editing, negative):
+@pytest.mark.parametrize(
+    ("editing", "recipe"), [(True, "ultraedit"), (True, "diffusers"), (False, "ultraedit")]
+)
+def test_one_guided_estimate_equals_diffusers_own(held, monkeypatch, editing, recipe, negative):
     (prior, pipe), x_t, image = held(editing), latent(16), picture()
     scales = {"guidance_scale": 7.5} | ({"image_guidance_scale": 1.7} if editing else {})
     vars(prior).update(scales)
+    if editing:
+        own = {"ultraedit": "mode_unscaled", "diffusers": "mode_scaled"}
+        monkeypatch.setattr(prior, "recipe", recipe)
+        monkeypatch.setattr(prior, "conditioning", own[recipe])
     conditions = prior.condition(image)
     guidance = [prior.guidance(PROMPT, None if conditions is None else conditions[0], negative or "")]
     clean, eps = predict(prior, [Query(x_t, T, guidance, clean=True), Query(x_t, T, guidance)])
     s = prior.s[T]
     x_s = (((1 - s) ** 2 + s**2).sqrt() * x_t).float()
     # Euler's last step, to s = 0, is the estimate of x_0.
-    theirs = answer(pipe, x_s, image, [(T + 1) / 1000], negative, **scales)
+    theirs = answer(pipe, x_s, image, [(T + 1) / 1000], negative, recipe, **scales)
     assert relative(clean, theirs) < 1e-5
     alpha, sigma = prior.alpha_sigma(torch.tensor([T]), x_t)
     assert relative(alpha * clean + sigma * eps, x_t) < 1e-5
@@ -132,9 +139,26 @@ def test_geometry_and_places_are_the_folders(held, folder):
     with torch.no_grad():
         expected = (pipe.vae.encode(2 * image - 1).latent_dist.mode() - 0.06) * 0.3
     torch.testing.assert_close(prior.encode(image), expected)
-    torch.testing.assert_close(held()[0].condition(image), held()[0].encode(image))
     with pytest.raises(InputError, match=r"prior\.shift must be above 0, not 0"):
         StableDiffusion3(folder(False, True), shift=0)
+
+
+def test_ultraedit_has_the_latents_and_the_condition_of_its_training(held, folder):
+    prior, pipe = held()
+    image = picture()
+    with torch.no_grad():
+        mode = pipe.vae.encode(2 * image - 1).latent_dist.mode()
+        decoded = (pipe.vae.decode(latent(16) / 0.3).sample + 1) / 2
+    torch.testing.assert_close(prior.condition(image), mode)
+    torch.testing.assert_close(prior.encode(image), 0.3 * mode)
+    torch.testing.assert_close(prior.decode(latent(16)), decoded)
+    other = UltraEdit(folder(True, False), recipe="diffusers")
+    torch.testing.assert_close(other.condition(image), other.encode(image))
+    with torch.no_grad():
+        mode = other.vae.encode(2 * image - 1).latent_dist.mode()
+    torch.testing.assert_close(other.encode(image), 0.3 * (mode - 0.06))
+    with pytest.raises(InputError, match=r"prior\.recipe must be one of ultraedit, diffusers"):
+        UltraEdit(folder(True, False), recipe="mine")
 
 
 def test_the_large_text_encoder_may_be_left_out(held, folder):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from csd_exp.errors import InputError
 from csd_exp.particles.areas import Areas
 from csd_exp.particles.base import Autoencoder, Particles, Pictures, Prompts
 from csd_exp.schedules import Draw
@@ -30,6 +31,7 @@ class Canvas(Particles):
     space: Literal["latent", "pixel"] = "latent"
     has_source: ClassVar[bool] = True
     pixels: Pictures
+    controls: Sequence[Pictures] = ()  # as many pictures each, for a prior that is given them
     areas: Areas | None = None
     latent: nn.Parameter
     source_latent: Tensor
@@ -39,12 +41,18 @@ class Canvas(Particles):
     def begin(self, prior: Autoencoder, draw: Draw) -> None:
         """Start at the source; one picture exists at a time, only the latents of all."""
         latents, conditions = [], []
+        controls = [iter(control) for control in self.controls]
         for i, picture in enumerate(self.pixels):
             shape = (prior.views.channels, *(side // prior.views.factor for side in picture.shape[-2:]))
             # What the encoder's posterior is sampled with, where the prior samples it.
             noise = draw.normal("encode", i, shape)[None]
             latents.append(prior.encode(picture[None], noise))
-            conditions.append(prior.condition(picture[None], noise))
+            given = [one[None] for one in (next(control, None) for control in controls) if one is not None]
+            if len(given) < len(controls):
+                raise InputError(f"modality.controls has only {i} pictures for those of modality.path.")
+            conditions.append(
+                prior.controlled(picture[None], given) if given else prior.condition(picture[None], noise)
+            )
         known = [c for c in conditions if c is not None]
         self.start(torch.cat(latents), torch.cat(known) if known else None)
 

@@ -23,6 +23,7 @@ class Downscaled(Canvas):
         self.full, self.side = full, side
         self.areas, self.film = full.areas, full.film
         self.pixels = Resized(full.pixels, side)
+        self.controls = [Resized(control, side) for control in full.controls]
         self.padded = next(iter(full.pixels)).shape[-2:]
 
     def originals(self) -> Iterator[Tensor]:

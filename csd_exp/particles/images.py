@@ -13,6 +13,7 @@ from csd_exp.formats.spheres import read_sphere
 from csd_exp.images import image_files, pad_to, read_images
 from csd_exp.particles.areas import Areas, Box, check_areas
 from csd_exp.particles.canvas import Canvas
+from csd_exp.particles.controls import check_controls, read_controls
 from csd_exp.schedules import Draw
 
 
@@ -95,6 +96,7 @@ class Images(WholePictures):
 
     path: a file, a folder of images, or a list of files; all must have the same size.
     prompts: in place of `prompt` one for each image, see `read_prompts`.
+    controls: for a prior that is controlled by pictures, a path like this for each that it is given.
     The rest is as for WholePictures.
     """
 
@@ -105,6 +107,7 @@ class Images(WholePictures):
             read_prompts(config["prompts"], len(images))
         height, width = images[0].shape[-2:]
         check_areas(config, (height, width))
+        check_controls(config.get("controls"), read_images, (height, width))
 
     def __init__(
         self,
@@ -117,6 +120,7 @@ class Images(WholePictures):
         mask: str | Box | Sequence[str] | None = None,
         feather: int | None = None,
         prompts: str | Sequence[str] | None = None,
+        controls: Sequence[str] | None = None,
         prompt: str = "",
         dtype: str = "float32",
     ):
@@ -125,6 +129,7 @@ class Images(WholePictures):
         each = prompt if prompts is None else read_prompts(prompts, count)
         super().__init__((height, width), factor, multiple, batch, regions, mask, feather, each, dtype, count)
         self.pixels = self.pad(images)
+        self.controls = read_controls(controls, read_images, self.size, self.pad)
         self.spheres = [read_sphere(file) for file in image_files(path)]
 
     def projection(self, i: int) -> Mapping[str, str]:

@@ -13,6 +13,7 @@ from csd_exp.images import MAX_PIXELS, pad_to, read_image
 from csd_exp.particles.areas import Areas, Box, check_areas
 from csd_exp.particles.base import Place
 from csd_exp.particles.canvas import Canvas, Windows
+from csd_exp.particles.controls import check_controls, read_controls
 from csd_exp.particles.tapers import Coverage, Taper, expected, laid, profile
 from csd_exp.schedules import Draw
 
@@ -31,6 +32,7 @@ class Panorama(Canvas):
     jitter: shift the windows by a random offset below the stride each step, so that no seam stays in place.
     taper: how the weight of a window falls towards its borders, see `csd_exp.particles.tapers.profile`.
     coverage: what weights are divided by, see `share`. Samplers average by count whatever these two say.
+    controls: for a prior that is controlled by pictures, one picture like this for each that it is given.
     regions, mask, feather: parts of the image with prompts of their own, and the part that may change, see
         `Areas`; windows with nothing to edit are left out.
     """
@@ -41,6 +43,7 @@ class Panorama(Canvas):
     def check(cls, config: Mapping[str, Any]) -> None:
         height, width = read_image(config["path"]).shape[-2:]
         check_areas(config, (height, width))
+        check_controls(config.get("controls"), _one, (height, width))
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class Panorama(Canvas):
         jitter: bool = False,
         taper: Taper = "none",
         coverage: Coverage = "step",
+        controls: Sequence[str] | None = None,
         regions: Sequence[Mapping[str, Any]] | None = None,
         mask: str | Box | Sequence[str] | None = None,
         feather: int | None = None,
@@ -92,6 +96,9 @@ class Panorama(Canvas):
         self.margin = min(window // 2, self.grid[1]) if wrap else 0
         pad = partial(pad_to, height=height, width=width, circular=wrap)
         self.pixels = self._with_margin(pad(image[None]), self.margin * factor)
+        self.controls = read_controls(
+            controls, _one, self.size, lambda one: self._with_margin(pad(one[None]), self.margin * factor)[0]
+        )
         self.areas = Areas(self.size, pad, factor, regions, mask, feather, wrap=wrap, background=bool(prompt))
         self.expected = self._expected() if coverage == "expected" else None
 
@@ -222,3 +229,7 @@ class Panorama(Canvas):
     @staticmethod
     def _with_margin(canvas: Tensor, margin: int) -> Tensor:
         return torch.cat([canvas[..., canvas.shape[-1] - margin :], canvas, canvas[..., :margin]], -1)
+
+
+def _one(path: str, key: str) -> list[Tensor]:
+    return [read_image(path, key)]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from csd_exp.answers.pan import PAN
 from csd_exp.particles.areas import Box, check_areas
+from csd_exp.particles.controls import check_controls, read_controls
 from csd_exp.particles.images import WholePictures
 from csd_exp.videos import Frames
 
@@ -18,13 +19,17 @@ class Video(WholePictures):
 
     path: a video file, or a folder of images that are its frames, in natural order.
     start, stop, step: which frames to take, as in a slice. fps: frames a second; None keeps their own times.
-    The last four are as `csd_exp.videos.Frames` says, the rest as for WholePictures.
+    controls: for a prior that is controlled by pictures, a video or folder like this for each that it is
+        given, of which the same frames are taken.
+    path to fps are as `csd_exp.videos.Frames` says, the rest as for WholePictures.
     """
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
         given = {name: config[name] for name in ("start", "stop", "step", "fps") if name in config}
-        check_areas(config, Frames(config["path"], **given).size)
+        size = Frames(config["path"], **given).size
+        check_areas(config, size)
+        check_controls(config.get("controls"), lambda path, _: Frames(path, **given), size)
 
     def __init__(
         self,
@@ -40,6 +45,7 @@ class Video(WholePictures):
         regions: Sequence[Mapping[str, Any]] | None = None,
         mask: str | Box | Sequence[str] | None = None,
         feather: int | None = None,
+        controls: Sequence[str] | None = None,
         prompt: str = "",
         dtype: str = "float32",
     ):
@@ -48,6 +54,9 @@ class Video(WholePictures):
             frames.size, factor, multiple, batch, regions, mask, feather, prompt, dtype, frames.count
         )
         self.frames, self.film, self.pixels = frames, frames, Padded(frames, self.pad)
+        self.controls = read_controls(
+            controls, lambda path, _: Frames(path, start, stop, step), self.size, self.pad
+        )
 
     def facts(self, i: int) -> dict[str, Any]:
         return super().facts(i) | {"flow": self._panned(i)}

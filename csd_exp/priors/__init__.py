@@ -9,6 +9,8 @@ from csd_exp.priors.flow import RectifiedFlow as RectifiedFlow
 
 # diffusers takes seconds to import, and most of the package does without it.
 _LATER = {
+    "ControlNet": "controlnet",
+    "ControlNetXL": "controlnet",
     "Flux": "flux",
     "FluxKontext": "flux",
     "InstructPix2Pix": "stable_diffusion",
@@ -20,6 +22,8 @@ _LATER = {
 }
 
 __all__ = [
+    "ControlNet",
+    "ControlNetXL",
     "Flux",
     "FluxKontext",
     "GaussianFlow",

@@ -107,6 +107,10 @@ class Prior(ABC):
         """What an editing prior is conditioned on, [n, C, h, w]; None for a prior that takes no image."""
         return None
 
+    def controlled(self, image: Tensor, controls: Sequence[Tensor]) -> Tensor | None:
+        """The same with pictures like `image` that are given beside it, for a prior that asks for them."""
+        return self.condition(image)
+
     @abstractmethod
     def guidance(self, prompt: str, condition: Tensor | None = None, negative_prompt: str = "") -> Guidance:
         """The guided estimate of one view with condition [C, h, w]; equal conditionings share one Cond.

@@ -59,6 +59,7 @@ class LatentPrior(Prior):
         self._embeddings: dict[str, Cond] = {}
         self._networks: dict[str, nn.Module] = {}
         self._encoders: dict[str, nn.Module] = {}
+        self._arrived = True
 
     def hold(self, vae: Any, encoders: dict[str, Any], **networks: Any) -> None:
         """Freeze the networks in `dtype`; those that convolve in the memory format asked for.
@@ -66,12 +67,15 @@ class LatentPrior(Prior):
         encoders: of texts, which are on the device only while a new text is embedded.
         """
         self._networks, self._encoders = {"vae": vae, **networks}, encoders
-        with quiet():
-            for network in (*self._networks.values(), *encoders.values()):
-                network.eval().requires_grad_(False).to(self.precision_of(network))
+        for network in (*self._networks.values(), *encoders.values()):
+            self.freeze(network)
         self.vae = vae
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self._limit_memory(self.tile)
+
+    def freeze(self, network: Any) -> None:
+        with quiet():
+            network.eval().requires_grad_(False).to(self.precision_of(network))
 
     def precision_of(self, network: Any) -> torch.dtype:
         """What a network is held in: `dtype`, but for what overflows in it."""
@@ -79,9 +83,10 @@ class LatentPrior(Prior):
         return torch.bfloat16 if overflows else self.dtype
 
     def to(self, device: torch.device) -> None:
+        """The autoencoder comes at once, the other networks with the first row, when texts are embedded."""
         super().to(device)
-        for network in self._networks.values():
-            network.to(self.device)
+        self.vae.to(self.device)
+        self._arrived = False
         for text in self._embeddings.values():
             text.update({name: tensor.to(self.device) for name, tensor in text.items()})
 
@@ -107,12 +112,17 @@ class LatentPrior(Prior):
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.scaled(self.unscaled(image, noise if self.posterior == "sample" else None))
 
+    @property
+    def latent_shift(self) -> float:
+        """What is taken from the autoencoder's latents before they are scaled."""
+        return self.vae.config.shift_factor or 0.0
+
     def scaled(self, z: Tensor) -> Tensor:
         """Latents of the autoencoder's own."""
-        return (z - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+        return (z - self.latent_shift) * self.vae.config.scaling_factor
 
     def decode(self, latent: Tensor) -> Tensor:
-        z = latent / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+        z = latent / self.vae.config.scaling_factor + self.latent_shift
         return (self.returned(self.vae.decode(self.held(z, self.vae.dtype)).sample, latent) + 1) / 2
 
     def unscaled(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -152,6 +162,10 @@ class LatentPrior(Prior):
 
     def predicted(self, x: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
         """The same for the caller's rows."""
+        if not self._arrived:
+            for network in self._networks.values():
+                network.to(self.device)
+            self._arrived = True
         n = len(x)
         rows = list(range(n)) + [n - 1] * (self.row_chunk - n if self._fill else 0)
         conds = [conds[i] for i in rows]

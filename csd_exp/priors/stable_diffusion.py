@@ -113,7 +113,11 @@ class StableDiffusion(LatentPrior):
         return alpha * x_t - sigma * out
 
     def network(self, x: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
-        return self.unet(x, t, encoder_hidden_states=self.texts(conds), return_dict=False)[0]
+        return self.unet(x, **self.inputs(x, t, conds), return_dict=False)[0]
+
+    def inputs(self, x: Tensor, t: Tensor, conds: Sequence[Cond]) -> dict[str, Any]:
+        """What the network takes beside rows x."""
+        return {"timestep": t, "encoder_hidden_states": self.texts(conds)}
 
     @torch.no_grad()
     def embed(self, prompt: str) -> Cond:

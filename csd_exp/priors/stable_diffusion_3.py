@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from csd_exp.errors import InputError
+from csd_exp.errors import InputError, accept
 from csd_exp.priors.base import Cond, ViewShape
 from csd_exp.priors.folders import (
     check_family,
@@ -29,6 +29,7 @@ from csd_exp.priors.latent import (
     tokenized,
 )
 
+Recipe = Literal["ultraedit", "diffusers"]
 T5_TOKENS = 256  # as in diffusers' pipeline
 
 
@@ -136,15 +137,32 @@ class StableDiffusion3(LatentFlow):
 
 
 class UltraEdit(Editing, StableDiffusion3):
-    """UltraEdit (Zhao et al. 2024): InstructPix2Pix on Stable Diffusion 3, conditioned on the scaled mode.
+    """UltraEdit (Zhao et al. 2024): InstructPix2Pix on Stable Diffusion 3.
 
+    recipe: how it was trained. `ultraedit`: as the authors' training and pipeline have it, latents scaled and
+        not shifted, conditioned on the posterior's mode as it is; `diffusers`: latents and condition shifted
+        and scaled, as diffusers' community pipeline and weights made for it have them.
+    conditioning: null is the recipe's own.
     The rest is as for Editing and StableDiffusion3.
     """
 
     family = "ultraedit"
 
-    def __init__(self, path: str | Path | Parts3, conditioning: Conditioning = "mode_scaled", **shared):
-        super().__init__(path=path, conditioning=conditioning, **shared)
+    def __init__(
+        self,
+        path: str | Path | Parts3,
+        recipe: Recipe = "ultraedit",
+        conditioning: Conditioning | None = None,
+        **shared,
+    ):
+        accept("prior.recipe", recipe, get_args(Recipe))
+        self.recipe = recipe
+        own: Conditioning = "mode_unscaled" if recipe == "ultraedit" else "mode_scaled"
+        super().__init__(path=path, conditioning=conditioning or own, **shared)
+
+    @property
+    def latent_shift(self) -> float:
+        return 0.0 if self.recipe == "ultraedit" else super().latent_shift
 
 
 def _classes(path: str | Path, folder: Path, t5: bool) -> dict[str, type]:

@@ -108,18 +108,14 @@ class StableDiffusionXL(StableDiffusion):
         known = self._places.setdefault(place, torch.tensor(place, dtype=torch.float32))
         return [(weight, Cond(**cond, place=known)) for weight, cond in guidance]
 
-    def network(self, x: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
+    def inputs(self, x: Tensor, t: Tensor, conds: Sequence[Cond]) -> dict[str, Any]:
         size = [side * self.factor for side in x.shape[-2:]]
         whole = torch.tensor([*size, 0, 0], dtype=torch.float32)
         places = torch.stack([whole if c["place"] is None else c["place"] for c in conds])
         sizes = torch.cat([places, torch.tensor(size, dtype=torch.float32).expand(len(conds), 2)], 1)
-        return self.unet(
-            x,
-            t if self.times is None else self.times.to(t.device)[t],
-            encoder_hidden_states=self.texts(conds),
-            added_cond_kwargs={"text_embeds": self.texts(conds, "pooled"), "time_ids": sizes.to(x.device)},
-            return_dict=False,
-        )[0]
+        added = {"text_embeds": self.texts(conds, "pooled"), "time_ids": sizes.to(x.device)}
+        time = t if self.times is None else self.times.to(t.device)[t]
+        return super().inputs(x, time, conds) | {"added_cond_kwargs": added}
 
     @torch.no_grad()
     def embed(self, prompt: str) -> Cond:
