@@ -96,6 +96,14 @@ def told(config: DictConfig, files: Mapping[str, Mapping[str, str]]) -> dict[str
     return {key: value for key, value in settings.items() if not (isinstance(value, str) and is_path(key))}
 
 
+def compared(config: DictConfig, files: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """Every key that touches the numbers, with checksums in the place of the files that it names.
+
+    files: the run's `inputs`. Two runs of one prior's weights have the same numbers where these are the same.
+    """
+    return {key: _by_content(value, key, files) for key, value in scientific(config).items()}
+
+
 def check_same_science(folder: Path, config: DictConfig) -> None:
     """Refuse to continue the run in a folder under anything that would have given it other numbers.
 

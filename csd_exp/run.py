@@ -22,7 +22,7 @@ from csd_exp.callbacks import CheckpointFiles, Interruption, Media, Provenance
 from csd_exp.config import check, composed, literal, quoted, resolved
 from csd_exp.errors import InputError, RankLost
 from csd_exp.evaluate import build_metrics, entries, write_metrics
-from csd_exp.files import short, too_large, unwritable
+from csd_exp.files import short, too_large, unwritable, write_whole
 from csd_exp.identity import inputs
 from csd_exp.images import saved_pictures
 from csd_exp.interruption import SIGNALS, Interrupted, handled, ignored, stop
@@ -40,6 +40,7 @@ from csd_exp.launch import (
 from csd_exp.loggers import Wandb
 from csd_exp.parts import built_trainer, check_parts
 from csd_exp.report import write_report
+from csd_exp.saved import FAILED
 
 PATIENCE = 5.0  # seconds for the other processes of a run to end by themselves
 
@@ -88,9 +89,9 @@ def run(
 
     command: the words after `csd` that ask for it. signals: those that it handles. Under DDP every rank
     returns the result and rank zero alone writes. Raises InputError for a configuration that cannot be used,
-    and Interrupted where a signal ends it.
+    and Interrupted where a signal ends it; the reason is left in the folder, see `csd_exp.saved.FAILED`.
     """
-    with handled(signals, ignored if is_child() else stop):
+    with handled(signals, ignored if is_child() else stop), _reason_kept(run_dir):
         try:
             return _run(config, run_dir, command, signals)
         except Interrupted as e:
@@ -105,6 +106,31 @@ def run(
             raise InputError(f"trainer or a callback is not accepted: {' '.join(str(e).split())}") from e
         except (MemoryError, RuntimeError) as e:
             raise too_large(e) from e
+
+
+@contextmanager
+def _reason_kept(run_dir: Path) -> Iterator[None]:
+    """Leave in the folder why its run did not finish; what one refuses before it goes on changes nothing."""
+    config, before = run_dir / "config.yaml", None
+    if config.is_file():
+        before = config.stat().st_mtime_ns
+    try:
+        yield
+        if is_first():
+            (run_dir / FAILED).unlink(missing_ok=True)
+    except BaseException as e:
+        begun = before is None or config.stat().st_mtime_ns != before
+        if is_first() and begun and run_dir.is_dir():
+            with suppress(OSError):  # a full disk, which the run itself says
+                write_whole(run_dir / FAILED, f"{_reason(e)}\n")
+        raise
+
+
+def _reason(error: BaseException) -> str:
+    """In one line; a bug, which has no sentence, by its kind."""
+    said = isinstance(error, InputError | FloatingPointError | RankLost | Interrupted)
+    words = " ".join(str(error).split())
+    return words if said and words else f"{type(error).__name__}: {words}".rstrip(": ")
 
 
 def _how_to_go_on(run_dir: Path, command: Sequence[str]) -> str:

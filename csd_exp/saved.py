@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from csd_exp.errors import InputError
 from csd_exp.trust import check_resolvers
 
 INPUTS = "inputs.json"
+FAILED = "failed.txt"  # one line: why the last attempt at a run did not finish
 LAUNCHED = "launched_in"  # of provenance.json: the folder from which relative paths count
 
 
@@ -31,6 +33,17 @@ def saved(folder: Path) -> tuple[DictConfig, dict[str, dict[str, str]]]:
         if said and said != str(folder) and config.get(group):
             config[group] = moved(OmegaConf.to_container(config[group]), str(said), str(folder))
     return config, inputs
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The folders of runs in a folder, itself included: those in which training has begun, 2 before 10."""
+    files = folder.rglob("provenance.json")
+    return sorted((f.parent for f in files if (f.parent / "config.yaml").is_file()), key=_natural)
+
+
+def _natural(folder: Path) -> list[tuple[int, str]]:
+    parts = re.split(r"(\d+)", str(folder))
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _launched(folder: Path) -> str | None:

@@ -17,7 +17,7 @@ from csd_exp.config import is_allow, quoted
 from csd_exp.errors import InputError
 from csd_exp.evaluate import evaluate, settings_of
 from csd_exp.figures.plan import Cell
-from csd_exp.figures.results import Record
+from csd_exp.figures.results import Record, logged
 from csd_exp.figures.strength import Point
 from csd_exp.run import edit
 
@@ -123,17 +123,3 @@ def _fingerprint(weights: str) -> str:
 def _path(run: Path) -> list[Point]:
     """What was measured along the steps of a run."""
     return [point for point in logged(run / "metrics.csv") if point.keys() > {"step", "rows"}]
-
-
-def logged(file: Path) -> list[Point]:
-    """What metrics.csv has after each step of a run: `step`, the network `rows` spent, metrics by name."""
-    points: dict[float, Point] = {}
-    with file.open(newline="", encoding="utf-8") as opened:
-        for row in csv.DictReader(opened):
-            step = float(row["step"]) + 1
-            point = points.setdefault(step, {"step": step, "rows": 0.0})
-            point |= {
-                key.removeprefix("metrics/"): float(v) for key, v in row.items() if v and "metrics/" in key
-            }
-            point["rows"] = float(row.get("step/rows") or point["rows"])
-    return [points[step] for step in sorted(points)]

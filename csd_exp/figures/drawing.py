@@ -18,6 +18,8 @@ from csd_exp.figures.tables import END, Line, methods
 from csd_exp.images import read_image, saved_pictures, to_uint8
 
 CAPTION = 7  # points
+LABEL = 70  # characters at a row
+TALL = 80.0  # inches, above which no picture is written
 WIDE = 72 / CAPTION / 0.58  # characters of a caption in an inch
 
 
@@ -163,6 +165,41 @@ class Bars:
             axes.grid(axis="x", alpha=0.3)
         drawn[0].set_yticks(range(len(lines)), names, fontsize=7)
         drawn[0].invert_yaxis()
+        return figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervals:
+    """A panel for each metric, a row for each line of the table: its mean and error, its seeds as points.
+
+    The lines are those of the runs' places, in any order; panels stand in rows of `across`.
+    """
+
+    across: int = 4
+
+    def __call__(self, results: Results, lines: Sequence[Line], titles: Mapping[str, str]) -> Figure:
+        across = min(self.across, len(titles))
+        down = -(-len(titles) // across)
+        height = min(TALL, down * (0.9 + 0.3 * len(lines)))
+        figure = Figure(figsize=(2.4 + 2.4 * across, height), layout="constrained")
+        drawn = figure.subplots(down, across, squeeze=False, sharey=True)
+        groups = results.groups(list(lines[0].names))
+        for axes, (column, title) in zip(drawn.flat, titles.items(), strict=False):
+            for place, line in enumerate(lines):
+                own = groups.get(tuple(line.names.values()), [])
+                values = list(results.of_each_seed(own, column).values())
+                axes.plot(values, [place + 0.2] * len(values), "o", color="C0", alpha=0.5, markersize=3)
+                if (value := line.measured.get(column)) is not None:
+                    axes.errorbar(value.mean, place, xerr=value.error, fmt="|", color="C3", capsize=3)
+            axes.set_title(title, fontsize=8)
+            axes.locator_params(axis="x", nbins=5)
+            axes.tick_params(labelsize=7)
+            axes.grid(axis="x", alpha=0.3)
+        for axes in list(drawn.flat)[len(titles) :]:
+            axes.set_axis_off()
+        names = [textwrap.shorten(_named(line), LABEL, placeholder=" …") for line in lines]
+        drawn[0, 0].set_yticks(range(len(lines)), names, fontsize=7)
+        drawn[0, 0].set_ylim(len(lines) - 0.5, -0.5)
         return figure
 
 

@@ -1,5 +1,6 @@
 """What the runs of a figure say: means with standard errors over seeds, also at equal edit strength."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -102,8 +103,12 @@ class Results:
 
     def at_end(self, records: Sequence[Record], column: str) -> Summary | None:
         """A metric of the final pictures: for each seed the mean over its runs, then over the seeds."""
-        means = (_mean([record.values for record in own]) for own in by_seed(records).values())
-        return summary([mean[column] for mean in means if column in mean])
+        return summary(list(self.of_each_seed(records, column).values()))
+
+    def of_each_seed(self, records: Sequence[Record], column: str) -> dict[int, float]:
+        """The same for each seed alone."""
+        means = {seed: _mean([r.values for r in own]) for seed, own in by_seed(records).items()}
+        return {seed: mean[column] for seed, mean in means.items() if column in mean}
 
     def at_equal(self, records: Sequence[Record], column: str, strength: float) -> Summary | None:
         """The same where each seed's edit comes up to `strength`; None unless all seeds do."""
@@ -169,3 +174,17 @@ def _mean(points: Sequence[Mapping[str, float]]) -> Point:
     """The mean of each number over the points that have it."""
     names = dict.fromkeys(name for point in points for name in point)
     return {name: float(np.mean([point[name] for point in points if name in point])) for name in names}
+
+
+def logged(file: Path) -> list[Point]:
+    """What metrics.csv has after each step of a run: `step`, the network `rows` spent, metrics by name."""
+    points: dict[float, Point] = {}
+    with file.open(newline="", encoding="utf-8") as opened:
+        for row in csv.DictReader(opened):
+            step = float(row["step"]) + 1
+            point = points.setdefault(step, {"step": step, "rows": 0.0})
+            point |= {
+                key.removeprefix("metrics/"): float(v) for key, v in row.items() if v and "metrics/" in key
+            }
+            point["rows"] = float(row.get("step/rows") or point["rows"])
+    return [points[step] for step in sorted(points)]
