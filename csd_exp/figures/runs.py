@@ -193,7 +193,8 @@ def _one_setting_a_metric(runs: Sequence[Run]) -> tuple[list[Run], dict[str, str
         for way, entry in entries.items():
             said = ", ".join(f"{key}={(entry.get('settings') or {}).get(key)}" for key in differ)
             names[name, way] = own = f"{name} ({said})" if said else name
-            titles[own] = f"{own}{ {True: ' ↑', False: ' ↓'}.get(entry.get('higher_is_better'), '') }"
+            better = entry.get("higher_is_better")
+            titles[own] = own if better is None else f"{own} {'↑' if better else '↓'}"
     return [
         replace(
             run,
