@@ -102,12 +102,15 @@ class Kernel:
         """The kernel and its derivative at u = gamma |x - y|^2 >= 0."""
         raise NotImplementedError
 
-    def __call__(self, phi: Tensor) -> tuple[Tensor, Tensor]:
-        """K [N, N] and repulsion [N, D] of particles phi [N, D]; repulsion_i = sum_j grad_{phi_i} k."""
-        distances = squared_distances(phi)
+    def of(self, distances: Tensor) -> tuple[Tensor, Tensor]:
+        """K and dK / d phi_i in units of phi_i - phi_j, both [N, N], of squared distances [N, N]."""
         gamma = self.scale * inverse_bandwidth(distances, self.bandwidth)
         k, slope = self.profile(gamma * distances)
-        pull = 2 * gamma * slope
+        return k, 2 * gamma * slope
+
+    def __call__(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """K [N, N] and repulsion [N, D] of particles phi [N, D]; repulsion_i = sum_j grad_{phi_i} k."""
+        k, pull = self.of(squared_distances(phi))
         # Differences first: sum_j pull_ij * phi_i - pull @ phi would cancel for near-equal particles.
         repulsion = torch.stack([row @ (x - phi) for row, x in zip(pull, phi, strict=True)])
         return k, repulsion
@@ -135,17 +138,14 @@ class Perceptual(Kernel):
     whose own it is, as of `features=perceptual`. N is the number of particles, and at least 2.
     """
 
-    def __call__(self, phi: Tensor) -> tuple[Tensor, Tensor]:
-        d = squared_distances(phi)
-        n = len(d)
+    def of(self, distances: Tensor) -> tuple[Tensor, Tensor]:
+        d, n = distances, len(distances)
         pairs = d[~torch.eye(n, dtype=torch.bool, device=d.device)]
         median = pairs.median() if len(pairs) else d.new_zeros(())
         tiny = torch.finfo(d.dtype).smallest_normal ** 0.5
         gamma = self.scale * log(max(n, 2)) / median.square() if median > tiny else d.new_zeros(())
         k = torch.exp(-gamma * d.square())
-        pull = -4 * gamma * d * k
-        repulsion = torch.stack([row @ (x - phi) for row, x in zip(pull, phi, strict=True)])
-        return k, repulsion
+        return k, -4 * gamma * d * k
 
 
 class Uniform(Kernel):
