@@ -272,6 +272,13 @@ class TestPlan:
             ((("method", "o"),), ["p=2"]),
         ]
 
+    def test_a_value_may_be_more_at_one_size(self, cells):
+        values = {"s": {"overrides": ["p=1"], "sizes": {"quick": ["n=5"], "full": ["n=9"]}}, "o": ["p=2"]}
+        assert [overrides[:-1] for _, overrides in cells({"method": values})[::2]] == [
+            ["p=1", "n=5"],
+            ["p=2"],
+        ]
+
     @pytest.mark.parametrize(
         ("axes", "said"),
         [

@@ -32,11 +32,13 @@ class Choice:
 class Value:
     """A value of an axis that is more than a list of overrides of csd.
 
-    title: what tables and drawings call it. axes: of its own, on which no other value is.
+    title: what tables and drawings call it. sizes: more overrides where the figure has that size. axes: of
+    its own, on which no other value is.
     """
 
     title: str | None = None
     overrides: list[str] = field(default_factory=list)
+    sizes: dict[str, list[str]] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -209,7 +211,8 @@ def _value(node: Any, key: str, choices: Sequence[DictConfig], figure: DictConfi
         value = OmegaConf.merge(OmegaConf.structured(Value), given)
     except (OmegaConfBaseException, ValueError) as e:
         raise InputError(f"{key} is no list of overrides and no value with some ({sentence(e)}).") from e
-    return Value(value.title, list(value.overrides), _axes(value.axes, choices, figure))
+    overrides = [*value.overrides, *value.sizes.get(figure.size, [])]
+    return Value(value.title, overrides, axes=_axes(value.axes, choices, figure))
 
 
 def _chosen(
