@@ -225,11 +225,20 @@ def test_samplers_average_by_count_whatever_the_taper(write_image, fit):
     assert torch.equal(ends[0], ends[2])
 
 
-@pytest.mark.parametrize("preset", ["official", "official_nosvgd"])
-def test_the_public_code_counts_whatever_an_experiment_says(preset):
-    for experiment in ("panorama", "regions", "mask", "demo"):
-        modality = composed([f"experiment={experiment}", f"preset={preset}"]).modality
-        assert (modality.taper, modality.coverage) == ("none", "step")
+def test_the_public_code_counts_whatever_an_experiment_says(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    said = "# @package _global_\ndefaults: [panorama]\ntaper: hann\ncoverage: expected\n"
+    (tmp_path / "experiment/tapered.yaml").write_text(said)
+
+    def averaged(*overrides):
+        modality = composed([*overrides, f"hydra.searchpath=[file://{tmp_path}]"]).modality
+        return modality.taper, modality.coverage
+
+    assert averaged("experiment=tapered") == ("hann", "expected")
+    for preset in ("official", "official_nosvgd", "paper"):
+        assert averaged("experiment=tapered", f"preset={preset}") == ("none", "step")
+        assert "taper" not in composed(["experiment=video", f"preset={preset}"]).modality
+    assert averaged("experiment=tapered", "preset=official", "modality.taper=hann") == ("hann", "step")
 
 
 @pytest.mark.parametrize("key", ["taper", "coverage"])
