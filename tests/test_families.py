@@ -100,6 +100,19 @@ def test_rows_are_held_to_one_device(folder, family):
     assert prior.decode(x_t).device == elsewhere
 
 
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_layers_that_are_brought_one_by_one_say_the_same(folder, family):
+    plain, prior = (CLASSES[family](folder(family), offload=offload) for offload in (False, True))
+    prior.to(torch.device("cpu"))
+    x_t = torch.randn(1, prior.views.channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    query = Query(x_t, 421, [plain.guidance("x")])
+    for _ in range(2):
+        assert torch.equal(predict(prior, [query])[0], predict(plain, [query])[0])
+    assert prior.fingerprint == plain.fingerprint
+    with pytest.raises(InputError, match=r"prior\.compile and prior\.offload do not go together"):
+        CLASSES[family](folder(family), offload=True, compile=True)
+
+
 def test_a_folder_of_no_family_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet/config.json").write_text("[")
