@@ -19,6 +19,7 @@ from csd_exp.targets import ALLOWED_EXACT, RENAMED
 HARMLESS = (
     *("allow", "ckpt_path", "dir", "logger", "metrics", "name", "optimized_metric", "prompt_file", "tags"),
     *("prior.device", "prior.row_chunk", "prior.compile", "prior.channels_last", "prior.allow_pickle"),
+    "prior.offload",
     "features.device",
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.precision"),
     *("trainer.default_root_dir", "trainer.enable_checkpointing", "trainer.enable_model_summary"),

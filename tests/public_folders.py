@@ -37,11 +37,7 @@ FLUX = {
     "pooled_projection_dim": 768,
 }
 PNDM = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
-EULER = {
-    "_class_name": "EulerDiscreteScheduler",
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-}
+EULER = PNDM | {"_class_name": "EulerDiscreteScheduler"}
 EDM = {"_class_name": "EDMEulerScheduler", "sigma_data": 1.0, "prediction_type": "v_prediction"}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 
@@ -113,10 +109,7 @@ def write_public(folder: Path, name: str) -> str:
     index: dict = {"_class_name": pipeline}
     for part, config in parts.items():
         (folder / part).mkdir(parents=True)
-        index[part] = [
-            "transformers" if part.startswith("text") else "diffusers",
-            str(config.get("_class_name")),
-        ]
+        index[part] = ["transformers" if part.startswith("text") else "diffusers", "Part"]
         file = "scheduler_config.json" if part == "scheduler" else "config.json"
         (folder / part / file).write_text(json.dumps(config))
         stem = "model" if part.startswith("text") else "diffusion_pytorch_model"

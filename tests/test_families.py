@@ -59,28 +59,28 @@ def folder(tmp_path_factory):
     return cache(lambda family: SAVED[family](tmp_path_factory.mktemp(family) / "folder"))
 
 
-@pytest.mark.parametrize("family", CLASSES)
-def test_the_family_is_told_from_the_folder(folder, family):
-    assert family_of(folder(family))[0] == family == CLASSES[family].family
-    config = composed(["prior=auto", f"prior.path={folder(family)}", "prior.guidance_scale=2", "prompt=x"])
-    assert config.prior._target_ == f"csd_exp.priors.{CLASSES[family].__name__}"
-    assert (config.prior.guidance_scale, config.prior.path) == (2, str(folder(family)))
-    CLASSES[family].check(config.prior)
+def test_auto_takes_the_choice_of_the_family(folder):
+    path = folder("sdxl_instruct_pix2pix")
+    config = composed(["prior=auto", f"prior.path={path}", "prior.guidance_scale=2", "prompt=x"])
+    assert config.prior._target_ == "csd_exp.priors.InstructPix2PixXL"
+    assert (config.prior.guidance_scale, config.prior.image_guidance_scale) == (2, 1.5)
+    assert config.prior.path == str(path)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_configurations_of_public_models_pass(tmp_path, name):
-    family = write_public(tmp_path / name, name)
-    config = composed(["prior=auto", f"prior.path={tmp_path / name}", "prompt=x"])
-    assert config.prior._target_ == f"csd_exp.priors.{CLASSES[family].__name__}"
-    CLASSES[family].check(config.prior)
+    family, path = write_public(tmp_path / name, name), f"prior.path={tmp_path / name}"
+    assert named(["prior=auto", path]) == [f"prior={family}", path]
+    config = {"path": str(tmp_path / name)}
+    CLASSES[family].check(config)
     with pytest.raises(InputError, match=rf"as of {family}; use it with prior={family}\."):
-        CLASSES["flux" if family == "sdxl" else "sdxl"].check(config.prior)
+        CLASSES["flux" if family == "sdxl" else "sdxl"].check(config)
 
 
 @pytest.mark.parametrize("family", CLASSES)
 def test_rows_are_held_to_one_device(folder, family):
     """On torch's device `meta`, where no operation may meet a tensor of another one."""
+    assert family_of(folder(family))[0] == family == CLASSES[family].family
     prior, image = CLASSES[family](folder(family)), torch.rand(1, 3, 32, 32)
     conditions = prior.condition(image)
     guidance = prior.guidance("x", None if conditions is None else conditions[0])
@@ -98,6 +98,19 @@ def test_rows_are_held_to_one_device(folder, family):
         (out,) = predict(prior, queries)
         assert out.device == denoiser.device == elsewhere
     assert prior.decode(x_t).device == elsewhere
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_layers_that_are_brought_one_by_one_say_the_same(folder, family):
+    plain, prior = (CLASSES[family](folder(family), offload=offload) for offload in (False, True))
+    prior.to(torch.device("cpu"))
+    x_t = torch.randn(1, prior.views.channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    query = Query(x_t, 421, [plain.guidance("x")])
+    for _ in range(2):
+        assert torch.equal(predict(prior, [query])[0], predict(plain, [query])[0])
+    assert prior.fingerprint == plain.fingerprint
+    with pytest.raises(InputError, match=r"prior\.compile and prior\.offload do not go together"):
+        CLASSES[family](folder(family), offload=True, compile=True)
 
 
 def test_a_folder_of_no_family_is_one_sentence(tmp_path, monkeypatch):

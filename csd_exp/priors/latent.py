@@ -5,7 +5,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class LatentPrior(Prior):
     device: null, the Trainer's; `cpu`, `cuda` (of this rank) or `cuda:N`.
     row_chunk: most rows per network call. channels_last: memory format of the convolutions.
     compile: torch.compile the network; every call is then filled up to row_chunk rows.
+    offload: whether the denoiser's layers stay in RAM and are brought to the device one by one, by diffusers'
+        group offloading; slower, and for weights that the device cannot hold.
     tile: images with a side above this many pixels go through the autoencoder in tiles of this side,
         blended over a quarter of it; None never tiles.
     Raises InputError, naming the key, for a setting out of range.
@@ -46,12 +48,15 @@ class LatentPrior(Prior):
         row_chunk: int = 16,
         channels_last: bool = False,
         compile: bool = False,
+        offload: bool = False,
         tile: int | None = 1024,
     ):
         accept("prior.posterior", posterior, get_args(Posterior))
         accept("prior.dtype", dtype, get_args(Dtype))
         if row_chunk < 1:
             raise InputError(f"prior.row_chunk must be at least 1, not {row_chunk}.")
+        if compile and offload:
+            raise InputError("prior.compile and prior.offload do not go together; choose one of them.")
         check_place(device)
         self.posterior, self.dtype, self.place = posterior, getattr(torch, dtype), device
         self.guidance_scale, self.row_chunk, self.tile, self._fill = guidance_scale, row_chunk, tile, compile
@@ -59,7 +64,7 @@ class LatentPrior(Prior):
         self._embeddings: dict[str, Cond] = {}
         self._networks: dict[str, nn.Module] = {}
         self._encoders: dict[str, nn.Module] = {}
-        self._arrived = True
+        self._arrived, self._offload = True, offload
 
     def hold(self, vae: Any, encoders: dict[str, Any], **networks: Any) -> None:
         """Freeze the networks in `dtype`; those that convolve in the memory format asked for.
@@ -74,6 +79,7 @@ class LatentPrior(Prior):
         self._limit_memory(self.tile)
 
     def freeze(self, network: Any) -> None:
+        """Make a network ready to be asked, in its precision."""
         with quiet():
             network.eval().requires_grad_(False).to(self.precision_of(network))
 
@@ -163,14 +169,22 @@ class LatentPrior(Prior):
     def predicted(self, x: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
         """The same for the caller's rows."""
         if not self._arrived:
-            for network in self._networks.values():
-                network.to(self.device)
-            self._arrived = True
+            self._arrive()
         n = len(x)
         rows = list(range(n)) + [n - 1] * (self.row_chunk - n if self._fill else 0)
         conds = [conds[i] for i in rows]
         out = self.network(self.held(self.seen(x[rows], conds)), t.to(self.device)[rows], conds)
         return self.returned(out[:n], x)
+
+    def _arrive(self) -> None:
+        self._arrived = True
+        for network in self._networks.values():
+            if self._offload and network is not self.vae:
+                cast(Any, network).enable_group_offload(
+                    self.device, offload_type="leaf_level", use_stream=self.device.type == "cuda"
+                )
+            else:
+                network.to(self.device)
 
     def seen(self, x: Tensor, conds: Sequence[Cond]) -> Tensor:
         """The channels that the network takes of rows x."""
