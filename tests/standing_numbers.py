@@ -17,15 +17,17 @@ import numpy as np
 
 import csd_exp
 
-EDIT = ("experiment=demo", "steps=20", "logger=csv", "callbacks=none")
+QUIET = ("logger=csv", "callbacks=none")
+STRIP = ("experiment=panorama", "modality.path=${asset:panorama.jpg}", "prompt=tint it", "optimizer.lr=1.0")
+EDIT = (*STRIP, "modality.batch=8", "steps=20", *QUIET)
 SAMPLED = (*EDIT, "method.sampler.steps=8", "modality.stride=8")
 RUNS = {
-    "demo": ("experiment=demo", "logger=csv", "callbacks=none"),
-    "video": ("experiment=video", "steps=12", "modality.stop=6", "modality.batch=4", *EDIT[2:]),
-    "regions": ("experiment=regions", "steps=12", *EDIT[2:]),
-    "mask": ("experiment=mask", "steps=12", *EDIT[2:]),
-    "generate": ("experiment=generate", "steps=12", *EDIT[2:]),
-    "official": (*EDIT[:1], *EDIT[2:], "preset=official", "steps=12"),
+    "demo": (*EDIT, "steps=120"),
+    "video": ("experiment=video", "steps=12", "modality.stop=6", "modality.batch=4", *QUIET),
+    "regions": ("experiment=regions", "steps=12", *QUIET),
+    "mask": ("experiment=mask", "steps=12", *QUIET),
+    "generate": ("experiment=generate", "steps=12", *QUIET),
+    "official": (*EDIT, "preset=official", "steps=12"),
     "adam": (*EDIT, "optimizer=adam", "modality.batch=null", "modality.stride=8"),
     "features": (*EDIT, "steps=6", "kernel.space=features"),
     "clean": (*EDIT, "kernel=imq", "kernel.space=x_0", "modality.jitter=true", "modality.wrap=true"),
