@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 from slurm import slurm
 
 import csd_exp
 from csd_exp import cli, identity
-from csd_exp.config import composed, conf_dir
+from csd_exp.config import check_values, composed, conf_dir
 from csd_exp.errors import InputError
 from csd_exp.figures.runs import run_in
 from csd_exp.saved import FAILED, runs_below
@@ -229,8 +230,8 @@ class TestSearch:
         assert [trial.state.name for trial in self.trials("a.db")] == ["FAIL"]
 
     def test_a_mistake_leaves_no_study(self, folder: Path) -> None:
-        with pytest.raises(InputError, match=r"modality\.stride"):
-            cli.csd(["-m", *self.SEARCH, "modality.stride=17"])
+        with pytest.raises(InputError, match="seed must lie in"):
+            cli.csd(["-m", *self.SEARCH, "seed=-1"])
         with pytest.raises(InputError, match="skip_finished=true is not for a search"):
             cli.csd(["-m", *self.SEARCH, "skip_finished=true"])
         assert [path.name for path in folder.iterdir()] == ["picture.png"]
@@ -247,3 +248,55 @@ class TestSearch:
         assert (one - latent(folder / "two/0")).abs().max() < 1e-5 * one.abs().max()
         other = latent(csd_exp.edit(*RUN, "prior.guidance_scale=9").run_dir)
         assert (one - other).abs().max() > 1e-2 * one.abs().max()
+
+
+STUDIES = sorted((conf_dir().parent / "sweeps").glob("*.yaml"))
+
+
+def grid(study: Path) -> dict[str, list]:
+    """The values of each parameter."""
+    sweep = yaml.safe_load(study.read_text())
+    assert (sweep["program"], sweep["method"]) == ("csd_exp", "grid")
+    return {key: of["values"] for key, of in sweep["parameters"].items()}
+
+
+def trial(study: Path, number: int) -> list[str]:
+    """The overrides that `${args_no_hyphens}` stands for, each parameter at its value of this number."""
+    return [f"{key}={values[number % len(values)]}" for key, values in grid(study).items()]
+
+
+def command(study: Path, overrides: list[str]) -> list[str]:
+    """What `wandb agent` starts, after `/usr/bin/env python`."""
+    words = yaml.safe_load(study.read_text())["command"]
+    assert words[:2] == ["${env}", "python"]
+    return [own for word in words[2:] for own in (overrides if word == "${args_no_hyphens}" else [word])]
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.stem)
+def test_every_parameter_of_a_study_composes(study: Path) -> None:
+    """Every value of it, and what it aims at is a metric of its runs."""
+    goal = yaml.safe_load(study.read_text())["metric"]["name"]
+    for number in range(max(map(len, grid(study).values()))):
+        words = trial(study, number)
+        config = composed(command(study, words)[2:])
+        check_values(config)
+        assert goal in config.metrics
+        for key, value in (word.split("=") for word in words):
+            chosen = config.hydra.runtime.choices.get(key)
+            assert str(chosen or OmegaConf.select(config, key)) == value
+
+
+def test_a_trial_of_a_study_runs_without_a_network(folder: Path) -> None:
+    (study,) = [study for study in STUDIES if study.stem == "kernel"]
+    tiny = [word for word in RUN if not word.startswith(("experiment=", "logger=", "metrics="))]
+    words = command(study, [*trial(study, 0), *tiny, "~metrics/perceptual", "hydra.run.dir=run"])
+    done = subprocess.run(
+        [sys.executable, *words],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "WANDB_MODE": "offline"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(Path("run/wandb").glob("offline-run-*/*.wandb"))) == 1
+    assert run_in(Path("run")).failed is None
