@@ -11,11 +11,13 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
+from glob import escape, glob
 from importlib import import_module
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import hydra
 from hydra._internal.core_plugins.basic_launcher import BasicLauncherConf
@@ -24,6 +26,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -47,6 +50,7 @@ from csd_exp.families import named
 from csd_exp.files import short, unwritable
 from csd_exp.interruption import SIGNALS, Interrupted, handle, handled, ignored, leave, stop
 from csd_exp.launch import Place, group, is_child, is_first, made, placed, together
+from csd_exp.saved import FAILED, runs_below
 
 PROMPTS = ("prompt", "source_prompt", "negative_prompt")
 
@@ -167,18 +171,24 @@ def _multirun(overrides: Sequence[str], name: str) -> None:
     started = group(lambda: 1)
     if started is not None and started.size > 1:
         together(started, lambda: _no_multirun(started.by))
+    skips, overrides = _skips(overrides, name)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     common = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
-    fixed = _at_one_moment(composed(common, name))
+    first = composed(common, name)
+    earlier, again = _earlier(first) if skips else ([], [])
+    fixed = [*_at_one_moment(first), *again]
     shared = composed([*common, *fixed], name)
     searches = shared.hydra.sweeper._target_ != BasicSweeperConf._target_
-    configs = [composed(job, name) for job in _jobs(parsed, shared.hydra.sweeper, fixed, searches)]
+    if searches and skips:
+        raise InputError("skip_finished=true is not for a search; it goes on by hydra.sweeper.storage.")
+    jobs = list(_jobs(parsed, shared.hydra.sweeper, fixed, searches))
+    chosen = _unfinished(jobs, earlier, name) if skips else range(len(jobs))
+    configs = [_job_config(jobs[job], number, name, searches) for number, job in enumerate(chosen)]
     for config in configs:
-        subdir = "0" if searches else config.hydra.sweep.subdir
-        config.hydra.run.dir = os.path.join(config.hydra.sweep.dir, subdir)
-        check_values(config)
         if config.ckpt_path or config.trainer.get("num_nodes", 1) > 1:
             raise InputError("-m starts new runs on one node; leave out ckpt_path and trainer.num_nodes.")
+    if not configs:
+        return
     sweep_dir = Path(shared.hydra.sweep.dir)
     runs = [] if searches else [Path(config.hydra.run.dir) for config in configs]
     _check_folders(sweep_dir, runs, searches)
@@ -186,14 +196,96 @@ def _multirun(overrides: Sequence[str], name: str) -> None:
 
     for config in configs:
         check_run(config)
+    if searches:
+        from csd_exp.search import continued
+
+        study = continued(shared, [str(o.input_line) for o in parsed if o.is_sweep_override()])
+        if study is None:
+            return
+        fixed += study
     handle(SIGNALS, stop)
-    _failed.clear()
     with made(runs, sweep_dir):
-        _hydra(["-m", *_named(name), *overrides, *fixed])
-    if _failed:
-        raise InputError(
-            f"{len(_failed)} of {len(configs)} jobs failed:" + "".join(f"\n  {line}" for line in _failed)
-        )
+        with _only(chosen), _searching():
+            _hydra(["-m", *_named(name), *overrides, *fixed])
+        failed = [run for run in runs if (run / FAILED).is_file()]
+        reasons = [f"\n  {short(run)}: {(run / FAILED).read_text().strip()}" for run in failed]
+    if failed:
+        raise InputError(f"{len(failed)} of {len(configs)} jobs failed:{''.join(reasons)}")
+
+
+def _job_config(job: Sequence[str], number: int, name: str, searches: bool = False) -> DictConfig:
+    """The configuration of a job in its folder, checked as far as no class is needed."""
+    config = composed([*job, f"hydra.job.num={number}", f"hydra.job.id={number}"], name)
+    subdir = "0" if searches else config.hydra.sweep.subdir
+    config.hydra.run.dir = os.path.join(config.hydra.sweep.dir, subdir)
+    check_values(config)
+    return config
+
+
+def _skips(overrides: Sequence[str], name: str) -> tuple[bool, list[str]]:
+    """Whether `skip_finished` is asked for, and the other overrides: jobs know nothing of it."""
+    given = [override for override in overrides if override.partition("=")[0] == "skip_finished"]
+    return bool(given) and composed(given, name).skip_finished, [o for o in overrides if o not in given]
+
+
+def _earlier(config: DictConfig) -> tuple[list[Path], list[str]]:
+    """The folders of multiruns that differ from this one's in their time alone.
+
+    Where it says no time, these are DIR, DIR_2 and so on, and an override names the next.
+    """
+    text = at_home(OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"])  # type: ignore[index]
+    timeless = config.copy()
+    timeless.hydra.sweep.dir = re.sub(r"\$\{now:[^}]*\}", "\0", text)
+    parts = str(timeless.hydra.sweep.dir).split("\0")
+    if len(parts) > 1:
+        return [Path(path) for path in sorted(glob("*".join(map(escape, parts))))], []
+    folders = [Path(parts[0]), *(Path(f"{parts[0].rstrip('/')}_{number}") for number in range(2, 1000))]
+    there = list(takewhile(Path.exists, folders))
+    return there, [f"hydra.sweep.dir={quoted(folders[len(there)])}"] if there else []
+
+
+def _unfinished(jobs: Sequence[Sequence[str]], earlier: Sequence[Path], name: str) -> list[int]:
+    """The numbers of the jobs that have not finished in the folders of earlier multiruns; names those."""
+    from csd_exp.identity import asked, finished, inputs
+
+    before = finished(run for folder in earlier for run in runs_below(folder))
+    left = []
+    for number, job in enumerate(jobs):
+        config = _job_config(job, number, name)
+        if (run := before.get(asked(config, inputs(config)))) is None:
+            left.append(number)
+        else:
+            print(f"finished before, in {short(run)}: {' '.join(job[-1:])}", flush=True)
+    return left
+
+
+@contextmanager
+def _only(jobs: Sequence[int]) -> Iterator[None]:
+    """Let Hydra's own sweeper go through the jobs of these numbers, which it counts anew."""
+    sweeper: Any = Plugins.instance().class_name_to_class[BasicSweeperConf._target_]  # a copy of Hydra's own
+    split = sweeper.split_arguments
+
+    def chosen(overrides: list[Override], size: int | None) -> list[list[list[str]]]:
+        (every,) = split(overrides, None)
+        left = [every[job] for job in jobs]
+        return [left[i : i + (size or len(left))] for i in range(0, len(left), size or len(left))]
+
+    sweeper.split_arguments = staticmethod(chosen)
+    try:
+        yield
+    finally:
+        sweeper.split_arguments = staticmethod(split)
+
+
+@contextmanager
+def _searching() -> Iterator[None]:
+    """Put it in one sentence that a search has come to no result."""
+    try:
+        yield
+    except ValueError as e:
+        if not str(e).startswith(("No trials are completed", "Record does not exist")):  # of two storages
+            raise
+        raise InputError("No trial of this search has finished; each one diverged, as is said above.") from e
 
 
 def _jobs(
@@ -208,8 +300,8 @@ def _jobs(
         parsed = [*OverridesParser.create().parse_overrides(params), *parsed]
     common = [*(str(o.input_line) for o in parsed if o.is_hydra_override()), *fixed]
     (jobs,) = BasicSweeper.split_arguments([o for o in parsed if not o.is_hydra_override()], None)
-    for number, job in enumerate(jobs):
-        yield [*common, *job, f"hydra.job.num={number}", f"hydra.job.id={number}"]
+    for job in jobs:
+        yield [*common, *job]
 
 
 def _no_multirun(by: str) -> NoReturn:
@@ -247,9 +339,6 @@ def _check_folders(sweep_dir: Path, runs: Sequence[Path], searches: bool) -> Non
             )
 
 
-_failed: list[str] = []  # the jobs of this multirun that have failed, and why
-
-
 def _hydra(args: Sequence[str]) -> None:
     sys.argv[1:] = args
     job()
@@ -263,19 +352,21 @@ def job(config: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
     searched = [o for o in hydra_config.overrides.hydra if o.startswith("hydra.searchpath=")]
+    searches = hydra_config.sweeper._target_ != BasicSweeperConf._target_
+    sweeps = hydra_config.mode == RunMode.MULTIRUN and not searches
     try:
         named = hydra_config.job.config_name
         words = [*([] if named == CONTINUED else _named(named)), *searched, *hydra_config.overrides.task]
         metrics = run(config, run_dir, words).metrics
         print(f"run directory: {short(run_dir)}")
-        return _optimized(metrics, config.optimized_metric)
+        return None if sweeps else _optimized(metrics, config.optimized_metric)
     except (InputError, FloatingPointError, RankLost) as e:
-        if hydra_config.mode == RunMode.RUN or hydra_config.sweeper._target_ != BasicSweeperConf._target_:
-            _refuse(str(e))  # raised, Hydra would put its own lines before it
-        if hydra_config.launcher._target_ != BasicLauncherConf._target_:
-            raise  # another process would not find the list
-        _failed.append(f"{short(run_dir)}: {e}")  # the other jobs run
-        return None
+        if sweeps:
+            return None  # the reason is in its folder, and the other jobs run
+        elsewhere = hydra_config.launcher._target_ != BasicLauncherConf._target_
+        if hydra_config.mode == RunMode.MULTIRUN and (elsewhere or isinstance(e, FloatingPointError)):
+            raise  # to the search, which goes on after a trial that diverged
+        _refuse(str(e))  # raised, Hydra would put its own lines before it
 
 
 def _optimized(metrics: dict[str, float], name: str | None) -> float | None:

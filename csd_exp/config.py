@@ -60,7 +60,8 @@ class RunConfig:
     source_prompt, negative_prompt: text of the baseline and of the null conditioning. steps: optimisation
     steps. taper, coverage: how windows of `csd_exp.particles.Panorama` are averaged; here, so that a preset
     can say it whatever the modality. ckpt_path: `last`, or a checkpoint to continue, in its own folder.
-    optimized_metric: what a hyper-parameter search reads. allow: packages of your own, see
+    optimized_metric: what a hyper-parameter search reads. skip_finished: of a multirun, leave out the jobs
+    that an earlier start of it has finished. allow: packages of your own, see
     `csd_exp.targets.check_targets`. dir: the run directory, filled in at the start.
     """
 
@@ -86,6 +87,7 @@ class RunConfig:
     trainer: Any = MISSING
     ckpt_path: str | None = None
     optimized_metric: str | None = None
+    skip_finished: bool = False
     tags: list[str] = field(default_factory=list)
     allow: list[str] = field(default_factory=list)
     dir: str | None = None
@@ -148,7 +150,7 @@ def _check_files(config: DictConfig, overrides: Sequence[str], config_name: str)
     given = [
         override
         for key, override in zip(keys, overrides, strict=True)
-        if key in PLACES or re.match(r"hydra[./](?!searchpath)", key)
+        if key in PLACES or re.match(r"hydra[./](?!searchpath)", key) or _ours(override)
     ]
     choices = config.hydra.runtime.choices
     plugins = [f"{group}={choices[group]}" for group in ("hydra/sweeper", "hydra/launcher")]
@@ -157,6 +159,12 @@ def _check_files(config: DictConfig, overrides: Sequence[str], config_name: str)
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
             raise InputError(f"{key} may be given on the command line alone, not by a configuration file.")
+
+
+def _ours(override: str) -> bool:
+    """Whether an override chooses one of our own files that say how a multirun starts."""
+    group, _, choice = override.partition("=")
+    return group in ("launcher", "hparams_search") and (conf_dir() / group / f"{choice}.yaml").is_file()
 
 
 def _ways(config: DictConfig) -> dict[str, Any]:
@@ -330,6 +338,8 @@ def sentence(error: Exception, roots: Sequence[str] = ()) -> str:
     if m := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+) full_key: (\S+)", text):
         kind = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}.get(m[2], m[2])
         return f"{m[3]} must be {kind}, not {m[1]!r}."
+    if m := re.search(r"override \S*?([\w.]+)=\S* Value '(.*)' is not a valid bool", text):
+        return f"{m[1]} must be true or false, not {m[2]!r}."
     text = re.sub(r" (full_key|object_type|reference_type)[=:].*", "", text).rstrip(".")
     return f"{text}."
 

@@ -1,23 +1,26 @@
 """What a run is: all that touches its numbers. It is compared where a run goes on, and names cached runs."""
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from csd_exp.config import is_path, plain
 from csd_exp.errors import InputError
 from csd_exp.files import sha256
-from csd_exp.saved import saved
+from csd_exp.saved import FAILED, saved
 from csd_exp.targets import ALLOWED_EXACT, RENAMED
 
 # Keys that do not touch the numbers; any other does.
 HARMLESS = (
-    *("allow", "ckpt_path", "dir", "logger", "metrics", "name", "optimized_metric", "prompt_file", "tags"),
+    *("allow", "ckpt_path", "dir", "logger", "metrics", "name", "optimized_metric", "prompt_file"),
+    *("skip_finished", "tags"),
     *("prior.device", "prior.row_chunk", "prior.compile", "prior.channels_last", "prior.allow_pickle"),
     "prior.offload",
     "features.device",
@@ -104,6 +107,41 @@ def compared(config: DictConfig, files: Mapping[str, Mapping[str, str]]) -> dict
     files: the run's `inputs`. Two runs of one prior's weights have the same numbers where these are the same.
     """
     return {key: _by_content(value, key, files) for key, value in scientific(config).items()}
+
+
+def asked(config: DictConfig, files: Mapping[str, Mapping[str, str]]) -> str:
+    """All that a finished run says, its name and metrics included, where its prior has the same weights."""
+    run = plain(config)
+    said = [run.get("name"), run.get("metrics"), compared(config, files)]
+    return json.dumps(said, sort_keys=True, default=str)
+
+
+def finished(folders: Iterable[Path]) -> dict[str, Path]:
+    """The folders of runs that have finished, by what was `asked` of them; not those that cannot be read.
+
+    A run does not count where it was stopped after it had been lengthened, or where a file of its prior is
+    younger than it.
+    """
+    runs: dict[str, Path] = {}
+    for folder in folders:
+        measured = folder / "metrics.json"
+        if not measured.is_file() or (folder / FAILED).exists():
+            continue
+        began = (folder / "config.yaml").stat().st_mtime
+        try:
+            config, files = saved(folder)
+            if began <= measured.stat().st_mtime and not _younger(config, began):
+                runs[asked(config, files)] = folder
+        except (InputError, OmegaConfBaseException):
+            continue
+    return runs
+
+
+def _younger(config: DictConfig, began: float) -> bool:
+    """Whether a file that the prior's configuration names has changed since."""
+    paths = [Path(text) for _, text in _texts(plain(config).get("prior")) if os.path.exists(text)]
+    files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
+    return any(file.stat().st_mtime > began for file in files if file.is_file())
 
 
 def check_same_science(folder: Path, config: DictConfig) -> None:

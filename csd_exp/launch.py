@@ -63,6 +63,8 @@ def placed(overrides: Sequence[str], config_name: str = "run") -> tuple[DictConf
     config = composed(overrides, config_name)
     if config.hydra.mode == RunMode.MULTIRUN:
         raise InputError("hydra.mode=MULTIRUN asks for a multirun; start it by csd -m.")
+    if config.skip_finished:
+        raise InputError("skip_finished=true is of multiruns, csd -m; a run alone goes on by ckpt_path=last.")
     config.ckpt_path = literal(at_home(config.ckpt_path))
     place = Place(at_home(config.hydra.run.dir))
     config.hydra.run.dir = literal(place.run_dir)

@@ -37,6 +37,7 @@ Writes table.md, table.csv, tests.csv, runs.csv (every run) and figure.png into 
 outputs/tables/TIME. Files of these names in DIR are renewed.
 """
 ABSENT = "–"
+ARROWS: dict[Any, str] = {True: " ↑", False: " ↓"}
 LONG = 40  # characters of a value in table.md and figure.png
 SHOWN_TESTS = 40  # lines of table.md; tests.csv has all
 TEST = "paired t-test, two-sided"
@@ -193,8 +194,7 @@ def _one_setting_a_metric(runs: Sequence[Run]) -> tuple[list[Run], dict[str, str
         for way, entry in entries.items():
             said = ", ".join(f"{key}={(entry.get('settings') or {}).get(key)}" for key in differ)
             names[name, way] = own = f"{name} ({said})" if said else name
-            better = entry.get("higher_is_better")
-            titles[own] = own if better is None else f"{own} {'↑' if better else '↓'}"
+            titles[own] = own + ARROWS.get(entry.get("higher_is_better"), "")
     return [
         replace(
             run,

@@ -40,7 +40,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired | None:
     if len(pairs) < 2:
         return None
     differences = np.array([b - a for a, b in pairs])
-    mean, half = float(differences.mean()), half_width(differences.tolist())
+    mean, half = float(differences.mean()), half_width(list(differences))
     assert half is not None
     if np.ptp(differences) == 0:
         t = float(np.copysign(np.inf, mean)) if mean else 0.0
