@@ -1,6 +1,8 @@
 """Every family from its folder: told by `prior=auto`, edited with by its experiment."""
 
+import shlex
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from diffusers_folder import save_3, save_flux, save_pipeline, save_xl
 from public_folders import PUBLIC, write_public
 
 import csd_exp
-from csd_exp.config import composed
+from csd_exp.config import check, composed
 from csd_exp.errors import InputError
 from csd_exp.families import family_of, named
 from csd_exp.priors import (
@@ -21,7 +23,7 @@ from csd_exp.priors import (
     StableDiffusionXL,
     UltraEdit,
 )
-from csd_exp.priors.base import Cond, Query, predict
+from csd_exp.priors.base import Cond, Query, predict, row_count
 
 SAVED = {
     "stable_diffusion": lambda path: save_pipeline(path, False),
@@ -57,6 +59,11 @@ SMALL = ("modality.window=8", "modality.stride=8", "modality.batch=2", "trainer.
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return cache(lambda family: SAVED[family](tmp_path_factory.mktemp(family) / "folder"))
+
+
+@pytest.fixture(scope="module")
+def priors(folder):
+    return cache(lambda family: CLASSES[family](folder(family)))
 
 
 def test_auto_takes_the_choice_of_the_family(folder):
@@ -98,6 +105,28 @@ def test_rows_are_held_to_one_device(folder, family):
         (out,) = predict(prior, queries)
         assert out.device == denoiser.device == elsewhere
     assert prior.decode(x_t).device == elsewhere
+
+
+@pytest.mark.parametrize(
+    ("family", "rows"), [("stable_diffusion", (3, 4)), ("sdxl", (3, 4)), ("sd3", (3, 4)), ("flux", (2, 2))]
+)
+def test_rows_of_a_csd_edit_view_under_a_text_to_image_prior(priors, family, rows):
+    """Where the source prompt is the negative one, and where it is not."""
+    x_t = torch.zeros(1, 1, 2, 2)
+    for source, expected in zip(("", "a lake"), rows, strict=True):
+        queries = [Query(x_t, 421, [priors(family).guidance(text)]) for text in ("a lake at night", source)]
+        assert row_count(queries) == expected
+
+
+def test_commands_of_the_page_are_accepted():
+    page = (Path(__file__).parents[1] / "docs/priors.md").read_text(encoding="utf-8")
+    lines = page.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("csd ")]
+    assert len(commands) >= 9
+    for words in commands:
+        config = composed(words)
+        config.dir = "new"
+        check(config)
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])

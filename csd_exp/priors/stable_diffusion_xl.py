@@ -1,6 +1,6 @@
 """SDXL, its InstructPix2Pix and CosXL, frozen, from a diffusers folder or the Hugging Face hub."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +69,7 @@ class StableDiffusionXL(StableDiffusion):
     times: Tensor | None
 
     @classmethod
-    def check(cls, config) -> None:
+    def check(cls, config: Mapping[str, Any]) -> None:
         pickled = config.get("allow_pickle", False)
         check_folder(config["path"], config.get("variant"), cls.family, pickled)
 
