@@ -233,7 +233,8 @@ def _earlier(config: DictConfig) -> tuple[list[Path], list[str]]:
 
     Where it says no time, these are DIR, DIR_2 and so on, and an override names the next.
     """
-    text = at_home(OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"])  # type: ignore[index]
+    sweep = cast(dict[str, Any], OmegaConf.to_container(config.hydra.sweep, resolve=False))
+    text = at_home(sweep["dir"])
     timeless = config.copy()
     timeless.hydra.sweep.dir = re.sub(r"\$\{now:[^}]*\}", "\0", text)
     parts = str(timeless.hydra.sweep.dir).split("\0")

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -37,7 +38,8 @@ def continued(config: DictConfig, swept: Sequence[str]) -> list[str] | None:
 
 def _digest(config: DictConfig, swept: Sequence[str]) -> str:
     sweeper = config.hydra.sweeper
-    searched = [OmegaConf.to_container(sweeper)[key] for key in ("params", "direction")]  # type: ignore[index]
+    settings = cast(dict[str, Any], OmegaConf.to_container(sweeper))
+    searched = [settings[key] for key in ("params", "direction")]
     said = [asked(config, inputs(config)), config.optimized_metric, searched, sorted(swept)]
     return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:8]
 
