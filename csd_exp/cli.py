@@ -231,9 +231,9 @@ def _earlier(config: DictConfig) -> tuple[list[Path], list[str]]:
 
     Where it says no time, these are DIR, DIR_2 and so on, and an override names the next.
     """
-    text = at_home(OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"])  # type: ignore[index]
+    sweep = cast(dict[str, str], OmegaConf.to_container(config.hydra.sweep, resolve=False))
     timeless = config.copy()
-    timeless.hydra.sweep.dir = re.sub(r"\$\{now:[^}]*\}", "\0", text)
+    timeless.hydra.sweep.dir = re.sub(r"\$\{now:[^}]*\}", "\0", at_home(sweep["dir"]))
     parts = str(timeless.hydra.sweep.dir).split("\0")
     if len(parts) > 1:
         return [Path(path) for path in sorted(glob("*".join(map(escape, parts))))], []
