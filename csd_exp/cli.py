@@ -46,7 +46,6 @@ from csd_exp.config import (
     source,
 )
 from csd_exp.errors import InputError, RankLost
-from csd_exp.families import named
 from csd_exp.files import short, unwritable
 from csd_exp.interruption import SIGNALS, Interrupted, handle, handled, ignored, leave, stop
 from csd_exp.launch import Place, group, is_child, is_first, made, placed, together
@@ -87,7 +86,6 @@ def _refuse(message: str) -> NoReturn:
 
 def csd(args: Sequence[str]) -> None:
     """Check every run that a command line asks for, then let Hydra start them."""
-    args = named(args)
     flags = _parsed(args)
     for flag in ("config_path", "experimental_rerun"):
         if getattr(flags, flag) is not None:
@@ -233,10 +231,9 @@ def _earlier(config: DictConfig) -> tuple[list[Path], list[str]]:
 
     Where it says no time, these are DIR, DIR_2 and so on, and an override names the next.
     """
-    sweep = cast(dict[str, Any], OmegaConf.to_container(config.hydra.sweep, resolve=False))
-    text = at_home(sweep["dir"])
+    sweep = cast(dict[str, str], OmegaConf.to_container(config.hydra.sweep, resolve=False))
     timeless = config.copy()
-    timeless.hydra.sweep.dir = re.sub(r"\$\{now:[^}]*\}", "\0", text)
+    timeless.hydra.sweep.dir = re.sub(r"\$\{now:[^}]*\}", "\0", at_home(sweep["dir"]))
     parts = str(timeless.hydra.sweep.dir).split("\0")
     if len(parts) > 1:
         return [Path(path) for path in sorted(glob("*".join(map(escape, parts))))], []

@@ -4,9 +4,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from csd_exp.config import quoted
 from csd_exp.errors import InputError
@@ -38,8 +37,7 @@ def continued(config: DictConfig, swept: Sequence[str]) -> list[str] | None:
 
 def _digest(config: DictConfig, swept: Sequence[str]) -> str:
     sweeper = config.hydra.sweeper
-    settings = cast(dict[str, Any], OmegaConf.to_container(sweeper))
-    searched = [settings[key] for key in ("params", "direction")]
+    searched = [str(sweeper.params), str(sweeper.direction)]
     said = [asked(config, inputs(config)), config.optimized_metric, searched, sorted(swept)]
     return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:8]
 

@@ -238,15 +238,15 @@ class TestSearch:
 
     def test_all_processes_take_the_parameters_of_one_trial(self, folder: Path) -> None:
         """A process with another guidance scale would score its own windows otherwise."""
-        guidance = "hydra.sweeper.params={prior.guidance_scale: 'interval(1, 8)'}"
+        own = ["optimizer.lr=1", "kernel.normalize=rms"]  # no parameters of the search then
         ddp = ["trainer=ddp", "trainer.accelerator=cpu", "hydra.sweep.dir=two", "hydra.sweeper.n_trials=1"]
-        done = csd("-m", *self.SEARCH[:-1], guidance, *ddp)
+        done = csd("-m", *self.SEARCH[:-1], "prior.guidance_scale=interval(1,8)", *own, *ddp)
         assert done.returncode == 0, done.stderr
         (trial,) = self.trials()
         scale = trial.params["prior.guidance_scale"]
-        one = latent(csd_exp.edit(*RUN, f"prior.guidance_scale={scale}").run_dir)
+        one = latent(csd_exp.edit(*RUN, *own, f"prior.guidance_scale={scale}").run_dir)
         assert (one - latent(folder / "two/0")).abs().max() < 1e-5 * one.abs().max()
-        other = latent(csd_exp.edit(*RUN, "prior.guidance_scale=9").run_dir)
+        other = latent(csd_exp.edit(*RUN, *own, "prior.guidance_scale=9").run_dir)
         assert (one - other).abs().max() > 1e-2 * one.abs().max()
 
 
