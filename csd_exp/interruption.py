@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AGAIN = 0.05  # seconds after which a signal that was dropped comes again
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -34,26 +36,19 @@ def leave(signum: int, _: FrameType | None = None) -> None:
     os._exit(128 + signum)
 
 
-_lost: list[int] = []  # signals that came where an exception would be lost
-
-
-def stop(signum: int, frame: FrameType | None = None) -> None:
-    """Handle a signal by an exception, so that what is half made is removed.
-
-    In a destructor, where Python drops exceptions, it is noted for `raise_lost`.
-    """
-    while frame is not None:
-        if frame.f_code.co_name == "__del__":
-            _lost.append(signum)
-            return
-        frame = frame.f_back
+def stop(signum: int, _: FrameType | None = None) -> None:
+    """Handle a signal by an exception, so that what is half made is removed."""
     raise Interrupted(signum)
 
 
-def raise_lost() -> None:
-    """Raise Interrupted for a signal that has come in a destructor."""
-    if _lost:
-        raise Interrupted(_lost.pop())
+def _comes_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """A signal whose exception Python has dropped, as it does in destructors and callbacks, comes again."""
+    if not isinstance(dropped.exc_value, Interrupted):
+        sys.__unraisablehook__(dropped)
+        return
+    again = threading.Timer(AGAIN, os.kill, (os.getpid(), dropped.exc_value.signum))
+    again.daemon = True
+    again.start()
 
 
 def ignored(signum: int, _: FrameType | None = None) -> None:
@@ -75,6 +70,7 @@ class Noted:
 def handle(signals: tuple[int, ...], handler: Handler) -> None:
     """Handle signals, where this thread can: Python lets the main one alone."""
     if threading.current_thread() is threading.main_thread():
+        sys.unraisablehook = _comes_again
         for signum in signals:
             signal.signal(signum, handler)
 
@@ -82,12 +78,12 @@ def handle(signals: tuple[int, ...], handler: Handler) -> None:
 @contextmanager
 def handled(signals: tuple[int, ...], handler: Handler) -> Iterator[None]:
     """Handle signals so for the time of a block."""
-    before = {signum: signal.getsignal(signum) for signum in signals}
+    before, hook = {signum: signal.getsignal(signum) for signum in signals}, sys.unraisablehook
     handle(signals, handler)
     try:
-        raise_lost()
         yield
     finally:
         for signum, earlier in before.items():
             if earlier is not None:
                 handle((signum,), earlier)  # type: ignore[arg-type]
+        sys.unraisablehook = hook

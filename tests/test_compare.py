@@ -219,7 +219,7 @@ class TestCommand:
     def test_what_is_written(self, compared):
         _, out = compared
         assert {p.name for p in out.iterdir() if p.is_file()} == {
-            *("curves.csv", "table.csv", "table.md", "figure.png", "pictures.png")
+            *("curves.csv", "table.csv", "table.md", "figure.png", "pictures.png", "runs.csv")
         }
         assert not list(out.rglob("*.part"))
         rows = rows_of(out / "curves.csv")

@@ -84,7 +84,7 @@ def test_what_is_logged_on_the_way_is_what_the_saved_pictures_give(run_dir):
     found = logged(run_dir)
     assert sorted(found) == [0, 2, 3, 4, 6]
     assert found[6] == {name: value for name, value in values(run_dir).items() if value is not None}
-    config = module._config(run_dir)
+    config = module.run_config(run_dir)
     for step in (0, 2, 3, 4):
         saved = [read_image(run_dir / f"media/edited_{step:06d}.png")]
         again = measured(build_metrics(config.metrics), saved, run_dir / "media")

@@ -46,7 +46,13 @@ def test_a_run_has_the_same_name_wherever_its_weights_lie() -> None:
 @pytest.mark.parametrize(
     ("overrides", "before"),
     [
-        (["prior=analytic"], "804287b3323ccfca"),
+        (
+            [
+                *("experiment=panorama", "prior=analytic", "modality.path=${asset:panorama.jpg}"),
+                *("prompt=tint it", "steps=120", "optimizer.lr=1.0", "modality.batch=8"),
+            ],
+            "804287b3323ccfca",
+        ),
         (["experiment=video", "prior=analytic", "method=pds", "seed=3"], "0afe9e24b4a90987"),
         (
             [

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 import csd_exp
 from csd_exp.callbacks import Interruption, Media
 from csd_exp.errors import InputError
-from csd_exp.interruption import Interrupted, handled, raise_lost, stop
+from csd_exp.interruption import Interrupted, handled, stop
 
 RUN = [
     *("experiment=panorama", "prior=analytic", "prior.window=16", "+prior.prompts.warm=[0,1]"),
@@ -214,21 +215,27 @@ def test_killed_runs_go_on_to_the_bits_of_one_that_was_not() -> None:
     assert "2 of 2 runs came to the bits of the whole one" in tried.stdout
 
 
-def test_a_signal_in_a_destructor_is_not_lost() -> None:
-    """Python drops what is raised there."""
+@pytest.mark.parametrize("where", ["destructor", "callback"])
+def test_a_signal_whose_exception_python_drops_comes_again(where: str) -> None:
     said = []
 
     class Last:
         def __del__(self):
-            os.kill(os.getpid(), signal.SIGTERM)
-            said.append("gone on")
+            if where == "destructor":
+                end(None)
 
-    before = signal.getsignal(signal.SIGTERM)
+    def end(_) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        said.append("never")
+
+    before = signal.getsignal(signal.SIGTERM), sys.unraisablehook
     with handled((signal.SIGTERM,), stop):
         last = Last()
-        del last
-        assert said == ["gone on"]
-        with pytest.raises(Interrupted):
-            raise_lost()
-        raise_lost()  # it counts once
-    assert signal.getsignal(signal.SIGTERM) == before
+        watched = weakref.ref(last, end if where == "callback" else None)
+        with pytest.raises(Interrupted):  # noqa: PT012
+            del last
+            said.append("gone on")
+            time.sleep(10)
+    assert said == ["gone on"]
+    assert watched() is None
+    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before

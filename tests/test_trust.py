@@ -223,4 +223,4 @@ def test_no_link_is_followed(folder: Path) -> None:
 
 def test_the_packages_own_files_are_accepted(folder: Path) -> None:
     check_run(composed([*RUN[:-1], "logger=tensorboard", "callbacks=comparison"]))
-    assert composed([]).modality.path == str(PACKAGE / "assets/panorama.jpg")
+    assert composed([]).modality.path == str(PACKAGE / "assets/field.jpg")

@@ -5,7 +5,7 @@ import signal
 import lightning as L
 
 from csd_exp.callbacks.checkpoint import LastCheckpoint
-from csd_exp.interruption import SIGNALS, Interrupted, Noted, handle, raise_lost, stop
+from csd_exp.interruption import SIGNALS, Interrupted, Noted, handle, stop
 
 
 class Interruption(L.Callback):
@@ -28,7 +28,6 @@ class Interruption(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._trained, self.restores = True, False
         handle(self.signals, self.noted)
-        raise_lost()
         if trainer.received_sigterm:  # while Lightning began
             raise Interrupted(signal.SIGTERM)
 
