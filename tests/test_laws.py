@@ -115,7 +115,15 @@ MODALITIES: dict[str, Callable[..., Particles]] = {
     "generated": lambda f, m, **s: Generated(f_(m), m_(m), m.window, count=3, **s),
     "field": lambda f, m, **s: Waves(side=f_(m) * m_(m) * 4, **s),
     "scene": lambda f, m, **s: EditedPhotographs(
-        str(f / "scene"), f_(m), m_(m), m.window, dir=str(f / "run"), views=2, edit_steps=2, **seen(f) | s
+        str(f / "scene"),
+        f_(m),
+        m_(m),
+        m.window,
+        dir=str(f / "run"),
+        views=2,
+        edit_steps=2,
+        fit_steps=3,
+        **seen(f) | s,
     ),
     "scene_field": lambda f, m, **s: EditedField(
         str(f / "scene"), f_(m), m_(m), m.window, **seen(f) | {"batch": 2} | s

@@ -148,6 +148,7 @@ def test_token_embeddings_start_as_alike_as_their_sentences(tokenizer):
     torch.testing.assert_close(table @ table.T, centred @ centred.T, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.soak
 def test_training_learns_and_a_finished_run_is_read_back(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "load_teacher", lambda device: Teacher())
     cfg.text.steps, cfg.text.batch, cfg.text.lr = 60, 32, 3e-3
