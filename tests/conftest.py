@@ -1,6 +1,7 @@
 """Tiny runs and images, made on the spot."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -41,6 +42,23 @@ def browser():
         opened = playwright.chromium.launch(executable_path=found[0], args=drawn)
         yield opened
         opened.close()
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Give a command what it cannot use: exit code 2 and one line on standard error."""
+
+    def refused(main, command: str, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [command, *arguments])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        assert exit.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith(f"{command}: ")
+        assert len(err.splitlines()) == 1
+
+    return refused
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import torch
 
-PROMPT = "turn it into a painting, at night"
+PROMPT, NEGATIVE, T = "turn it into a painting, at night", "blurry", 421
 # Of InstructPix2Pix guidance: both scales, the negative prompt, the rows of a CSD-Edit view.
 ROWS = [
     ((7.5, 5.0), "", 5),

@@ -106,7 +106,7 @@ def run(tmp_path) -> Path:
     return tmp_path
 
 
-def test_the_command_line(run, monkeypatch, capsys):
+def test_the_command_line(run, monkeypatch, capsys, refused):
     monkeypatch.setattr(sys, "argv", ["csd-cite", str(run)])
     cite.main()
     out = capsys.readouterr().out
@@ -116,11 +116,4 @@ def test_the_command_line(run, monkeypatch, capsys):
     )
     assert "@" not in "".join(line for line in out.splitlines() if line.startswith("%"))
     for arguments in ([], [str(run), "more"], [str(run / "nowhere")]):
-        monkeypatch.setattr(sys, "argv", ["csd-cite", *arguments])
-        with pytest.raises(SystemExit) as exit:
-            cite.main()
-        assert exit.value.code == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("csd-cite: ")
-        assert len(err.splitlines()) == 1
+        refused(cite.main, "csd-cite", *arguments)

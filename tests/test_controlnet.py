@@ -14,7 +14,7 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
 )
 from diffusers_folder import save_control, save_pipeline, save_xl
-from pipelines import PROMPT, latent, picture, relative
+from pipelines import NEGATIVE, PROMPT, T, latent, picture, relative
 
 import csd_exp
 from csd_exp.config import composed
@@ -25,8 +25,6 @@ from csd_exp.parts import check_parts
 from csd_exp.priors import ControlNet, ControlNetXL
 from csd_exp.priors.base import Query, predict, row_count
 from csd_exp.samplers import Downscaled, PerView, SamplingModule
-
-NEGATIVE, T = "blurry", 421
 
 
 @pytest.fixture(scope="module")

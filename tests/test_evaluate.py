@@ -154,21 +154,14 @@ def test_folders_that_no_finished_run_is_in(run_dir, tmp_path):
         evaluate(run_dir)
 
 
-def test_the_command_line(run_dir, tmp_path, monkeypatch, capsys):
+def test_the_command_line(run_dir, tmp_path, monkeypatch, capsys, refused):
     monkeypatch.setattr(sys, "argv", ["csd-eval", str(run_dir)])
     module.main()
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == list(values(run_dir))
 
     for arguments in ([str(tmp_path / "nowhere")], [], [str(run_dir), "more"]):
-        monkeypatch.setattr(sys, "argv", ["csd-eval", *arguments])
-        with pytest.raises(SystemExit) as exit:
-            module.main()
-        assert exit.value.code == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("csd-eval: ")
-        assert len(err.splitlines()) == 1
+        refused(module.main, "csd-eval", *arguments)
 
 
 GROUPS = sorted(file.stem for file in (conf_dir() / "metrics").glob("*.yaml"))

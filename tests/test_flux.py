@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers_folder import save_3, save_flux
-from pipelines import PROMPT, latent, picture, relative
+from pipelines import NEGATIVE, PROMPT, T, latent, picture, relative
 
 from csd_exp.errors import InputError
 from csd_exp.particles import Images
@@ -18,8 +18,6 @@ from csd_exp.priors import Flux, FluxKontext, StableDiffusion3
 from csd_exp.priors.base import Query, predict, row_count
 from csd_exp.priors.flux import check_folder, packed, unpacked
 from csd_exp.samplers import PerView, SamplingModule
-
-NEGATIVE, T = "blurry", 421
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,8 @@ def test_a_ball_leaves_as_a_mesh_of_its_size_and_colour(tmp_path, kind):
 
 def test_a_run_tells_what_its_field_was(run):
     """The reconstruction in the cache, which the film of the source shows."""
-    field, source, film = runs.opened(run)
+    scene = runs.opened(run)
+    field, source, film = scene.field, scene.source, scene.film
     assert source is not None
     before = frames(run / "media" / "source.mp4")[1]
     shown = (source(film[[1]]).rgb[0].permute(1, 2, 0).clamp(0, 1) * 255).detach().numpy()

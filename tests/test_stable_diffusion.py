@@ -17,6 +17,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers_folder import save_pipeline
+from pipelines import NEGATIVE, PROMPT, T
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
@@ -25,8 +26,6 @@ from csd_exp.particles import Images
 from csd_exp.priors import InstructPix2Pix, StableDiffusion, folders
 from csd_exp.priors.base import Cond, Query, ViewShape, placed, predict, row_count
 from csd_exp.priors.stable_diffusion import check_folder
-
-PROMPT, NEGATIVE, T = "turn it into a painting, at night", "blurry", 421
 
 
 @pytest.fixture(scope="module")

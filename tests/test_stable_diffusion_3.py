@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers_folder import save_3, save_xl
-from pipelines import PROMPT, ROWS, latent, picture, relative
+from pipelines import NEGATIVE, PROMPT, ROWS, T, latent, picture, relative
 
 from csd_exp.errors import InputError
 from csd_exp.particles import Images
@@ -16,8 +16,6 @@ from csd_exp.priors import StableDiffusion3, StableDiffusionXL, UltraEdit
 from csd_exp.priors.base import Query, predict, row_count
 from csd_exp.priors.stable_diffusion_3 import check_folder
 from csd_exp.samplers import PerView, SamplingModule, SDEdit
-
-NEGATIVE, T = "blurry", 421
 
 
 @pytest.fixture(scope="module")

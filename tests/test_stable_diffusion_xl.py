@@ -13,7 +13,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusers_folder import save_pipeline, save_xl
-from pipelines import PROMPT, latent, picture, relative
+from pipelines import NEGATIVE, PROMPT, T, latent, picture, relative
 
 from csd_exp.errors import InputError
 from csd_exp.particles import Images, Panorama
@@ -22,8 +22,6 @@ from csd_exp.priors.base import Query, predict, row_count
 from csd_exp.priors.stable_diffusion_xl import check_folder, edm_sigmas
 from csd_exp.samplers import PerView, SamplingModule
 from csd_exp.schedules import Level
-
-NEGATIVE, T = "blurry", 421
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from csd_exp.errors import InputError, closest
 from csd_exp.figures.drawing import Intervals, rendered
-from csd_exp.figures.results import Record, Results, Summary, logged
+from csd_exp.figures.results import Record, Results, Summary, logged, summary
 from csd_exp.figures.statistics import half_width, holm, paired
 from csd_exp.figures.tables import END, Line, written
 from csd_exp.files import short, unwritable, write_whole
@@ -277,8 +277,8 @@ def _lines(records: Sequence[Record], results: Results, metrics: Sequence[str]) 
 
 
 def _interval(values: Mapping[int, float]) -> Summary | None:
-    of = list(values.values())
-    return Summary(sum(of) / len(of), half_width(of), len(of)) if of else None
+    of = summary(list(values.values()))
+    return None if of is None else of._replace(error=half_width(list(values.values())))
 
 
 def _tests(results: Results, lines: Sequence[Line], metrics: Sequence[str]) -> list[dict[str, object]]:

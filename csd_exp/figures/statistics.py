@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from csd_exp.figures.results import summary
+
 LEVEL = 0.95
 
 
@@ -24,10 +26,10 @@ class Paired(NamedTuple):
 
 def half_width(values: Sequence[float]) -> float | None:
     """Half the width of the 95 % interval of a mean, t_{0.975, n-1} s / sqrt(n); None for fewer than two."""
-    n = len(values)
-    if n < 2:
+    of = summary(values)
+    if of is None or of.error is None:
         return None
-    return float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return float(stats.t.ppf((1 + LEVEL) / 2, of.seeds - 1)) * of.error
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Paired | None:

@@ -65,6 +65,7 @@ class Fitting:
 class Field(nn.Module, ABC):
     """Every parameter is optimised; what else a field is made of are buffers."""
 
+    background: Background
     suffix: ClassVar[str]
     """Of the file that other programs take it as."""
 

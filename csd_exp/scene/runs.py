@@ -28,11 +28,19 @@ EXTRA = "particles._extra_state"
 
 
 class Opened(NamedTuple):
-    """The field of a run, what it was before, None where that is not kept, and the cameras of the film."""
+    """The field of a run, the file of what it was before, and the cameras of the film."""
 
     field: Field
-    source: Field | None
+    before: Path
     film: Cameras
+
+    @property
+    def source(self) -> Field | None:
+        """What the field was reconstructed as; None where that is not kept."""
+        if not self.before.is_file():
+            return None
+        state = torch.load(self.before, map_location="cpu", weights_only=True)
+        return self.field.of_state(state, self.field.background)
 
 
 def opened(run_dir: Path) -> Opened:
@@ -49,14 +57,11 @@ def opened(run_dir: Path) -> Opened:
         raise InputError(f"{run_dir} has modality.field={made._target_}, which is no field of csd_exp.scene.")
     state = CheckpointFiles().load_checkpoint(run_dir / "last.ckpt")["state_dict"]
     own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-    kept = Path(config.modality.get("cache", "")) / state.get(EXTRA, {}).get("reconstruction", "")
-    source = None
-    if kept.is_file():
-        source = kind.of_state(torch.load(kept, map_location="cpu", weights_only=True), made.background)
+    before = Path(config.modality.get("cache", "")) / state.get(EXTRA, {}).get("reconstruction", "")
     pictures = json.loads((run_dir / "media" / "pictures.json").read_text(encoding="utf-8"))["pictures"]
     cameras = [camera_of(facts) for facts in pictures]
     pose, focal, centre = (torch.cat([getattr(c, n) for c in cameras]) for n in ("pose", "focal", "centre"))
-    return Opened(kind.of_state(own, made.background), source, Cameras(pose, focal, centre, cameras[0].size))
+    return Opened(kind.of_state(own, made.background), before, Cameras(pose, focal, centre, cameras[0].size))
 
 
 def shown(field: Field) -> Field:
@@ -164,11 +169,12 @@ def view() -> None:
 def _view(asked: argparse.Namespace) -> None:
     from csd_exp.scene.viewer import Viewer
 
-    field, source, film = opened(asked.run)
+    scene = opened(asked.run)
+    source = scene.source
     if source is None:
         notice("what the field was before the edit is not kept, so the field as it is is shown alone.")
-    fields = {"edit": field} | ({} if source is None else {"source": source})
-    viewer = Viewer({name: shown(each) for name, each in fields.items()}, film, asked.host, asked.port)
+    fields = {"edit": scene.field} | ({} if source is None else {"source": source})
+    viewer = Viewer({name: shown(each) for name, each in fields.items()}, scene.film, asked.host, asked.port)
     print(f"http://{asked.host}:{viewer.port}", flush=True)
     try:
         viewer.serve()
