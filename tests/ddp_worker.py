@@ -21,7 +21,7 @@ from csd_exp.scene.voxels import Voxels
 from csd_exp.schedules import Timesteps
 from csd_exp.svgd import RBF, Kernel, NoKernel
 
-STEPS = 20
+STEPS = 8
 
 
 def features(images: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -294,10 +295,10 @@ class TestCommand:
         assert counted == []
 
     def test_what_would_have_other_numbers_is_run_again(self, compared, counted, tmp_path):
-        overrides, _ = compared
+        overrides, out = compared
+        shutil.copytree(out, tmp_path / "out")
         only = [*overrides, "seeds=[0]", "~methods.per_window", "~methods.sds", f"dir={tmp_path / 'out'}"]
         for others in (
-            [],
             ["optimizer.lr=0.4", "methods.csd_edit.overrides=['method=csd_edit']"],
             ["callbacks.metrics.at=[0,1,2]"],  # the same run, measured once more often
             ["edit=sepia"],  # held against other answers

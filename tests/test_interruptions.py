@@ -76,7 +76,9 @@ def latent(run: Path) -> torch.Tensor:
     ("signum", "code", "more"),
     [
         (signal.SIGTERM, 143, []),
-        (signal.SIGINT, 130, ["trainer=ddp", "trainer.accelerator=cpu"]),
+        pytest.param(
+            *(signal.SIGINT, 130, ["trainer=ddp", "trainer.accelerator=cpu"]), marks=pytest.mark.soak
+        ),
     ],
 )
 def test_a_signal_ends_the_step_keeps_it_and_says_how_to_go_on(tmp_path, signum, code, more) -> None:
@@ -99,6 +101,7 @@ def test_a_signal_ends_the_step_keeps_it_and_says_how_to_go_on(tmp_path, signum,
     assert subprocess.run(["pgrep", "-g", str(task.pid)], capture_output=True).stdout == b""
 
 
+@pytest.mark.soak
 def test_a_signal_while_starting_leaves_nothing(tmp_path: Path) -> None:
     picture(tmp_path)
     early, late = start(tmp_path, LONG), start(tmp_path, LONG, "hydra.run.dir=here")

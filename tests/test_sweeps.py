@@ -286,6 +286,7 @@ def test_every_parameter_of_a_study_composes(study: Path) -> None:
             assert str(chosen or OmegaConf.select(config, key)) == value
 
 
+@pytest.mark.soak
 def test_a_trial_of_a_study_runs_without_a_network(folder: Path) -> None:
     (study,) = [study for study in STUDIES if study.stem == "kernel"]
     tiny = [word for word in RUN if not word.startswith(("experiment=", "logger=", "metrics="))]

@@ -143,7 +143,7 @@ class Pictures:
 @pytest.fixture(scope="module")
 def reconstructed() -> Voxels:
     cameras = around(24, 24)
-    field = Voxels(bounds(cameras), (20, 40), rays=256)
+    field = Voxels(bounds(cameras), (16, 32), rays=128)
     fit(field, Pictures(cameras, photographs(cameras)[0].float()), 300)
     return field
 
@@ -162,14 +162,14 @@ def test_photographs_come_back_from_where_none_was_taken(reconstructed):
 
 
 def test_a_finer_grid_keeps_what_is_seen_and_drops_what_is_empty(reconstructed):
-    assert reconstructed.resolution == 40
-    assert len(reconstructed.corners) < 0.5 * 40**3
+    assert reconstructed.resolution == 32
+    assert len(reconstructed.corners) < 0.5 * 32**3
     assert reconstructed.occupied.float().mean() < 0.5
 
 
 def test_a_grid_is_saved_and_loaded_with_its_cells(reconstructed):
-    other = Voxels(reconstructed.bounds, (20, 40), rays=256)
-    assert other.resolution == 20
+    other = Voxels(reconstructed.bounds, (16, 32), rays=128)
+    assert other.resolution == 16
     other.load_state_dict(reconstructed.state_dict())
     camera = around(1, 16)
     with torch.no_grad():
