@@ -39,7 +39,8 @@ def run(lab, monkeypatch, tmp_path):
     def run(*overrides: str, **values):
         own = ["hydra.searchpath=[file://conf]", f"hydra.run.dir={tmp_path / 'out'}{next(number)}"]
         exact = ["prior=analytic", "prior.window=16", "+prior.prompts.x=[0,1]"]
-        common = ["experiment=panorama", *exact, "steps=4", "logger=csv"]
+        common = ["experiment=panorama", *exact, "steps=4", "logger=csv", "metrics=none"]
+        common += ["callbacks.metrics.every_n_steps=0"]
         given = [o for o in common if o.split("=")[0] not in {o.split("=")[0] for o in overrides}]
         given = [o for o in given if not (o.lstrip("+").startswith("prior.") and "prior=grey" in overrides)]
         path = {"modality.path": "my.png", "prompt": "x"}
@@ -69,7 +70,8 @@ def test_the_residual(run):
 def test_the_kernel(run):
     from csd_exp.svgd import RBF
 
-    result = run("kernel=rational_quadratic", "modality.stride=8", "modality.batch=null")
+    wide = ["modality.stride=8", "modality.batch=null"]
+    result = run("kernel=rational_quadratic", *wide, "metrics=default")
     assert result.metrics["ssim"] < 1
     from my_lab.kernels import RationalQuadratic
 
