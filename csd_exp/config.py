@@ -384,13 +384,18 @@ def check_values(config: DictConfig) -> None:
         )
     if config.steps < 1:
         raise InputError(f"steps must be at least 1, not {config.steps}.")
-    if not 0 <= config.seed < 2**63:
-        raise InputError(f"seed must lie in [0, 2^63), not {config.seed}.")
+    check_seed(config.seed)
     if str(config.trainer.get("precision", "32-true")) not in ("32-true", "32"):
         raise InputError(
             f"trainer.precision={config.trainer.precision} is not accepted: particles, kernel and optimizer "
             "stay in 32-true; set prior.dtype to hold the network in half precision."
         )
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError where no random number could be drawn of it."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must lie in [0, 2^63), not {seed}.")
 
 
 def _check_named(config: DictConfig) -> None:

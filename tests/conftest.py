@@ -1,5 +1,6 @@
 """Tiny runs and images, made on the spot."""
 
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from csd_exp import methods
+from csd_exp import cli, methods
 from csd_exp.module import CSDModule
 from csd_exp.schedules import Timesteps
 from csd_exp.svgd import RBF
@@ -42,6 +43,25 @@ def browser():
         opened = playwright.chromium.launch(executable_path=found[0], args=drawn)
         yield opened
         opened.close()
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """`csd` in this process: its exit code, standard output and standard error."""
+    root, before = logging.getLogger(), (logging.getLogger().handlers[:], logging.getLogger().level)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["csd", *args])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as e:
+            code = int(e.code or 0)
+        return code, *capsys.readouterr()
+
+    yield run
+    root.handlers[:], root.level = before  # Hydra's configuration of logging outlives its job
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The command line as a user meets it, and the same run from Python."""
 
 import json
-import logging
 import os
 import shlex
 import subprocess
@@ -52,25 +51,6 @@ def csd(*args: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "csd_exp", *args], capture_output=True, text=True, env=env, timeout=300
     )
-
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """`csd` in this process: its exit code, standard output and standard error."""
-    root, before = logging.getLogger(), (logging.getLogger().handlers[:], logging.getLogger().level)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["csd", *args])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as e:
-            code = int(e.code or 0)
-        return code, *capsys.readouterr()
-
-    yield run
-    root.handlers[:], root.level = before  # Hydra's configuration of logging outlives its job
 
 
 def files(folder: Path) -> list[str]:

@@ -372,7 +372,12 @@ class TestCommand:
     def test_what_cannot_be_used_is_said_in_one_line(
         self, compared, change, said, monkeypatch, capsys, tmp_path
     ):
-        given = [*compared[0], f"dir={tmp_path / 'out'}", change]
+        given = [
+            *compared[0],
+            *([] if "seeds" in change else ["seeds=[0]"]),
+            f"dir={tmp_path / 'out'}",
+            change,
+        ]
         monkeypatch.setattr(sys, "argv", ["csd-compare", *given])
         with pytest.raises(SystemExit) as stopped:
             compare.main()

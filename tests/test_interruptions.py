@@ -189,10 +189,9 @@ def test_a_checkpoint_is_there_only_with_the_rows_before_it(folder: Path, monkey
     assert seen == [2, 4, 5]
 
 
-def test_one_failing_job_leaves_the_others_alone(folder: Path) -> None:
-    task = start(folder, "-m", "steps=3", "optimizer.lr=1e38,1", "hydra.sweep.dir=jobs")
-    _, said = task.communicate(timeout=120)
-    assert task.returncode == 2
+def test_one_failing_job_leaves_the_others_alone(folder: Path, here) -> None:
+    code, _, said = here("-m", *RUN, "steps=3", "optimizer.lr=1e38,1", "hydra.sweep.dir=jobs")
+    assert code == 2
     assert (folder / "jobs/1/media/edited.png").is_file()
     *_, headline, why = said.splitlines()
     assert headline == "csd: 1 of 2 jobs failed:"

@@ -1,5 +1,6 @@
 """`csd-figure`: a figure or table of the paper from runs of csd, of which only the missing ones are run."""
 
+import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from csd_exp.build import constructed, silence_lightning
-from csd_exp.config import allowed, composed, quoted
+from csd_exp.config import allowed, check_seed, composed, quoted
 from csd_exp.errors import InputError
 from csd_exp.figures.cache import known, record
 from csd_exp.figures.plan import Cell, check_figure, divided, equal_of, parts, planned
@@ -80,9 +81,7 @@ def make(overrides: Sequence[str]) -> int:
     check_targets(OmegaConf.create({"draw": figure.draw, "form": figure.form, "allow": allowed(others)}))
     folder, form, equal = Path(config.folder), constructed(figure.form), equal_of(figure)
     cells = planned(figure, others, Path(config.dir))
-    configs = [composed([*cell.overrides, f"hydra.run.dir={quoted(folder / 'planned')}"]) for cell in cells]
-    for run_config in configs:
-        check_run(run_config)
+    configs = _configs(cells, folder)
     form.check(figure, cells, configs)
     columns = [*figure.columns, *([equal.strength] if equal else [])]
     records, reasons = _records(figure, cells, configs, folder, columns)
@@ -94,6 +93,23 @@ def make(overrides: Sequence[str]) -> int:
         write_whole(folder / name, content)
         print(folder / name)
     return len(reasons)
+
+
+def _configs(cells: Sequence[Cell], folder: Path) -> list[DictConfig]:
+    """The checked configuration of every run; those that differ in their seed alone are composed once."""
+    composed_of: dict[tuple[str, ...], DictConfig] = {}
+    configs = []
+    for cell in cells:
+        key = tuple(override for override in cell.overrides if not override.startswith("seed="))
+        if key not in composed_of:
+            config = composed([*cell.overrides, f"hydra.run.dir={quoted(folder / 'planned')}"])
+            check_run(config)
+            composed_of[key] = config
+        check_seed(cell.seed)
+        config = copy.deepcopy(composed_of[key])
+        config.seed = cell.seed
+        configs.append(config)
+    return configs
 
 
 def _records(
