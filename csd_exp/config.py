@@ -111,6 +111,7 @@ OmegaConf.register_new_resolver(
     "nosvgd_weight", lambda modality: "sigma2" if modality.endswith(".Video") else "one", replace=True
 )
 OmegaConf.register_new_resolver("asset", lambda name: str(PACKAGE / "assets" / name), replace=True)
+OmegaConf.register_new_resolver("data", lambda name: str(PACKAGE / "answers/data" / name), replace=True)
 
 
 def composed(overrides: Sequence[str], config_name: str = "run") -> DictConfig:

@@ -18,7 +18,7 @@ from csd_exp.errors import InputError
 from csd_exp.targets import located
 
 # What `${NAME:...}` may say. Of OmegaConf's own, some make any object and some read the environment.
-RESOLVERS = ("asset", "device", "hydra", "nosvgd_weight", "now")
+RESOLVERS = ("asset", "data", "device", "hydra", "nosvgd_weight", "now")
 
 # Where Hydra repeats the command line.
 QUOTING = ("hydra.overrides", "hydra.job.override_dirname")
