@@ -182,6 +182,13 @@ def write_png(image: Tensor, path: Path, label: Label = UNLABELLED) -> None:
         Image.fromarray(to_uint8(image)).save(partial, format="PNG", pnginfo=kept)
 
 
+def label_of(path: Path) -> Label:
+    """What a PNG that `write_png` has written says of itself."""
+    with Image.open(path) as image:
+        texts = dict(getattr(image, "text", {}))
+    return Label(texts.get("Software", ""), texts.get("XML:com.adobe.xmp", ""), texts.get("Comment", ""))
+
+
 def pad_to(images: Tensor, height: int, width: int, circular: bool = False) -> Tensor:
     """Pad [n, 3, H, W] at the bottom and right by reflection, columns circularly if so asked."""
     rows = _reflected(images.shape[-2], height)

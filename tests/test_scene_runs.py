@@ -48,6 +48,11 @@ def frames(file: Path) -> list[np.ndarray]:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
+def told(file: Path) -> dict[str, str]:
+    with av.open(str(file), options={"export_xmp": "1"}) as container:
+        return dict(container.metadata)
+
+
 def test_a_run_is_rendered_again_without_its_prior(run, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("csd_exp.build.constructed", None)
     code, out, _ = said(monkeypatch, capsys, runs.render, run, "--to", tmp_path)
@@ -56,6 +61,8 @@ def test_a_run_is_rendered_again_without_its_prior(run, monkeypatch, capsys, tmp
     assert len(again) == len(before) == 3
     for one, other in zip(again, before, strict=True):
         assert np.abs(one.astype(int) - other).mean() < 2
+    for name in ("xmp", "comment"):
+        assert told(tmp_path / "render.mp4")[name] == told(run / "media" / "edited.mp4")[name] != ""
     wide = ["--frames", 2, "--size", 24, 32, "--elevation", 50, "--closer", 1.5]
     assert said(monkeypatch, capsys, runs.render, run, "--to", tmp_path / "new", *wide)[0] == 0
     assert [frame.shape for frame in frames(tmp_path / "new" / "render.mp4")] == [(24, 32, 3)] * 2

@@ -16,6 +16,7 @@ from torch import Tensor
 from csd_exp.callbacks.checkpoint import CheckpointFiles
 from csd_exp.errors import InputError, notice
 from csd_exp.facts import camera_of
+from csd_exp.images import label_of, saved_pictures
 from csd_exp.saved import saved
 from csd_exp.scene.cameras import Cameras, focus, orbit
 from csd_exp.scene.field import Field
@@ -98,7 +99,7 @@ RENDER = """csd-render RUN_DIR [--frames N] [--size HEIGHT WIDTH] [--elevation D
                   [--to FOLDER]
 
 Renders the field of a finished run along the path of its film, or an orbit at another height, and writes
-render.mp4 and render.gif: no training, no prior."""
+render.mp4 and render.gif, labelled as the pictures of the run are: no training, no prior."""
 
 EXPORT = """csd-export RUN_DIR [--to FILE.glb] [--opacity 0.5]
 
@@ -136,8 +137,9 @@ def _render(asked: argparse.Namespace) -> None:
     images = [image.cpu() for image in rendered(shown(field), cameras)]
     folder = asked.to or asked.run
     folder.mkdir(parents=True, exist_ok=True)
-    write_mp4(images, folder / "render.mp4", Flight(cameras).times)
-    write_gif(lambda: images, folder / "render.gif", Flight(cameras).times)
+    label, times = label_of(saved_pictures(asked.run / "media", "edited").files[0]), Flight(cameras).times
+    write_mp4(images, folder / "render.mp4", times, label=label)
+    write_gif(lambda: images, folder / "render.gif", times, label)
     print(folder / "render.mp4")
 
 
