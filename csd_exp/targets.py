@@ -28,8 +28,9 @@ ALLOWED_KINDS: dict[str, tuple[str, ...]] = {
 OWN_PARTS = tuple(
     f"csd_exp.{room}."
     for room in (
-        *("callbacks", "features", "figures.drawing", "figures.forms", "loggers", "methods", "metrics"),
-        *("particles", "priors", "samplers", "scene.splats", "scene.voxels", "schedules", "svgd"),
+        *("callbacks", "features", "figures.bias", "figures.drawing", "figures.forms", "figures.gallery"),
+        *("loggers", "methods", "metrics", "particles", "priors", "samplers", "scene.splats"),
+        *("scene.voxels", "schedules", "svgd"),
     )
 )
 OWN_FUNCTIONS = ("csd_exp.methods.", "csd_exp.metrics.")

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra.utils import get_class
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -21,6 +20,7 @@ from csd_exp.figures.plan import QUIET, Cell
 from csd_exp.figures.results import Equal, Record, Results, summary
 from csd_exp.figures.tables import END, QUOTED, escaped, latex, lines, methods, records_csv, table_csv
 from csd_exp.images import write_png
+from csd_exp.targets import check_targets
 
 FIGURES = sorted(
     file.stem
@@ -298,7 +298,7 @@ def test_every_value_of_every_axis_of_every_figure_is_accepted(figure, no_strips
     for scale in ("embedded", "paper"):
         config, cells = narrowed(figure, scale, "full")
         assert config.name == figure
-        get_class(config.draw._target_)
+        check_targets(OmegaConf.create({"draw": config.draw, "form": config.form, "allow": []}))
         assert set(config.rows) <= set(cells[0].place)
         for cell in cells if scale == "embedded" else cells[:1]:
             alike = ("modality.path", "prompt", "seed", "prior.guidance")
