@@ -13,7 +13,8 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from csd_exp.errors import InputError
 from csd_exp.priors.base import Cond, Guidance, ViewShape
 from csd_exp.priors.folders import check_family, check_parts, fetched_folder, known_folder, load_parts
-from csd_exp.priors.latent import LatentFlow, compile_blocks, settings, tokenized
+from csd_exp.priors.latent import LatentFlow
+from csd_exp.priors.network import compile_blocks, settings, tokenized
 
 CLASSES: dict[str, type] = {
     "vae": AutoencoderKL,

@@ -13,7 +13,8 @@ from csd_exp.errors import InputError
 from csd_exp.files import ASSETS
 from csd_exp.priors.base import Cond, ViewShape
 from csd_exp.priors.folders import check_family, check_parts, fetched_folder, known_folder, load_parts
-from csd_exp.priors.latent import Editing, LatentPrior, settings, tokenized
+from csd_exp.priors.latent import Editing, LatentPrior
+from csd_exp.priors.network import settings, tokenized
 
 EMBEDDED = ASSETS / "instruct_pix2pix"
 

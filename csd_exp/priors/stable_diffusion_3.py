@@ -20,14 +20,8 @@ from csd_exp.priors.folders import (
     known_folder,
     load_parts,
 )
-from csd_exp.priors.latent import (
-    Conditioning,
-    Editing,
-    LatentFlow,
-    compile_blocks,
-    settings,
-    tokenized,
-)
+from csd_exp.priors.latent import Conditioning, Editing, LatentFlow
+from csd_exp.priors.network import compile_blocks, settings, tokenized
 
 Recipe = Literal["ultraedit", "diffusers"]
 T5_TOKENS = 256  # as in diffusers' pipeline

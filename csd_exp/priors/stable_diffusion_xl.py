@@ -20,7 +20,8 @@ from csd_exp.priors.folders import (
     known_folder,
     load_parts,
 )
-from csd_exp.priors.latent import Conditioning, Editing, settings, tokenized
+from csd_exp.priors.latent import Conditioning, Editing
+from csd_exp.priors.network import settings, tokenized
 from csd_exp.priors.stable_diffusion import StableDiffusion, check_prediction, noise_levels
 
 CLASSES: dict[str, type] = {
