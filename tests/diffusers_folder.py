@@ -10,11 +10,13 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
+    DDPMScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    IFPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionInstructPix2PixPipeline,
@@ -135,6 +137,44 @@ def save_flux(path: Path, editing=True, distilled=True) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=distilled),
     )
     return saved(pipe, path, "tokenizer")
+
+
+def save_if(path: Path, editing=False) -> Path:
+    """The same of DeepFloyd IF's first stage, in whose layout there is no autoencoder; it does not edit."""
+    torch.manual_seed(0)
+    pieces = t5_tokenizer()
+    pipe = IFPipeline(
+        tokenizer=pieces,
+        text_encoder=tiny_t5(len(pieces), 32),
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            in_channels=3,
+            out_channels=6,
+            block_out_channels=(16, 32),
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            layers_per_block=1,
+            attention_head_dim=8,
+            cross_attention_dim=24,
+            encoder_hid_dim=32,
+            encoder_hid_dim_type="text_proj",
+            addition_embed_type="text",
+            addition_embed_type_num_heads=2,
+            resnet_time_scale_shift="scale_shift",
+            act_fn="gelu",
+            norm_num_groups=8,
+        ),
+        scheduler=DDPMScheduler(
+            beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(path)
+    return path
 
 
 def save_control(path: Path, like: Path, steps=2, seed=1) -> Path:

@@ -39,6 +39,15 @@ FLUX = {
 PNDM = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
 EULER = PNDM | {"_class_name": "EulerDiscreteScheduler"}
 EDM = {"_class_name": "EDMEulerScheduler", "sigma_data": 1.0, "prediction_type": "v_prediction"}
+IF_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "in_channels": 3,
+    "out_channels": 6,
+    "encoder_hid_dim": 4096,
+    "encoder_hid_dim_type": "text_proj",
+    "block_out_channels": [704, 1408, 2112, 2816],
+}
+DDPM = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon"}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 
 XL_TEXTS = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G}
@@ -89,6 +98,11 @@ PUBLIC = {
         "ultraedit",
         "StableDiffusion3InstructPix2PixPipeline",
         {"vae": VAE_16, "transformer": SD3 | {"in_channels": 32}, **SD3_TEXTS, "scheduler": FLOW},
+    ),
+    "IF-I-XL-v1.0": (
+        "deepfloyd_if",
+        "IFPipeline",
+        {"unet": IF_UNET, "text_encoder": T5, "scheduler": DDPM},
     ),
     "FLUX.1-dev": (
         "flux",

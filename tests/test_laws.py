@@ -13,7 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from diffusers_folder import save_3, save_control, save_flux, save_pipeline, save_xl
+from diffusers_folder import save_3, save_control, save_flux, save_if, save_pipeline, save_xl
 from PIL import Image
 from scenes import write_scene
 from toys import Learned, Waves
@@ -35,6 +35,7 @@ from csd_exp.particles import (
 )
 from csd_exp.priors import (
     ControlNet,
+    DeepFloydIF,
     Flux,
     FluxKontext,
     GaussianFlow,
@@ -74,6 +75,7 @@ PRIORS: dict[str, Callable[[], Prior]] = {
         *(folder(False), [{"path": folder(False, save_controlnet), "kind": "gray"}]), dtype="float64"
     ),
     "ultraedit": lambda: UltraEdit(folder(True, save_3, t5=False), dtype="float64"),
+    "deepfloyd_if": lambda: DeepFloydIF(folder(False, save_if), dtype="float64"),
 }
 # What each of the other families is tried with, making pictures or editing them.
 FAMILIES = {
@@ -86,6 +88,7 @@ FAMILIES = {
     "flux": ("generated",),
     "kontext": ("panorama",),
     "controlnet": ("panorama",),
+    "deepfloyd_if": ("generated", "rendered"),
 }
 EXACT = ("mixture", "flow")  # instant: these take part in the full product, each other family once per law
 RESIDUALS: dict[str, Callable[[], Any]] = {

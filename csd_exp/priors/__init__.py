@@ -11,6 +11,7 @@ from csd_exp.priors.flow import RectifiedFlow as RectifiedFlow
 _LATER = {
     "ControlNet": "controlnet",
     "ControlNetXL": "controlnet",
+    "DeepFloydIF": "deepfloyd_if",
     "Flux": "flux",
     "FluxKontext": "flux",
     "InstructPix2Pix": "stable_diffusion",
@@ -24,6 +25,7 @@ _LATER = {
 __all__ = [
     "ControlNet",
     "ControlNetXL",
+    "DeepFloydIF",
     "Flux",
     "FluxKontext",
     "GaussianFlow",
