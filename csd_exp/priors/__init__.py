@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+from csd_exp.priors.analytic import GaussianClips as GaussianClips
 from csd_exp.priors.analytic import GaussianFlow as GaussianFlow
 from csd_exp.priors.analytic import GaussianMixture as GaussianMixture
 from csd_exp.priors.base import Prior as Prior
@@ -28,6 +29,7 @@ __all__ = [
     "DeepFloydIF",
     "Flux",
     "FluxKontext",
+    "GaussianClips",
     "GaussianFlow",
     "GaussianMixture",
     "InstructPix2Pix",
