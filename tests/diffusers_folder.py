@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKL,
+    AutoencoderKLWan,
     ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
@@ -17,6 +19,8 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     IFPipeline,
+    LucyEditPipeline,
+    MotionAdapter,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionInstructPix2PixPipeline,
@@ -24,6 +28,8 @@ from diffusers import (
     StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -34,6 +40,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -172,6 +180,72 @@ def save_if(path: Path, editing=False) -> Path:
         feature_extractor=None,
         watermarker=None,
         requires_safety_checker=False,
+    )
+    pipe.save_pretrained(path)
+    return path
+
+
+def save_motion(path: Path, channels=(16, 32), most=32) -> Path:
+    """A motion adapter for the UNets here, none of whose weights is zero, and return its folder."""
+    torch.manual_seed(0)
+    adapter = MotionAdapter(
+        block_out_channels=channels,
+        motion_layers_per_block=1,
+        motion_norm_num_groups=8,
+        motion_num_attention_heads=2,
+        motion_max_seq_length=most,
+    )
+    for p in adapter.parameters():
+        if not p.any():
+            p.data.normal_(std=0.3)
+    adapter.save_pretrained(path)
+    return path
+
+
+def save_animatediff(path: Path, editing=False) -> Path:
+    """A whole AnimateDiff pipeline, saved with the motion in its UNet."""
+    like = save_pipeline(path.with_name(path.name + "_like"), False)
+    motion = MotionAdapter.from_pretrained(save_motion(path.with_name(path.name + "_motion")))
+    pipe = AnimateDiffPipeline.from_pretrained(like, motion_adapter=motion)
+    pipe.save_pretrained(path)
+    shutil.rmtree(path / "tokenizer")
+    shutil.copytree(like / "tokenizer", path / "tokenizer")
+    return path
+
+
+def save_wan(path: Path, editing=True) -> Path:
+    """The same of Wan in the layout of 2.2 TI2V, and of Lucy-Edit on it."""
+    torch.manual_seed(0)
+    pieces = t5_tokenizer()
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    pipe = (LucyEditPipeline if editing else WanPipeline)(
+        vae=AutoencoderKLWan(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.5, 0.7, 1.1, 0.9],
+            scale_factor_spatial=4,
+        ),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=len(pieces), feed_forward_proj="gated-gelu", **sizes)
+        ),
+        tokenizer=pieces,
+        transformer=WanTransformer3DModel(
+            in_channels=4 * (1 + editing),
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=1,
+            rope_max_seq_len=32,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        expand_timesteps=True,
     )
     pipe.save_pretrained(path)
     return path

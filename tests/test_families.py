@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers_folder import save_3, save_flux, save_if, save_pipeline, save_xl
+from diffusers_folder import (
+    save_3,
+    save_animatediff,
+    save_flux,
+    save_if,
+    save_pipeline,
+    save_wan,
+    save_xl,
+)
 from public_folders import PUBLIC, write_public
 
 import csd_exp
@@ -14,15 +22,18 @@ from csd_exp.config import check, composed
 from csd_exp.errors import InputError
 from csd_exp.families import family_of, named
 from csd_exp.priors import (
+    AnimateDiff,
     DeepFloydIF,
     Flux,
     FluxKontext,
     InstructPix2Pix,
     InstructPix2PixXL,
+    LucyEdit,
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
     UltraEdit,
+    Wan,
 )
 from csd_exp.priors.base import Cond, Query, predict, row_count
 
@@ -37,6 +48,9 @@ SAVED = {
     "flux": lambda path: save_flux(path, False),
     "kontext": save_flux,
     "deepfloyd_if": save_if,
+    "animatediff": save_animatediff,
+    "wan": lambda path: save_wan(path, False),
+    "lucy_edit": save_wan,
 }
 CLASSES = {
     "stable_diffusion": StableDiffusion,
@@ -48,6 +62,9 @@ CLASSES = {
     "flux": Flux,
     "kontext": FluxKontext,
     "deepfloyd_if": DeepFloydIF,
+    "animatediff": AnimateDiff,
+    "wan": Wan,
+    "lucy_edit": LucyEdit,
 }
 EXPERIMENTS = {
     "river_sdxl": "sdxl_instruct_pix2pix",
@@ -91,7 +108,8 @@ def test_the_configurations_of_public_models_pass(tmp_path, name):
 def test_rows_are_held_to_one_device(folder, family):
     """On torch's device `meta`, where no operation may meet a tensor of another one."""
     assert family_of(folder(family))[0] == family == CLASSES[family].family
-    prior, image = CLASSES[family](folder(family)), torch.rand(1, 3, 32, 32)
+    prior = CLASSES[family](folder(family))
+    image = torch.rand(1, 3, *[5] * prior.clips, 32, 32)
     conditions = prior.condition(image)
     guidance = prior.guidance("x", None if conditions is None else conditions[0])
     elsewhere = torch.device("meta")
@@ -119,6 +137,8 @@ def test_rows_are_held_to_one_device(folder, family):
         ("sd3", (3, 4)),
         ("flux", (2, 2)),
         ("deepfloyd_if", (3, 4)),
+        ("animatediff", (3, 4)),
+        ("wan", (3, 4)),
     ],
 )
 def test_rows_of_a_csd_edit_view_under_a_text_to_image_prior(priors, family, rows):

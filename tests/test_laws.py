@@ -13,7 +13,16 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from diffusers_folder import save_3, save_control, save_flux, save_if, save_pipeline, save_xl
+from diffusers_folder import (
+    save_3,
+    save_control,
+    save_flux,
+    save_if,
+    save_motion,
+    save_pipeline,
+    save_wan,
+    save_xl,
+)
 from PIL import Image
 from scenes import write_scene
 from toys import Learned, Waves
@@ -35,6 +44,7 @@ from csd_exp.particles import (
     Video,
 )
 from csd_exp.priors import (
+    AnimateDiff,
     ControlNet,
     DeepFloydIF,
     Flux,
@@ -44,6 +54,7 @@ from csd_exp.priors import (
     GaussianMixture,
     InstructPix2Pix,
     InstructPix2PixXL,
+    LucyEdit,
     Prior,
     StableDiffusion,
     StableDiffusion3,
@@ -79,6 +90,10 @@ PRIORS: dict[str, Callable[[], Prior]] = {
     ),
     "ultraedit": lambda: UltraEdit(folder(True, save_3, t5=False), dtype="float64"),
     "deepfloyd_if": lambda: DeepFloydIF(folder(False, save_if), dtype="float64"),
+    "animatediff": lambda: AnimateDiff(
+        folder(False), motion=folder(False, save_adapter), frames=2, dtype="float64"
+    ),
+    "lucy_edit": lambda: LucyEdit(folder(True, save_wan), frames=5, dtype="float64"),
 }
 # What each of the other families is tried with, making pictures or editing them.
 FAMILIES = {
@@ -92,6 +107,8 @@ FAMILIES = {
     "kontext": ("panorama",),
     "controlnet": ("panorama",),
     "deepfloyd_if": ("generated", "field"),
+    "animatediff": ("clips",),
+    "lucy_edit": ("clips",),
 }
 ONCE = {
     "panorama": [("dds", "rbf")],
@@ -207,6 +224,10 @@ def exact_for(modality: str) -> str:
 
 def save_controlnet(path: Path, editing: bool) -> Path:
     return save_control(path, Path(folder(editing)))
+
+
+def save_adapter(path: Path, editing: bool) -> Path:
+    return save_motion(path)
 
 
 @cache

@@ -38,6 +38,7 @@ class Clips(Video):
 
     clips: ClassVar[bool] = True
     controls = ()
+    clip_latent: Tensor
 
     def __init__(
         self,
@@ -114,7 +115,8 @@ class Clips(Video):
 
     def _pictured(self) -> Iterator[Tensor]:
         """Each clip's pictures [1, 3, F, H, W]; the last one of the video goes on past its end."""
-        frames, held, first = iter(self.pixels), [], 0
+        frames, first = iter(self.pixels), 0
+        held: list[Tensor] = []
         for begin in self.starts:
             held, first = held[begin - first :], begin
             held.extend(islice(frames, self.length - len(held)))
@@ -199,16 +201,16 @@ class Clips(Video):
         wanted = range(*which.indices(self.count))
         ends = [*self.starts[1:], self.count]  # where no later clip shows what comes before
         weights = [min(j + 1, self.length - j) for j in range(self.length)]
-        shown: dict[int, tuple[Tensor | float, int]] = {}
+        shown: dict[int, tuple[Tensor, int]] = {}
         for clip, (begin, end) in enumerate(zip(self.starts, ends, strict=True)):
             mine = [frame for frame in wanted if begin <= frame < begin + self.length]
             if mine:
                 latent = self.clip_latent[clip] + self.latent[self._of(clip)].transpose(0, 1)
                 pictures = prior.decode(latent[None])[0].transpose(0, 1)
             for frame in mine:
-                total, over = shown.get(frame, (0.0, 0))
-                weight = weights[frame - begin]
-                shown[frame] = (total + weight * pictures[frame - begin], over + weight)
+                weight, picture = weights[frame - begin], pictures[frame - begin]
+                total, over = shown.get(frame, (torch.zeros_like(picture), 0))
+                shown[frame] = (total + weight * picture, over + weight)
             for frame in [frame for frame in shown if frame < end]:
                 total, over = shown.pop(frame)
                 yield from (image.clamp(0, 1) for image in self.finish((total / over)[None]))

@@ -10,6 +10,7 @@ from csd_exp.priors.flow import RectifiedFlow as RectifiedFlow
 
 # diffusers takes seconds to import, and most of the package does without it.
 _LATER = {
+    "AnimateDiff": "animatediff",
     "ControlNet": "controlnet",
     "ControlNetXL": "controlnet",
     "DeepFloydIF": "deepfloyd_if",
@@ -17,13 +18,16 @@ _LATER = {
     "FluxKontext": "flux",
     "InstructPix2Pix": "stable_diffusion",
     "InstructPix2PixXL": "stable_diffusion_xl",
+    "LucyEdit": "wan",
     "StableDiffusion": "stable_diffusion",
     "StableDiffusion3": "stable_diffusion_3",
     "StableDiffusionXL": "stable_diffusion_xl",
     "UltraEdit": "stable_diffusion_3",
+    "Wan": "wan",
 }
 
 __all__ = [
+    "AnimateDiff",
     "ControlNet",
     "ControlNetXL",
     "DeepFloydIF",
@@ -34,12 +38,14 @@ __all__ = [
     "GaussianMixture",
     "InstructPix2Pix",
     "InstructPix2PixXL",
+    "LucyEdit",
     "Prior",
     "RectifiedFlow",
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
     "UltraEdit",
+    "Wan",
 ]
 
 

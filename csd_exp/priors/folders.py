@@ -6,7 +6,7 @@ one InputError that names `prior.path` and the part.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
-from huggingface_hub import model_info, try_to_load_from_cache
+from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import model_info, snapshot_download, try_to_load_from_cache
 from torch import nn
 
 from csd_exp.errors import InputError
-from csd_exp.families import family_of
+from csd_exp.families import family_of, known
 from csd_exp.files import ASSETS, check_sums
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
@@ -150,7 +150,66 @@ def load_network(
             f"prior.path={path}: the weights of its {part} lack {len(info['missing_keys'])} tensors, "
             f"{min(info['missing_keys'])} for one."
         )
-    return model.to(dtype)
+    return in_precision(model, dtype)
+
+
+def in_precision(network: Any, dtype: torch.dtype) -> Any:
+    """A network in `dtype`, but for what diffusers itself keeps in float32 where that is half a precision."""
+    kept = getattr(network, "_keep_in_fp32_modules", None) if isinstance(network, ModelMixin) else None
+    if not kept or dtype not in (torch.float16, torch.bfloat16):
+        return network.to(dtype)
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if set(kept) & set(name.split(".")) else dtype)
+    return network
+
+
+def lone_folder(key: str, path: str | Path, what: str) -> Path | None:
+    """The folder of a network that comes alone, such as a ControlNet; None for what can only be a hub id."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if isinstance(path, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+        raise InputError(
+            f"{key}={path} is no folder; give one that holds the config.json and the weights of a {what}, or "
+            "a hub id."
+        )
+    return None
+
+
+def load_lone(
+    key: str, path: str | Path, what: str, cls: Any, check: Callable[[Path], None], dtype: torch.dtype
+) -> Any:
+    """A network that comes alone, in `dtype`. check: refuses a folder of none, or one that does not fit."""
+    folder = lone_folder(key, path, what)
+    try:
+        with quiet():
+            wanted = ["config.json", "*.safetensors"]
+            folder = folder or Path(snapshot_download(str(path), allow_patterns=wanted))
+            check(folder)
+            network, info = cls.from_pretrained(
+                str(folder), use_safetensors=True, output_loading_info=True, torch_dtype=dtype
+            )
+    except InputError:
+        raise
+    except Exception as e:  # libraries raise many types on unusable files
+        raise InputError(f"{key}={path} cannot be loaded ({' '.join(str(e).split())[:200]}).") from e
+    if info["missing_keys"]:
+        missing = info["missing_keys"]
+        raise InputError(f"{key}={path} lacks {len(missing)} tensors, {min(missing)} for one.")
+    return network
+
+
+def check_lone(key: str, folder: Path, what: str, cls: str) -> dict[str, Any]:
+    """The configuration of a network that comes alone, which must be of class `cls` and have its weights."""
+    config = known(folder / "config.json")
+    if config.get("_class_name") != cls:
+        raise InputError(
+            f"{key} is no {what}: its config.json says {config.get('_class_name')}, and accepted is {cls}."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{key} lacks its weights, diffusion_pytorch_model.safetensors.")
+    return config
 
 
 def load_part(path: str | Path, folder: Path, part: str, cls: Any, **options) -> Any:

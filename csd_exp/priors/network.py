@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from csd_exp.errors import InputError, accept
 from csd_exp.priors.base import Cond, Guidance, Prior, check_place
-from csd_exp.priors.folders import quiet
+from csd_exp.priors.folders import in_precision, quiet
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 T5 = ("t5", "umt5")  # text encoders that overflow in float16
@@ -68,7 +68,7 @@ class NetworkPrior(Prior):
     def freeze(self, network: Any) -> None:
         """Make a network ready to be asked, in its precision."""
         with quiet():
-            network.eval().requires_grad_(False).to(self.precision_of(network))
+            in_precision(network.eval().requires_grad_(False), self.precision_of(network))
 
     def precision_of(self, network: Any) -> torch.dtype:
         """What a network is held in: `dtype`, but for what overflows in it."""
@@ -154,7 +154,8 @@ class NetworkPrior(Prior):
 
     def held(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """As the networks take it."""
-        return x.to(self.device, dtype or self.dtype).contiguous(memory_format=self._layout)
+        layout = self._layout if x.ndim == 4 else torch.contiguous_format
+        return x.to(self.device, dtype or self.dtype).contiguous(memory_format=layout)
 
     def returned(self, out: Tensor, caller: Tensor) -> Tensor:
         """As the caller gets it."""
