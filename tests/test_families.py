@@ -71,8 +71,15 @@ EXPERIMENTS = {
     "river_cosxl": "cosxl_edit",
     "river_ultraedit": "ultraedit",
     "river_kontext": "kontext",
+    "video_lucy": "lucy_edit",
+    "video_animatediff": "animatediff",
 }
-OTHER_CURVES = {"river_cosxl": InstructPix2PixXL, "river_ultraedit": UltraEdit, "river_kontext": FluxKontext}
+OTHER_CURVES = {
+    "river_cosxl": InstructPix2PixXL,
+    "river_ultraedit": UltraEdit,
+    "river_kontext": FluxKontext,
+    "video_lucy": LucyEdit,
+}
 SMALL = ("modality.window=8", "modality.stride=8", "modality.batch=2", "trainer.fast_dev_run=true")
 
 
@@ -189,11 +196,30 @@ def test_a_folder_of_no_family_is_one_sentence(tmp_path, monkeypatch):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_each_experiment_edits_with_its_family(folder, experiment, write_image, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    path = write_image(32, 40)
+    own = []
+    if experiment.startswith("video"):
+        path = tmp_path / "film"
+        path.mkdir()
+        for i in range(7):
+            write_image(32, 40, i, f"film/{i}.png")
+        own = ["prior.frames=5"] + ["prior.motion=null"] * (experiment == "video_animatediff")
     result = csd_exp.edit(
-        *(f"experiment={experiment}", f"prior.path={folder(EXPERIMENTS[experiment])}", *SMALL),
-        *(f"modality.path={write_image(32, 40)}", "metrics=none", "callbacks=none", "logger=csv"),
+        *(f"experiment={experiment}", f"prior.path={folder(EXPERIMENTS[experiment])}", *SMALL, *own),
+        *(f"modality.path={path}", "metrics=none", "callbacks=none", "logger=csv"),
     )
     assert result.images[0].shape == (3, 32, 40)
+    assert len(result.images) == (7 if own else 1)
+
+
+def test_a_scene_is_made_from_text_under_pixels(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = csd_exp.edit(
+        *("experiment=text_to_3d", "prior=deepfloyd_if", f"prior.path={folder('deepfloyd_if')}"),
+        *("modality.render=null", "modality.frames=2", "modality.field.resolutions=[6]", "method=csd"),
+        *("trainer.fast_dev_run=true", "metrics=none", "callbacks=none", "logger=csv"),
+    )
+    assert [image.shape for image in result.images] == [(3, 8, 8)] * 2
 
 
 def test_timesteps_of_other_curves_have_the_signal_to_noise_ratios_of_the_public_code(folder):
