@@ -40,6 +40,7 @@ class AnimateDiff(StableDiffusion):
     """
 
     family = "animatediff"
+    pipeline = "AnimateDiffPipeline"
     clips = True
 
     def __init__(
@@ -59,6 +60,7 @@ class AnimateDiff(StableDiffusion):
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
+        cls.check_settings(config)
         path, motion = config["path"], config.get("motion")
         folder = known_folder(path)
         if folder is None:

@@ -49,6 +49,7 @@ class DeepFloydIF(NetworkPrior):
     """
 
     family: ClassVar[str] = "deepfloyd_if"
+    pipeline = "IFPipeline"
 
     def __init__(
         self, path: str | Path | PartsIF, variant: str | None = None, allow_pickle: bool = False, **shared
@@ -67,6 +68,7 @@ class DeepFloydIF(NetworkPrior):
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
+        cls.check_settings(config)
         check_folder(config["path"], config.get("variant"), cls.family, config.get("allow_pickle", False))
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsIF:

@@ -54,6 +54,7 @@ class Flux(LatentFlow):
     """
 
     family: ClassVar[str] = "flux"
+    pipeline = "FluxPipeline"
 
     def __init__(
         self,
@@ -81,6 +82,7 @@ class Flux(LatentFlow):
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
+        cls.check_settings(config)
         check_folder(config["path"], config.get("variant"), cls.family, config.get("allow_pickle", False))
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsFlux:

@@ -3,9 +3,10 @@
 import hashlib
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, cast, get_args
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from csd_exp.errors import InputError, accept
 from csd_exp.priors.base import Cond, Guidance, Prior, check_place
 from csd_exp.priors.folders import in_precision, quiet
+from csd_exp.priors.lora import add_lora, check_lora
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 T5 = ("t5", "umt5")  # text encoders that overflow in float16
@@ -29,8 +31,12 @@ class NetworkPrior(Prior):
     compile: torch.compile the network; every call is then filled up to row_chunk rows.
     offload: whether the denoiser's layers stay in RAM and are brought to the device one by one, by diffusers'
         group offloading; slower, and for weights that the device cannot hold.
+    lora, lora_scale: a LoRA's .safetensors file, and the weight of what it adds; fused into the weights, so
+        that a row costs what it costs without.
     Raises InputError, naming the key, for a setting out of range.
     """
+
+    pipeline: ClassVar[str]  # diffusers' own of the family, whose loaders know what its LoRAs look like
 
     def __init__(
         self,
@@ -41,6 +47,8 @@ class NetworkPrior(Prior):
         channels_last: bool = False,
         compile: bool = False,
         offload: bool = False,
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
     ):
         accept("prior.dtype", dtype, get_args(Dtype))
         if row_chunk < 1:
@@ -55,6 +63,15 @@ class NetworkPrior(Prior):
         self._networks: dict[str, nn.Module] = {}
         self._encoders: dict[str, nn.Module] = {}
         self._arrived, self._offload = True, offload
+        self.lora, self.lora_scale = lora, lora_scale
+        if lora is not None:
+            check_lora(lora)
+
+    @classmethod
+    def check_settings(cls, config: Mapping[str, Any]) -> None:
+        """What `check` of every family looks at beside the folder."""
+        if config.get("lora") is not None:
+            check_lora(config["lora"])
 
     def keep(self, networks: dict[str, Any], encoders: dict[str, Any]) -> None:
         """Freeze the networks in `dtype`; those that convolve in the memory format asked for.
@@ -62,6 +79,9 @@ class NetworkPrior(Prior):
         encoders: of texts, which are on the device only while a new text is embedded.
         """
         self._networks, self._encoders = networks, encoders
+        if self.lora is not None:
+            parts = {name: part for name, part in {**networks, **encoders}.items() if name != "vae"}
+            add_lora(self.pipeline, parts, self.lora, self.lora_scale, fused=True)
         for network in (*networks.values(), *encoders.values()):
             self.freeze(network)
 

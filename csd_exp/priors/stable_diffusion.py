@@ -50,6 +50,7 @@ class StableDiffusion(LatentPrior):
     """
 
     family: ClassVar[str] = "stable_diffusion"
+    pipeline = "StableDiffusionPipeline"
     side: ClassVar[int] = 64  # of a window in latents, where a folder does not say
 
     def __init__(
@@ -76,6 +77,7 @@ class StableDiffusion(LatentPrior):
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
+        cls.check_settings(config)
         pickled = config.get("allow_pickle", False)
         check_folder(config["path"], config.get("variant"), cls.family, pickled)
 

@@ -64,6 +64,7 @@ class StableDiffusion3(LatentFlow):
     """
 
     family: ClassVar[str] = "sd3"
+    pipeline = "StableDiffusion3Pipeline"
 
     def __init__(
         self,
@@ -89,6 +90,7 @@ class StableDiffusion3(LatentFlow):
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
+        cls.check_settings(config)
         pickled, t5 = config.get("allow_pickle", False), config.get("t5", True)
         check_folder(config["path"], config.get("variant"), cls.family, pickled, t5)
 

@@ -66,11 +66,13 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     family = "sdxl"
+    pipeline = "StableDiffusionXLPipeline"
     side = 128
     times: Tensor | None
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
+        cls.check_settings(config)
         pickled = config.get("allow_pickle", False)
         check_folder(config["path"], config.get("variant"), cls.family, pickled)
 

@@ -58,6 +58,7 @@ class Wan(LatentFlow):
     """
 
     family: ClassVar[str] = "wan"
+    pipeline = "WanPipeline"
     clips = True
 
     def __init__(
@@ -85,6 +86,7 @@ class Wan(LatentFlow):
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
+        cls.check_settings(config)
         check_folder(config["path"], config.get("variant"), cls.family, config.get("allow_pickle", False))
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsWan:
