@@ -65,7 +65,8 @@ class AnimateDiff(StableDiffusion):
         folder = known_folder(path)
         if folder is None:
             return
-        _check_folder(path, folder, motion, config.get("variant"), config.get("allow_pickle", False))
+        pickled, file = config.get("allow_pickle", False), config.get("weights")
+        _check_folder(path, folder, motion, config.get("variant"), pickled, file)
         adapter = None if motion is None else lone_folder("prior.motion", motion, "motion adapter")
         if adapter is not None:
             unet = known(folder / "unet/config.json")
@@ -74,9 +75,11 @@ class AnimateDiff(StableDiffusion):
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> Parts:
         folder = fetched_folder(path, variant)
-        _check_folder(path, folder, self.motion, variant, allow_pickle)
+        _check_folder(path, folder, self.motion, variant, allow_pickle, self.weights.file)
         own = {"unet": UNetMotionModel} if self.motion is None else {}
-        parts = Parts(**load_parts(path, folder, stable_diffusion.CLASSES | own, variant, self.dtype))
+        parts = Parts(
+            **load_parts(path, folder, stable_diffusion.CLASSES | own, variant, self.dtype, self.weights)
+        )
         if self.motion is None:
             return parts
         unet = parts.unet
@@ -117,7 +120,12 @@ def _unfolded(pictures: Tensor, count: int) -> Tensor:
 
 
 def _check_folder(
-    path: str | Path, folder: Path, motion: str | None, variant: str | None, allow_pickle: bool
+    path: str | Path,
+    folder: Path,
+    motion: str | None,
+    variant: str | None,
+    allow_pickle: bool,
+    file: str | None,
 ) -> None:
     whole = family_of(folder)[0] == "animatediff"
     if whole and motion is not None:
@@ -132,7 +140,7 @@ def _check_folder(
                 f"prior.path={path} has no motion of its own; give a motion adapter as prior.motion, or use "
                 "it with prior=stable_diffusion."
             )
-    stable_diffusion.check_folder(path, variant, None, allow_pickle)
+    stable_diffusion.check_folder(path, variant, None, allow_pickle, file)
 
 
 def _check_adapter(key: str, folder: Path, unet: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,13 +69,14 @@ class DeepFloydIF(NetworkPrior):
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
         cls.check_settings(config)
-        check_folder(config["path"], config.get("variant"), cls.family, config.get("allow_pickle", False))
+        pickled = config.get("allow_pickle", False)
+        check_folder(config["path"], config.get("variant"), cls.family, pickled, config.get("weights"))
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsIF:
         """The parts of a folder or hub id."""
         folder = fetched_folder(path, variant)
-        check_folder(folder, variant, self.family, allow_pickle)
-        return PartsIF(**load_parts(path, folder, CLASSES, variant, self.dtype))
+        check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
+        return PartsIF(**load_parts(path, folder, CLASSES, variant, self.dtype, self.weights))
 
     def described(self) -> object:
         return settings(self.unet), sorted(self.tokenizer.get_vocab().items())
@@ -102,14 +103,18 @@ class DeepFloydIF(NetworkPrior):
 
 
 def check_folder(
-    path: str | Path, variant: str | None = None, family: str | None = None, allow_pickle: bool = False
+    path: str | Path,
+    variant: str | None = None,
+    family: str | None = None,
+    allow_pickle: bool = False,
+    file: str | None = None,
 ) -> None:
     """As `csd_exp.priors.stable_diffusion.check_folder`, for DeepFloyd IF; families: `family_of`."""
     folder = known_folder(path)
     if folder is None:
         return
     check_family(path, folder, family)
-    configs = check_parts(path, folder, CLASSES, variant, allow_pickle)
+    configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
     unet, predicts = configs["unet"], configs["scheduler"].get("prediction_type", "epsilon")
     takes, gives, width = (unet.get(key) for key in ("in_channels", "out_channels", "encoder_hid_dim"))
     if takes != 3 or gives not in (3, 6):

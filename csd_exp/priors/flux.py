@@ -83,13 +83,14 @@ class Flux(LatentFlow):
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
         cls.check_settings(config)
-        check_folder(config["path"], config.get("variant"), cls.family, config.get("allow_pickle", False))
+        pickled = config.get("allow_pickle", False)
+        check_folder(config["path"], config.get("variant"), cls.family, pickled, config.get("weights"))
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsFlux:
         """The parts of a folder or hub id."""
         folder = fetched_folder(path, variant)
-        check_folder(folder, variant, self.family, allow_pickle)
-        return PartsFlux(**load_parts(path, folder, CLASSES, variant, self.dtype))
+        check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
+        return PartsFlux(**load_parts(path, folder, CLASSES, variant, self.dtype, self.weights))
 
     def described(self) -> object:
         vocabularies = [sorted(words.get_vocab().items()) for words in (self.tokenizer, self.tokenizer_2)]
@@ -200,14 +201,18 @@ def token_places(x: Tensor, which: int) -> Tensor:
 
 
 def check_folder(
-    path: str | Path, variant: str | None = None, family: str | None = None, allow_pickle: bool = False
+    path: str | Path,
+    variant: str | None = None,
+    family: str | None = None,
+    allow_pickle: bool = False,
+    file: str | None = None,
 ) -> None:
     """As `csd_exp.priors.stable_diffusion.check_folder`, for FLUX.1; families are those of `family_of`."""
     folder = known_folder(path)
     if folder is None:
         return
     check_family(path, folder, family)
-    configs = check_parts(path, folder, CLASSES, variant, allow_pickle)
+    configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
     transformer, channels = configs["transformer"], configs["vae"].get("latent_channels", 4)
     if transformer.get("in_channels", 64) != 4 * channels:
         raise InputError(

@@ -21,6 +21,7 @@ from torch import nn
 from csd_exp.errors import InputError
 from csd_exp.families import family_of, known
 from csd_exp.files import ASSETS, check_sums
+from csd_exp.priors.weights import DENOISERS, OF_FOLDER, Weights
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 # Of each format the names of whole weight files, diffusers' and transformers'.
@@ -65,11 +66,12 @@ def check_parts(
     classes: Mapping[str, type],
     variant: str | None = None,
     allow_pickle: bool = False,
+    file: str | None = None,
 ) -> dict[str, dict]:
     """The configurations of a folder's networks by part, and of its scheduler; all parts must be there.
 
     classes: of the parts, by name. A variant may be there for some of the networks only; the others are then
-    taken without.
+    taken without. file: that the denoiser's weights are in, where not in the folder.
     """
     networks = [part for part, cls in classes.items() if issubclass(cls, nn.Module)]
     config_of(path, folder, "model_index.json")
@@ -81,7 +83,8 @@ def check_parts(
             f"{', '.join(sorted(file.name for file in (folder / networks[0]).iterdir()))}."
         )
     for part in networks:
-        _check_weights(path, folder, part, variant, allow_pickle)
+        if file is None or part not in DENOISERS:
+            _check_weights(path, folder, part, variant, allow_pickle)
     for part in (part for part in classes if part.startswith("tokenizer")):
         if not any(all((folder / part / file).is_file() for file in files) for files in VOCABULARIES):
             raise InputError(
@@ -109,15 +112,24 @@ def load_parts(
     classes: Mapping[str, type],
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
+    weights: Weights = OF_FOLDER,
 ) -> dict[str, Any]:
-    """The parts of a folder by their names; networks in `dtype`, but the autoencoder in float32."""
+    """The parts of a folder by their names; networks in `dtype`, but the autoencoder in float32.
+
+    weights: the denoiser's.
+    """
+
+    def loaded(part: str, cls: Any) -> Any:
+        if not issubclass(cls, nn.Module):
+            return load_part(path, folder, part, cls)
+        if part not in DENOISERS:
+            return load_network(path, folder, part, cls, variant, torch.float32 if part == "vae" else dtype)
+        if weights.file is not None:
+            return weights.load(folder, part, cls, dtype)
+        return load_network(path, folder, part, cls, variant, dtype, weights.options(dtype))
+
     with quiet():
-        return {
-            part: load_network(path, folder, part, cls, variant, torch.float32 if part == "vae" else dtype)
-            if issubclass(cls, nn.Module)
-            else load_part(path, folder, part, cls)
-            for part, cls in classes.items()
-        }
+        return {part: loaded(part, cls) for part, cls in classes.items()}
 
 
 def load_network(
@@ -127,14 +139,17 @@ def load_network(
     cls: Any,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
+    held: Mapping[str, Any] | None = None,
 ) -> Any:
     """A network in `dtype`; one whose file lacks weights would silently be random there.
 
-    Of pickled weights nothing but tensors is read.
+    held: what diffusers is told of how weights are held, in the place of `dtype`. Of pickled weights nothing
+    but tensors is read.
     """
     taken, files = _found_weights(path, folder / part, variant)
     safe = _is_safe(files)
     options = {"variant": taken, "use_safetensors": safe, "output_loading_info": True, "torch_dtype": dtype}
+    options |= held or {}
     try:
         model, info = load_part(path, folder, part, cls, **options)
     except InputError as e:
@@ -154,7 +169,12 @@ def load_network(
 
 
 def in_precision(network: Any, dtype: torch.dtype) -> Any:
-    """A network in `dtype`, but for what diffusers itself keeps in float32 where that is half a precision."""
+    """A network in `dtype`, but for what diffusers itself keeps in float32 where that is half a precision.
+
+    One whose weights are held in few bits stays as it is.
+    """
+    if getattr(network, "is_quantized", False) or getattr(network, "hf_quantizer", None) is not None:
+        return network
     kept = getattr(network, "_keep_in_fp32_modules", None) if isinstance(network, ModelMixin) else None
     if not kept or dtype not in (torch.float16, torch.bfloat16):
         return network.to(dtype)

@@ -15,6 +15,7 @@ from csd_exp.errors import InputError, accept
 from csd_exp.priors.base import Cond, Guidance, Prior, check_place
 from csd_exp.priors.folders import in_precision, quiet
 from csd_exp.priors.lora import add_lora, check_lora
+from csd_exp.priors.weights import Quantization, Weights, plain_tensors
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 T5 = ("t5", "umt5")  # text encoders that overflow in float16
@@ -32,7 +33,9 @@ class NetworkPrior(Prior):
     offload: whether the denoiser's layers stay in RAM and are brought to the device one by one, by diffusers'
         group offloading; slower, and for weights that the device cannot hold.
     lora, lora_scale: a LoRA's .safetensors file, and the weight of what it adds; fused into the weights, so
-        that a row costs what it costs without.
+        that a row costs what it costs without, but beside them where these are held in few bits.
+    weights, quantization: the denoiser's weights from one file, and in few bits; see
+        `csd_exp.priors.weights.Weights`.
     Raises InputError, naming the key, for a setting out of range.
     """
 
@@ -49,6 +52,8 @@ class NetworkPrior(Prior):
         offload: bool = False,
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
+        weights: str | None = None,
+        quantization: Quantization | None = None,
     ):
         accept("prior.dtype", dtype, get_args(Dtype))
         if row_chunk < 1:
@@ -63,6 +68,9 @@ class NetworkPrior(Prior):
         self._networks: dict[str, nn.Module] = {}
         self._encoders: dict[str, nn.Module] = {}
         self._arrived, self._offload = True, offload
+        self.weights = Weights(weights, quantization)
+        if offload and self.weights.few_bits:
+            raise InputError("prior.offload is not for weights in few bits; choose one of them.")
         self.lora, self.lora_scale = lora, lora_scale
         if lora is not None:
             check_lora(lora)
@@ -70,6 +78,7 @@ class NetworkPrior(Prior):
     @classmethod
     def check_settings(cls, config: Mapping[str, Any]) -> None:
         """What `check` of every family looks at beside the folder."""
+        Weights(config.get("weights"), config.get("quantization"))
         if config.get("lora") is not None:
             check_lora(config["lora"])
 
@@ -81,7 +90,7 @@ class NetworkPrior(Prior):
         self._networks, self._encoders = networks, encoders
         if self.lora is not None:
             parts = {name: part for name, part in {**networks, **encoders}.items() if name != "vae"}
-            add_lora(self.pipeline, parts, self.lora, self.lora_scale, fused=True)
+            add_lora(self.pipeline, parts, self.lora, self.lora_scale, not self.weights.few_bits)
         for network in (*networks.values(), *encoders.values()):
             self.freeze(network)
 
@@ -106,12 +115,15 @@ class NetworkPrior(Prior):
     def fingerprint(self) -> str:  # type: ignore[override]
         """SHA-256 of the weights as held and of `described`: settings and vocabulary of their training."""
         digest = hashlib.sha256(repr(self.described()).encode())
+        if self.lora is not None and self.weights.few_bits:
+            digest.update(repr(self.lora_scale).encode())  # of what lies beside the weights
         tensors = {"alphas_cumprod": self.alphas_cumprod}
         owners: list[str] = []
         for part, network in (self._networks | self._encoders).items():
             kind = type(network).__name__
             owners.append(f"{kind}.{part}" if kind in owners else kind)
-            tensors |= {f"{owners[-1]}.{name}": tensor for name, tensor in network.state_dict().items()}
+            for name, tensor in network.state_dict().items():
+                tensors |= dict(plain_tensors(f"{owners[-1]}.{name}", tensor))
         for name, tensor in sorted(tensors.items()):
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

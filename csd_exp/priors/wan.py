@@ -87,14 +87,15 @@ class Wan(LatentFlow):
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
         cls.check_settings(config)
-        check_folder(config["path"], config.get("variant"), cls.family, config.get("allow_pickle", False))
+        pickled = config.get("allow_pickle", False)
+        check_folder(config["path"], config.get("variant"), cls.family, pickled, config.get("weights"))
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsWan:
         """The parts of a folder or hub id."""
         folder = fetched_folder(path, variant)
-        check_folder(folder, variant, self.family, allow_pickle)
+        check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
         shift = own_shift(config_of(path, folder, "scheduler/scheduler_config.json"))
-        return PartsWan(**load_parts(path, folder, CLASSES, variant, self.dtype), shift=shift)
+        return PartsWan(**load_parts(path, folder, CLASSES, variant, self.dtype, self.weights), shift=shift)
 
     def hold(self, vae: Any, encoders: dict[str, Any], **networks: Any) -> None:
         self.keep({"vae": vae, **networks}, encoders)
@@ -178,7 +179,11 @@ def own_shift(scheduler: Mapping[str, Any]) -> float:
 
 
 def check_folder(
-    path: str | Path, variant: str | None = None, family: str | None = None, allow_pickle: bool = False
+    path: str | Path,
+    variant: str | None = None,
+    family: str | None = None,
+    allow_pickle: bool = False,
+    file: str | None = None,
 ) -> None:
     """As `csd_exp.priors.stable_diffusion.check_folder`, for Wan; families are those of `family_of`."""
     folder = known_folder(path)
@@ -190,7 +195,7 @@ def check_folder(
             f"prior.path={path} has two experts, transformer and transformer_2; accepted is Wan of one "
             "network, such as 2.1 and 2.2 TI2V-5B, and Lucy-Edit on it."
         )
-    configs = check_parts(path, folder, CLASSES, variant, allow_pickle)
+    configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
     scheduler, transformer = configs["scheduler"], configs["transformer"]
     flows = scheduler.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__
     if not flows and scheduler.get("prediction_type") != "flow_prediction":
