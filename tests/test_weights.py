@@ -132,7 +132,7 @@ def test_a_lora_lies_beside_weights_in_few_bits(folder, tmp_path):
     pytest.importorskip("torchao")
     peft = pytest.importorskip("peft")
     pipe = DiffusionPipeline.from_pretrained(folder("flux"))
-    wanted = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_k"], "init_lora_weights": False}
+    wanted = {"r": 2, "lora_alpha": 2, "target_modules": ["to_v"], "init_lora_weights": False}
     torch.manual_seed(1)
     pipe.transformer.add_adapter(peft.LoraConfig(**wanted))
     layers = {name: 8 * of for name, of in peft.get_peft_model_state_dict(pipe.transformer).items()}
@@ -141,8 +141,11 @@ def test_a_lora_lies_beside_weights_in_few_bits(folder, tmp_path):
         Flux(folder("flux"), quantization="int8", **own)
         for own in ({"lora": str(tmp_path)}, {"lora": str(tmp_path), "lora_scale": 0.5}, {})
     )
-    exact = Flux(folder("flux"), lora=str(tmp_path))
-    assert 5 * relative(said(whole), said(exact)) < relative(said(whole), said(none))
+    plain = said(Flux(folder("flux")))
+    for prior, scale in ((whole, 1.0), (half, 0.5)):
+        adds = said(Flux(folder("flux"), lora=str(tmp_path), lora_scale=scale)) - plain
+        assert relative(said(prior) - said(none), adds) < 0.1
+    assert relative(said(half) - said(none), said(whole) - said(none)) > 0.15
     assert len({prior.fingerprint for prior in (whole, half, none)}) == 3
 
 
