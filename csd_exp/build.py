@@ -55,11 +55,12 @@ def _constructed(value: Any, arguments: dict[str, Any]) -> Any:
 
 
 def build_particles(config: DictConfig, prior: Prior) -> Particles:
-    """The modality of a configuration, in the latents and windows of its prior."""
-    asked = config.modality.get("window")
-    views = prior.views
-    window = views.window if asked is None else asked
-    return constructed(config.modality, factor=views.factor, multiple=views.multiple, window=window)
+    """The modality of a configuration, in the latents, windows and clips of its prior."""
+    views, asked = prior.views, config.modality
+    own = {"factor": views.factor, "multiple": views.multiple, "window": views.window}
+    if located(asked._target_).clips:
+        own |= {"frames": views.frames, "period": views.period}
+    return constructed(asked, **own | {k: asked[k] for k in ("window", "frames") if asked.get(k) is not None})
 
 
 def build_module(config: DictConfig, prior: Prior) -> ParticleModule:

@@ -33,6 +33,17 @@ def family_of(folder: Path) -> tuple[str | None, str]:
         kontext = known(folder / "model_index.json").get("_class_name") == "FluxKontextPipeline"
         pipeline = "FluxKontextPipeline" if kontext else "FluxPipeline"
         return ("kontext" if kontext else "flux"), f"its transformer is a {kind} of a {pipeline}"
+    if kind == "WanTransformer3DModel":
+        channels, takes = vae.get("z_dim", 16), transformer.get("in_channels", 16)
+        family = {channels: "wan", 2 * channels: "lucy_edit"}.get(takes)
+        return family, f"its transformer, a {kind}, takes {takes} channels for latents of {channels}"
+    if unet.get("_class_name") == "UNetMotionModel":
+        return "animatediff", "its UNet is a UNetMotionModel"
+    if unet.get("encoder_hid_dim_type") == "text_proj" and not vae:
+        return (
+            "deepfloyd_if",
+            f"its UNet takes {takes} channels of pixels and text of {unet['encoder_hid_dim']}",
+        )
     if not unet or takes not in (channels, 2 * channels):
         return None, ""
     large = unet.get("addition_embed_type") == "text_time"

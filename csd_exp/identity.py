@@ -49,6 +49,10 @@ def scientific(config: DictConfig) -> dict[str, Any]:
         "modality.taper": "none",
         "modality.coverage": "step",
         "modality.controls": None,
+        "prior.lora": None,
+        "prior.lora_scale": 1.0,
+        "prior.weights": None,
+        "prior.quantization": None,
     }
     run["callbacks"] = {
         name: callback
@@ -82,7 +86,7 @@ def digest(config: DictConfig, fingerprint: str) -> str:
     Where the prior and the pictures lie does not matter, so that it has the same name on every machine.
     """
     files, settings = inputs(config), scientific(config)
-    for place in ("modality.path", "prior.path"):
+    for place in ("modality.path", "prior.path", "prior.motion", "prior.lora", "prior.weights"):
         settings.pop(place, None)
     pictures = [sums for key in files if _is_picture(key) for sums in files[key].values()]
     settings = {key: _by_content(value, key, files) for key, value in settings.items()}

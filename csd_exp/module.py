@@ -306,9 +306,10 @@ class CSDModule(ParticleModule):
         return phi.detach(), pull
 
     def _seen(self, x: Tensor) -> Tensor:
-        """Features [n, D] of rendered views, or of the images that latents are of."""
+        """Features [n, D] of rendered views, or of the images that latents are of: of a clip, all."""
         images = x if self.particles.space == "pixel" else self.prior.decode(x)
-        return self.features(images.clamp(0, 1)).flatten(1)
+        pictures = images if images.ndim == 4 else images.transpose(1, 2).flatten(0, 1)
+        return self.features(pictures.clamp(0, 1)).reshape(len(x), -1)
 
     def _log_step(self, level: Level, r: Tensor, k: Tensor, repulsion: Tensor) -> None:
         rows = k / k.sum(dim=1, keepdim=True)

@@ -55,6 +55,17 @@ def check_parts(config: DictConfig) -> None:
     """Each part checks its own configuration, and that it goes with the others; raises InputError."""
     modality, prior = _part(config, "modality", Particles), _part(config, "prior", Prior)
     _part(config, "kernel", Kernel)
+    if modality.clips != prior.clips:
+        raise InputError(
+            f"modality._target_={config.modality._target_} has "
+            f"{'clips' if modality.clips else 'single pictures'}, and prior._target_={config.prior._target_} "
+            f"scores {'clips' if prior.clips else 'single pictures'}; "
+            + (
+                "choose modality=clips."
+                if prior.clips
+                else "choose modality=video, or a prior of clips such as prior=lucy_edit."
+            )
+        )
     modality.check(config.modality)
     _check_controls(config)
     _check_scene(config)

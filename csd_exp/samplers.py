@@ -134,6 +134,11 @@ class Downscaled(PerView):
             raise InputError(
                 "method=downscaled cannot edit a scene, whose field would not follow; choose method=per_view."
             )
+        if canvas.clips:
+            raise InputError(
+                "method=downscaled resizes single pictures, and modality=clips has none; choose "
+                "method=per_view."
+            )
         return DownscaledPictures(canvas, side)
 
 
@@ -169,7 +174,7 @@ class SamplingModule(ParticleModule):
     def _start(self) -> None:
         super()._start()
         canvas, self.ids = self.canvas, self.canvas.every()
-        start = canvas.crop(canvas.source_latent, self.ids)
+        start = canvas.began(self.ids)
         noise = torch.stack(
             [Draw(self.seed, 0).normal("noise", int(i), start.shape[1:]) for i in self.ids]
         ).to(start)
@@ -211,7 +216,7 @@ class SamplingModule(ParticleModule):
     def _show(self, x_0: Tensor) -> None:
         """Make the particles what the views show, but where these may not change or none lies."""
         canvas = self.canvas
-        change = canvas.editable(self.ids) * (x_0 - canvas.crop(canvas.source_latent, self.ids))
+        change = canvas.editable(self.ids) * (x_0 - canvas.began(self.ids))
         canvas.latent.copy_(canvas.source_latent + canvas.pasted(change, self.ids))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -7,14 +7,20 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKL,
+    AutoencoderKLWan,
     ControlNetModel,
     DDIMScheduler,
+    DDPMScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    IFPipeline,
+    LucyEditPipeline,
+    MotionAdapter,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionInstructPix2PixPipeline,
@@ -22,6 +28,8 @@ from diffusers import (
     StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -32,6 +40,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -135,6 +145,110 @@ def save_flux(path: Path, editing=True, distilled=True) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=distilled),
     )
     return saved(pipe, path, "tokenizer")
+
+
+def save_if(path: Path, editing=False) -> Path:
+    """The same of DeepFloyd IF's first stage, in whose layout there is no autoencoder; it does not edit."""
+    torch.manual_seed(0)
+    pieces = t5_tokenizer()
+    pipe = IFPipeline(
+        tokenizer=pieces,
+        text_encoder=tiny_t5(len(pieces), 32),
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            in_channels=3,
+            out_channels=6,
+            block_out_channels=(16, 32),
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            layers_per_block=1,
+            attention_head_dim=8,
+            cross_attention_dim=24,
+            encoder_hid_dim=32,
+            encoder_hid_dim_type="text_proj",
+            addition_embed_type="text",
+            addition_embed_type_num_heads=2,
+            resnet_time_scale_shift="scale_shift",
+            act_fn="gelu",
+            norm_num_groups=8,
+        ),
+        scheduler=DDPMScheduler(
+            beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(path)
+    return path
+
+
+def save_motion(path: Path, channels=(16, 32), most=32) -> Path:
+    """A motion adapter for the UNets here, none of whose weights is zero, and return its folder."""
+    torch.manual_seed(0)
+    adapter = MotionAdapter(
+        block_out_channels=channels,
+        motion_layers_per_block=1,
+        motion_norm_num_groups=8,
+        motion_num_attention_heads=2,
+        motion_max_seq_length=most,
+    )
+    for p in adapter.parameters():
+        if not p.any():
+            p.data.normal_(std=0.3)
+    adapter.save_pretrained(path)
+    return path
+
+
+def save_animatediff(path: Path, editing=False) -> Path:
+    """A whole AnimateDiff pipeline, saved with the motion in its UNet."""
+    like = save_pipeline(path.with_name(path.name + "_like"), False)
+    motion = MotionAdapter.from_pretrained(save_motion(path.with_name(path.name + "_motion")))
+    pipe = AnimateDiffPipeline.from_pretrained(like, motion_adapter=motion)
+    pipe.save_pretrained(path)
+    shutil.rmtree(path / "tokenizer")
+    shutil.copytree(like / "tokenizer", path / "tokenizer")
+    return path
+
+
+def save_wan(path: Path, editing=True) -> Path:
+    """The same of Wan in the layout of 2.2 TI2V, and of Lucy-Edit on it."""
+    torch.manual_seed(0)
+    pieces = t5_tokenizer()
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    pipe = (LucyEditPipeline if editing else WanPipeline)(
+        vae=AutoencoderKLWan(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.5, 0.7, 1.1, 0.9],
+            scale_factor_spatial=4,
+        ),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=len(pieces), feed_forward_proj="gated-gelu", **sizes)
+        ),
+        tokenizer=pieces,
+        transformer=WanTransformer3DModel(
+            in_channels=4 * (1 + editing),
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=1,
+            rope_max_seq_len=32,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        expand_timesteps=True,
+    )
+    pipe.save_pretrained(path)
+    return path
 
 
 def save_control(path: Path, like: Path, steps=2, seed=1) -> Path:

@@ -39,6 +39,19 @@ FLUX = {
 PNDM = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
 EULER = PNDM | {"_class_name": "EulerDiscreteScheduler"}
 EDM = {"_class_name": "EDMEulerScheduler", "sigma_data": 1.0, "prediction_type": "v_prediction"}
+IF_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "in_channels": 3,
+    "out_channels": 6,
+    "encoder_hid_dim": 4096,
+    "encoder_hid_dim_type": "text_proj",
+    "block_out_channels": [704, 1408, 2112, 2816],
+}
+DDPM = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon"}
+UMT5 = {"model_type": "umt5", "d_model": 4096}
+WAN_VAE = {"_class_name": "AutoencoderKLWan", "z_dim": 16}
+WAN = {"_class_name": "WanTransformer3DModel", "in_channels": 16, "out_channels": 16, "text_dim": 4096}
+UNIPC = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 
 XL_TEXTS = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G}
@@ -89,6 +102,26 @@ PUBLIC = {
         "ultraedit",
         "StableDiffusion3InstructPix2PixPipeline",
         {"vae": VAE_16, "transformer": SD3 | {"in_channels": 32}, **SD3_TEXTS, "scheduler": FLOW},
+    ),
+    "IF-I-XL-v1.0": (
+        "deepfloyd_if",
+        "IFPipeline",
+        {"unet": IF_UNET, "text_encoder": T5, "scheduler": DDPM},
+    ),
+    "Wan2.1-T2V-1.3B-Diffusers": (
+        "wan",
+        "WanPipeline",
+        {"vae": WAN_VAE, "transformer": WAN, "text_encoder": UMT5, "scheduler": UNIPC},
+    ),
+    "Lucy-Edit-Dev": (
+        "lucy_edit",
+        "LucyEditPipeline",
+        {
+            "vae": WAN_VAE | {"z_dim": 48, "scale_factor_spatial": 16, "patch_size": 2},
+            "transformer": WAN | {"in_channels": 96, "out_channels": 48},
+            "text_encoder": UMT5,
+            "scheduler": UNIPC | {"flow_shift": 5.0},
+        },
     ),
     "FLUX.1-dev": (
         "flux",

@@ -23,8 +23,17 @@ OURS = {
         "ReconstructionDistance",
         "Diversity",
     ),
-    *("GaussianMixture", "GaussianFlow", "Pooled"),
-    *("Panorama", "Images", "Video", "Generated", "GeneratedScene", "EditedPhotographs", "EditedField"),
+    *("GaussianMixture", "GaussianFlow", "GaussianClips", "Pooled"),
+    *(
+        "Panorama",
+        "Images",
+        "Video",
+        "Clips",
+        "Generated",
+        "GeneratedScene",
+        "EditedPhotographs",
+        "EditedField",
+    ),
 }
 
 

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers_folder import save_3, save_flux, save_pipeline, save_xl
+from diffusers_folder import (
+    save_3,
+    save_animatediff,
+    save_flux,
+    save_if,
+    save_pipeline,
+    save_wan,
+    save_xl,
+)
 from public_folders import PUBLIC, write_public
 
 import csd_exp
@@ -14,14 +22,18 @@ from csd_exp.config import check, composed
 from csd_exp.errors import InputError
 from csd_exp.families import family_of, named
 from csd_exp.priors import (
+    AnimateDiff,
+    DeepFloydIF,
     Flux,
     FluxKontext,
     InstructPix2Pix,
     InstructPix2PixXL,
+    LucyEdit,
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
     UltraEdit,
+    Wan,
 )
 from csd_exp.priors.base import Cond, Query, predict, row_count
 
@@ -35,6 +47,10 @@ SAVED = {
     "ultraedit": save_3,
     "flux": lambda path: save_flux(path, False),
     "kontext": save_flux,
+    "deepfloyd_if": save_if,
+    "animatediff": save_animatediff,
+    "wan": lambda path: save_wan(path, False),
+    "lucy_edit": save_wan,
 }
 CLASSES = {
     "stable_diffusion": StableDiffusion,
@@ -45,14 +61,25 @@ CLASSES = {
     "ultraedit": UltraEdit,
     "flux": Flux,
     "kontext": FluxKontext,
+    "deepfloyd_if": DeepFloydIF,
+    "animatediff": AnimateDiff,
+    "wan": Wan,
+    "lucy_edit": LucyEdit,
 }
 EXPERIMENTS = {
     "river_sdxl": "sdxl_instruct_pix2pix",
     "river_cosxl": "cosxl_edit",
     "river_ultraedit": "ultraedit",
     "river_kontext": "kontext",
+    "video_lucy": "lucy_edit",
+    "video_animatediff": "animatediff",
 }
-OTHER_CURVES = {"river_cosxl": InstructPix2PixXL, "river_ultraedit": UltraEdit, "river_kontext": FluxKontext}
+OTHER_CURVES = {
+    "river_cosxl": InstructPix2PixXL,
+    "river_ultraedit": UltraEdit,
+    "river_kontext": FluxKontext,
+    "video_lucy": LucyEdit,
+}
 SMALL = ("modality.window=8", "modality.stride=8", "modality.batch=2", "trainer.fast_dev_run=true")
 
 
@@ -88,13 +115,15 @@ def test_the_configurations_of_public_models_pass(tmp_path, name):
 def test_rows_are_held_to_one_device(folder, family):
     """On torch's device `meta`, where no operation may meet a tensor of another one."""
     assert family_of(folder(family))[0] == family == CLASSES[family].family
-    prior, image = CLASSES[family](folder(family)), torch.rand(1, 3, 32, 32)
+    prior = CLASSES[family](folder(family))
+    image = torch.rand(1, 3, *[5] * prior.clips, 32, 32)
     conditions = prior.condition(image)
     guidance = prior.guidance("x", None if conditions is None else conditions[0])
     elsewhere = torch.device("meta")
     prior.to(elsewhere)
     denoiser = next(network for name, network in prior._networks.items() if name != "vae")
-    assert (prior.vae.device.type, denoiser.device.type) == ("meta", "cpu")  # texts are embedded first
+    assert denoiser.device.type == "cpu"  # texts are embedded first
+    assert all(net.device.type == "meta" for name, net in prior._networks.items() if name == "vae")
     placed = [
         (weight, Cond(**{name: tensor.to(elsewhere) for name, tensor in cond.items()}))
         for weight, cond in guidance
@@ -108,7 +137,16 @@ def test_rows_are_held_to_one_device(folder, family):
 
 
 @pytest.mark.parametrize(
-    ("family", "rows"), [("stable_diffusion", (3, 4)), ("sdxl", (3, 4)), ("sd3", (3, 4)), ("flux", (2, 2))]
+    ("family", "rows"),
+    [
+        ("stable_diffusion", (3, 4)),
+        ("sdxl", (3, 4)),
+        ("sd3", (3, 4)),
+        ("flux", (2, 2)),
+        ("deepfloyd_if", (3, 4)),
+        ("animatediff", (3, 4)),
+        ("wan", (3, 4)),
+    ],
 )
 def test_rows_of_a_csd_edit_view_under_a_text_to_image_prior(priors, family, rows):
     """Where the source prompt is the negative one, and where it is not."""
@@ -158,11 +196,30 @@ def test_a_folder_of_no_family_is_one_sentence(tmp_path, monkeypatch):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_each_experiment_edits_with_its_family(folder, experiment, write_image, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    path = write_image(32, 40)
+    own = []
+    if experiment.startswith("video"):
+        path = tmp_path / "film"
+        path.mkdir()
+        for i in range(7):
+            write_image(32, 40, i, f"film/{i}.png")
+        own = ["prior.frames=5"] + ["prior.motion=null"] * (experiment == "video_animatediff")
     result = csd_exp.edit(
-        *(f"experiment={experiment}", f"prior.path={folder(EXPERIMENTS[experiment])}", *SMALL),
-        *(f"modality.path={write_image(32, 40)}", "metrics=none", "callbacks=none", "logger=csv"),
+        *(f"experiment={experiment}", f"prior.path={folder(EXPERIMENTS[experiment])}", *SMALL, *own),
+        *(f"modality.path={path}", "metrics=none", "callbacks=none", "logger=csv"),
     )
     assert result.images[0].shape == (3, 32, 40)
+    assert len(result.images) == (7 if own else 1)
+
+
+def test_a_scene_is_made_from_text_under_pixels(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = csd_exp.edit(
+        *("experiment=text_to_3d", "prior=deepfloyd_if", f"prior.path={folder('deepfloyd_if')}"),
+        *("modality.render=null", "modality.frames=2", "modality.field.resolutions=[6]", "method=csd"),
+        *("trainer.fast_dev_run=true", "metrics=none", "callbacks=none", "logger=csv"),
+    )
+    assert [image.shape for image in result.images] == [(3, 8, 8)] * 2
 
 
 def test_timesteps_of_other_curves_have_the_signal_to_noise_ratios_of_the_public_code(folder):

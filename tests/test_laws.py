@@ -13,7 +13,16 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from diffusers_folder import save_3, save_control, save_flux, save_pipeline, save_xl
+from diffusers_folder import (
+    save_3,
+    save_control,
+    save_flux,
+    save_if,
+    save_motion,
+    save_pipeline,
+    save_wan,
+    save_xl,
+)
 from PIL import Image
 from scenes import write_scene
 from toys import Learned, Waves
@@ -24,6 +33,7 @@ from csd_exp.methods import needs_source
 from csd_exp.module import CSDModule, ParticleModule
 from csd_exp.particles import (
     Canvas,
+    Clips,
     EditedField,
     EditedPhotographs,
     Generated,
@@ -34,13 +44,17 @@ from csd_exp.particles import (
     Video,
 )
 from csd_exp.priors import (
+    AnimateDiff,
     ControlNet,
+    DeepFloydIF,
     Flux,
     FluxKontext,
+    GaussianClips,
     GaussianFlow,
     GaussianMixture,
     InstructPix2Pix,
     InstructPix2PixXL,
+    LucyEdit,
     Prior,
     StableDiffusion,
     StableDiffusion3,
@@ -63,6 +77,7 @@ ANALYTIC = {
 PRIORS: dict[str, Callable[[], Prior]] = {
     "mixture": lambda: GaussianMixture(**ANALYTIC),
     "flow": lambda: GaussianFlow(**ANALYTIC),
+    "clips": lambda: GaussianClips(frames=3, period=2, **ANALYTIC),
     "instruct_pix2pix": lambda: InstructPix2Pix(folder(True), guidance_scale=7.5, dtype="float64"),
     "stable_diffusion": lambda: StableDiffusion(folder(False), guidance_scale=7.5, dtype="float64"),
     "sdxl": lambda: StableDiffusionXL(folder(False, save_xl), dtype="float64"),
@@ -74,6 +89,11 @@ PRIORS: dict[str, Callable[[], Prior]] = {
         *(folder(False), [{"path": folder(False, save_controlnet), "kind": "gray"}]), dtype="float64"
     ),
     "ultraedit": lambda: UltraEdit(folder(True, save_3, t5=False), dtype="float64"),
+    "deepfloyd_if": lambda: DeepFloydIF(folder(False, save_if), dtype="float64"),
+    "animatediff": lambda: AnimateDiff(
+        folder(False), motion=folder(False, save_adapter), frames=2, dtype="float64"
+    ),
+    "lucy_edit": lambda: LucyEdit(folder(True, save_wan), frames=5, dtype="float64"),
 }
 # What each of the other families is tried with, making pictures or editing them.
 FAMILIES = {
@@ -86,8 +106,21 @@ FAMILIES = {
     "flux": ("generated",),
     "kontext": ("panorama",),
     "controlnet": ("panorama",),
+    "deepfloyd_if": ("generated", "field"),
+    "animatediff": ("clips",),
+    "lucy_edit": ("clips",),
 }
-EXACT = ("mixture", "flow")  # instant: these take part in the full product, each other family once per law
+ONCE = {
+    "panorama": [("dds", "rbf")],
+    "clips": [("dds", "rbf")],
+    "generated": [("sds", "imq")],
+    "field": [("sds", "rbf")],
+}
+EXACT = (
+    "mixture",
+    "flow",
+    "clips",
+)  # instant: these take part in the full product, each other family once per law
 RESIDUALS: dict[str, Callable[[], Any]] = {
     "sds": lambda: methods.sds,
     "dds": lambda: methods.dds,
@@ -112,6 +145,10 @@ MODALITIES: dict[str, Callable[..., Particles]] = {
         **{"batch": 2, "wrap": True, "jitter": True, "mask": MASK, "taper": "hann"} | s,
     ),
     "video": lambda f, m, **s: Video(f, f_(m), m_(m), regions=REGIONS, **{"batch": 2} | s),
+    "clips": lambda f, m, **s: Clips(
+        *(f, f_(m), m_(m), 4, m.frames or 3, m.period),
+        **{"batch": 2, "regions": REGIONS, "mask": MASK} | s,
+    ),
     "generated": lambda f, m, **s: Generated(f_(m), m_(m), m.window, count=3, **s),
     "field": lambda f, m, **s: Waves(side=f_(m) * m_(m) * 4, **s),
     "scene": lambda f, m, **s: EditedPhotographs(
@@ -132,6 +169,7 @@ MODALITIES: dict[str, Callable[..., Particles]] = {
         *(f_(m), m_(m), m.window, FIELD), **{"batch": 3, "frames": 2, "directions": None} | s
     ),
 }
+OF_CLIPS = ("clips",)
 SCENES = ("scene", "scene_field", "rendered")  # slower: one kernel for each residual
 WITHOUT_SOURCE = ("generated", "rendered")
 SAMPLERS: dict[str, PerView] = {
@@ -169,17 +207,27 @@ def product() -> Iterator[tuple[str, str, str, str]]:
         for r, residual in enumerate(RESIDUALS):
             for k, kernel in enumerate(KERNELS):
                 for m, modality in enumerate(MODALITIES):
-                    every = prior == "mixture" and (modality not in SCENES or (r + k) % 5 == 0)
-                    once = prior == "flow" and (r + k + m) % 5 == 0 and modality not in SCENES
-                    family = prior not in EXACT and (r, k, m) in ((1, 1, 1), (0, 2, 4), (0, 1, 5))
+                    exact = prior == exact_for(modality)
+                    every = exact and (modality not in (*SCENES, *OF_CLIPS) or (r + k) % 5 == 0)
+                    once = prior == "flow" and (r + k + m) % 5 == 0 and modality not in (*SCENES, *OF_CLIPS)
+                    family = prior not in EXACT and (residual, kernel) in ONCE.get(modality, ())
                     family = family and modality in FAMILIES[prior]
                     learned = residual == "learned" and prior not in EXACT  # of three channels
                     if (every or once or family) and not learned and fits(RESIDUALS[residual](), modality):
                         yield prior, residual, kernel, modality
 
 
+def exact_for(modality: str) -> str:
+    """The exact prior that a modality takes part in the full product with."""
+    return "clips" if modality in OF_CLIPS else "mixture"
+
+
 def save_controlnet(path: Path, editing: bool) -> Path:
     return save_control(path, Path(folder(editing)))
+
+
+def save_adapter(path: Path, editing: bool) -> Path:
+    return save_motion(path)
 
 
 @cache
@@ -218,7 +266,7 @@ def priors(name: str) -> Prior:
 
 
 def particles(modality: str, prior: Prior, **settings) -> Particles:
-    pictures = FOLDERS["pictures"] / "frames" if modality == "video" else FOLDERS["pictures"]
+    pictures = FOLDERS["pictures"] / "frames" if modality in ("video", "clips") else FOLDERS["pictures"]
     return MODALITIES[modality](pictures, prior.views, **{"prompt": "red", "dtype": "float64"} | settings)
 
 
@@ -307,14 +355,19 @@ def test_one_view_moves_as_without_a_kernel(residual, modality):
         pytest.skip("a residual that needs a source")
     ends = []
     for kernel in KERNELS:
-        one = module("mixture", residual, kernel, modality, batch=1)
+        one = module(exact_for(modality), residual, kernel, modality, batch=1)
         fit(one, 2)
         ends.append(state(one))
     assert all(torch.equal(end, ends[0]) for end in ends)
 
 
-@pytest.mark.parametrize("modality", MODALITIES)
-@pytest.mark.parametrize("prior", ["mixture", "stable_diffusion"])
+@pytest.mark.parametrize(
+    ("prior", "modality"),
+    [
+        *[(exact_for(modality), modality) for modality in MODALITIES],
+        *[("stable_diffusion", modality) for modality in MODALITIES if modality not in OF_CLIPS],
+    ],
+)
 def test_what_a_view_descends_reaches_the_parameters(modality, prior):
     """The gradient of <what the prior is shown, c> against finite differences along a random direction."""
     scored = priors(prior)
@@ -345,7 +398,7 @@ def test_what_a_view_descends_reaches_the_parameters(modality, prior):
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_shares_of_a_step_sum_to_one_at_most(modality):
-    scored = priors("mixture")
+    scored = priors(exact_for(modality))
     seen = particles(modality, scored)
     seen.begin(scored, Draw(0, 0))
     for step in range(3):
@@ -359,7 +412,7 @@ def test_shares_of_a_step_sum_to_one_at_most(modality):
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_what_is_known_of_pictures_has_names_that_metrics_may_ask_for(modality):
-    scored = priors("mixture")
+    scored = priors(exact_for(modality))
     seen = particles(modality, scored)
     seen.begin(scored, Draw(0, 0))
     pictures, originals = list(seen.pictures(scored)), list(seen.originals())
@@ -382,10 +435,12 @@ def test_what_is_known_of_pictures_has_names_that_metrics_may_ask_for(modality):
 @pytest.mark.parametrize("prior", PRIORS)
 def test_laws_of_a_sampler(prior, modality, sampler, tmp_path, monkeypatch):
     """Chunks do not matter, rows are counted, a resumed run has the same bits; also from pure noise."""
-    once = (modality, sampler) in (("panorama", "multidiffusion"), ("generated", "per_view"))
-    once = once and modality in FAMILIES.get(prior, MODALITIES)
-    if not fits(SAMPLERS[sampler], modality) or (prior not in EXACT and not once):
-        pytest.skip("needs a source, or the family has its turn elsewhere")
+    once = {"panorama": "multidiffusion", "generated": "per_view", "clips": "multidiffusion"}.get(modality)
+    once = once == sampler and modality in FAMILIES.get(prior, MODALITIES)
+    of_clips = (modality in OF_CLIPS, sampler == "downscaled")
+    exact = prior in EXACT and priors(prior).clips == of_clips[0] and of_clips != (True, True)
+    if not fits(SAMPLERS[sampler], modality) or not (exact or (prior not in EXACT and once)):
+        pytest.skip("needs a source, or another kind of view, or the family has its turn elsewhere")
     scored, rows = priors(prior), []
 
     def sampling():
@@ -436,7 +491,7 @@ class Elsewhere:
 def test_a_step_holds_its_tensors_to_one_device(modality, residual, monkeypatch):
     if not fits(RESIDUALS[residual](), modality):
         pytest.skip("a residual that needs a source")
-    what = module("mixture", residual, "none", modality)
+    what = module(exact_for(modality), residual, "none", modality)
     Elsewhere(what, monkeypatch).step()
     chosen = what.particles.choose(Draw(3, 0))
     assert what.particles.touched(chosen).device.type == "meta"
@@ -445,8 +500,8 @@ def test_a_step_holds_its_tensors_to_one_device(modality, residual, monkeypatch)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("modality", [m for m in MODALITIES if m not in ("field", *SCENES)])
 def test_a_sampler_holds_its_tensors_to_one_device(modality, sampler, monkeypatch):
-    if not fits(SAMPLERS[sampler], modality):
-        pytest.skip("a sampler that needs a source")
-    scored = priors("mixture")
+    if not fits(SAMPLERS[sampler], modality) or (modality in OF_CLIPS and sampler == "downscaled"):
+        pytest.skip("a sampler that needs a source, or single pictures")
+    scored = priors(exact_for(modality))
     what = SamplingModule(scored, particles(modality, scored), SAMPLERS[sampler])
     Elsewhere(what, monkeypatch).step()

@@ -72,10 +72,13 @@ class Learned(nn.Module):
 
     def forward(self, score, views):
         x_t, self.sds = methods.sds(score, views)
-        return x_t, self.sds - self.mean[:, None, None].to(self.sds)
+        _, channels, *sides = x_t.shape
+        mean = self.mean.repeat(channels // len(self.mean)).view(-1, *[1] * len(sides))
+        return x_t, self.sds - mean.to(self.sds)
 
     def loss(self, score, views):
-        return (self.mean - self.sds.mean((2, 3))).square().sum(1)
+        seen = self.sds.flatten(2).mean(2).unflatten(1, (-1, len(self.mean))).mean(1)
+        return (self.mean - seen).square().sum(1)
 
     def parameter_groups(self):
         return [{"params": [self.mean], "lr": 0.05}]

@@ -48,12 +48,14 @@ class Particles(nn.Module):
 
     An id is an integer >= 0 that names a view for good: the noise of a view is keyed by it.
     space: whether views are latents, or pixels that go through the prior's encoder with their graph.
-    has_source: whether there are pictures to edit. film: of a video, whose frames they are. prompt: what is
-    asked of every view. dtype: of the parameters, `float32` or `float64`.
+    has_source: whether there are pictures to edit. clips: whether views are clips [C, F, h, w], for priors
+    that score these. film: of a video, whose frames they are. prompt: what is asked of every view. dtype: of
+    the parameters, `float32` or `float64`.
     """
 
     space: Literal["latent", "pixel"] = "pixel"
     has_source: ClassVar[bool] = True
+    clips: ClassVar[bool] = False
     film: Film | None = None
 
     def __init__(self, prompt: str = "", dtype: str = "float32"):

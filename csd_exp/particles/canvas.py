@@ -99,7 +99,7 @@ class Canvas(Particles):
         return self.crop(self.latent, ids)
 
     def source(self, ids: Tensor) -> Tensor | None:
-        return self.crop(self.source_latent, ids) if self.has_source else None
+        return self.began(ids) if self.has_source else None
 
     def condition(self, ids: Tensor) -> Sequence[Tensor | None]:
         if self.condition_latent is None:
@@ -115,7 +115,7 @@ class Canvas(Particles):
         backgrounds = self.backgrounds(ids)
         if self.areas is None or self.areas.weights is None:
             return [[(1.0, prompt)] for prompt in backgrounds]
-        alphas = self._seen(self.areas.weights, ids).mean((2, 3)).tolist()
+        alphas = self._seen(self.areas.weights, ids).flatten(2).mean(2).tolist()
         texts = [region.prompt for region in self.areas.regions]
         return [
             [(a, prompt) for a, prompt in zip(view, [*texts, background or None], strict=True) if a > 0]
@@ -125,6 +125,10 @@ class Canvas(Particles):
     def backgrounds(self, ids: Tensor) -> list[str]:
         """Each view's prompt where it is in no region."""
         return [self.prompt] * len(ids)
+
+    def began(self, ids: Tensor) -> Tensor:
+        """The views [n, C, ...] as they began: of the source, or of noise."""
+        return self.crop(self.source_latent, ids)
 
     def windows(self) -> Windows | None:
         """Where windows at rest lie, in pixels; None where every view is a whole picture."""
@@ -158,7 +162,7 @@ class Canvas(Particles):
         if self.areas is None or self.areas.mask is None:
             yield from images
             return
-        originals = islice(enumerate(self.originals()), *which.indices(len(self.latent)))
+        originals = islice(enumerate(self.originals()), *which.indices(self.count))
         for image, (i, original) in zip(images, originals, strict=True):
             yield self.areas.composite(i, image, original)
 

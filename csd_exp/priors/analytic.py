@@ -95,11 +95,12 @@ class GaussianMixture(Prior):
         alpha, spread = alpha_bar.sqrt(), alpha_bar * variance + 1 - alpha_bar
         away = x_t - alpha * means
         responsibility = torch.softmax(log_weights - away.square().flatten(1).sum(1) / (2 * spread), 0)
-        return (1 - alpha_bar).sqrt() * torch.einsum("k,kchw->chw", responsibility, away) / spread
+        return (1 - alpha_bar).sqrt() * torch.einsum("k,k...->...", responsibility, away) / spread
 
     def _posterior(self, x: Tensor, cond: Cond) -> tuple[Tensor, float, Tensor]:
         """Means [K, C, h, w], variance and log weights [K] of the mixture given the conditioning."""
-        means = self.means.to(x).expand(-1, *x.shape)
+        means = self.means.to(x)
+        means = (means if x.ndim == 3 else means[:, :, None]).expand(-1, *x.shape)
         weights, image = cond["text"], cond["image"]
         log_weights = (self._weights("") if weights is None else weights).to(x).log()
         if image is None:
@@ -137,5 +138,46 @@ class GaussianFlow(RectifiedFlow, GaussianMixture):
         means, variance, log_weights = self._posterior(x_s, cond)
         away, spread = x_s - (1 - s) * means, (1 - s) ** 2 * variance + s**2
         responsibility = torch.softmax(log_weights - away.square().flatten(1).sum(1) / (2 * spread), 0)
-        x_0 = torch.einsum("k,kchw->chw", responsibility, means + (1 - s) * variance / spread * away)
+        x_0 = torch.einsum("k,k...->...", responsibility, means + (1 - s) * variance / spread * away)
         return (x_s - x_0) / s
+
+
+class GaussianClips(GaussianMixture):
+    """The same mixture over clips [C, f, h, w], all of whose pictures have one component's colour.
+
+    frames: pictures of a clip. period: pictures to a latent in time, whose channels are theirs one after the
+    other; a clip's first picture is all of its first latent, as under a causal autoencoder.
+    The rest is as for GaussianMixture.
+    """
+
+    clips = True
+
+    def __init__(
+        self,
+        means: Sequence = ((-0.6, -0.2, 0.3), (0.7, 0.3, -0.5)),
+        *,
+        frames: int = 8,
+        period: int = 1,
+        **settings,
+    ):
+        for name, value in (("frames", frames), ("period", period)):
+            if value < 1:
+                raise InputError(f"prior.{name} must be at least 1, not {value}.")
+        if (frames - 1) % period:
+            raise InputError(f"prior.frames must be 1 and a multiple of {period}, not {frames}.")
+        self.period = period
+        super().__init__([list(colour) * period for colour in means], **settings)
+        self.views = self.views._replace(frames=frames, period=period)
+        self.fingerprint = f"clips-{period}-{self.fingerprint}"
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        x = super().encode(image)
+        first = x[:, :, :1].expand(-1, -1, self.period, -1, -1)
+        # [n, 3, F, H, W] to [n, period * 3, f, H, W]
+        x = torch.cat([first, x[:, :, 1:]], dim=2).unflatten(2, (-1, self.period))
+        return x.permute(0, 3, 1, 2, 4, 5).flatten(1, 2)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        x = super().decode(latent).unflatten(1, (self.period, -1)).permute(0, 2, 3, 1, 4, 5)
+        first = x[:, :, :1].mean(3)
+        return torch.cat([first, x[:, :, 1:].flatten(2, 3)], dim=2)

@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,27 +59,32 @@ class ViewShape(NamedTuple):
     """What a prior takes for a view.
 
     factor: pixels per latent, along a side. channels: of a latent. window: native side, in latents.
-    multiple: a view's sides, in latents, must be multiples of this.
+    multiple: a view's sides, in latents, must be multiples of this. frames: pictures of a clip, where views
+    are clips, and 0 where they are pictures. period: pictures to a latent in time; a clip has 1 + k period.
     """
 
     factor: int
     channels: int
     window: int
     multiple: int = 1
+    frames: int = 0
+    period: int = 1
 
 
 class Prior(ABC):
     """A frozen diffusion model that scores views. Latents are whatever its network was trained on.
 
     alphas_cumprod: [T], float64; 0 is pure noise. views: what it takes for a view. row_chunk: most rows per
-    network call. device: where its network is. place: what `prior.device` says of it, see `placed`.
-    fingerprint: identifies the weights; a checkpoint resumes only under the same ones.
+    network call. clips: whether views are clips, [n, C, f, h, w] of pictures [n, 3, F, H, W]. device: where
+    its network is. place: what `prior.device` says of it, see `placed`. fingerprint: identifies the weights;
+    a checkpoint resumes only under the same ones.
     """
 
     alphas_cumprod: Tensor
     views: ViewShape
     row_chunk: int
     fingerprint: str
+    clips: ClassVar[bool] = False
     device: torch.device = torch.device("cpu")
     place: str | None = None
 

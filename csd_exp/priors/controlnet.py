@@ -1,16 +1,12 @@
 """ControlNet on Stable Diffusion 1.5, 2.1 and SDXL: text-to-image priors that edit, held by what they see."""
 
-import json
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
 from diffusers import ControlNetModel
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
@@ -18,7 +14,7 @@ from csd_exp.errors import InputError, accept, closest
 from csd_exp.families import known
 from csd_exp.images import luminance, to_uint8
 from csd_exp.priors.base import Cond, Guidance
-from csd_exp.priors.folders import known_folder, quiet
+from csd_exp.priors.folders import check_lone, known_folder, load_lone, lone_folder
 from csd_exp.priors.stable_diffusion import StableDiffusion
 from csd_exp.priors.stable_diffusion_xl import StableDiffusionXL
 
@@ -89,29 +85,17 @@ class Controlled(StableDiffusion):
         unet = {} if folder is None else known(folder / "unet/config.json")
         vae = {} if folder is None else known(folder / "vae/config.json")
         for k, control in enumerate(read_controls(config["controls"])):
-            where = control_folder(k, control)
+            where = lone_folder(f"prior.controls[{k}].path", control.path, "ControlNet")
             if where is not None:
                 _check_control(f"prior.controls[{k}].path={control.path}", where, unet, vae)
 
     def _loaded(self, k: int, control: Control) -> Any:
-        key = f"prior.controls[{k}].path={control.path}"
-        folder = control_folder(k, control)
-        try:
-            with quiet():
-                wanted = ["config.json", "*.safetensors"]
-                folder = folder or Path(snapshot_download(control.path, allow_patterns=wanted))
-                _check_control(key, folder, self.unet.config, self.vae.config)
-                net, info = cast(Any, ControlNetModel).from_pretrained(
-                    str(folder), use_safetensors=True, output_loading_info=True, torch_dtype=self.dtype
-                )
-        except InputError:
-            raise
-        except Exception as e:  # libraries raise many types on unusable files
-            raise InputError(f"{key} cannot be loaded ({' '.join(str(e).split())[:200]}).") from e
-        if info["missing_keys"]:
-            missing = info["missing_keys"]
-            raise InputError(f"{key} lacks {len(missing)} tensors, {min(missing)} for one.")
-        return net
+        key = f"prior.controls[{k}].path"
+
+        def check(folder: Path) -> None:
+            _check_control(f"{key}={control.path}", folder, self.unet.config, self.vae.config)
+
+        return load_lone(key, control.path, "ControlNet", ControlNetModel, check, self.dtype)
 
     def condition(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.controlled(image, ())
@@ -170,31 +154,9 @@ def read_controls(controls: Sequence[Mapping[str, Any]]) -> list[Control]:
     return [Control(**control) for control in controls]
 
 
-def control_folder(k: int, control: Control) -> Path | None:
-    """The folder of a ControlNet, None for what can only be a hub id."""
-    folder = Path(control.path).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", control.path):
-        raise InputError(
-            f"prior.controls[{k}].path={control.path} is no folder; give one that holds the config.json and "
-            "the weights of a ControlNet, or a hub id."
-        )
-    return None
-
-
 def _check_control(key: str, folder: Path, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
     """Refuse a folder of no ControlNet, or of one for another prior; reads configurations alone."""
-    config: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("_class_name") != "ControlNetModel":
-        raise InputError(
-            f"{key} is no ControlNet: its config.json says {config.get('_class_name')}, and accepted is "
-            "ControlNetModel."
-        )
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(f"{key} lacks its weights, diffusion_pytorch_model.safetensors.")
+    config = check_lone(key, folder, "ControlNet", "ControlNetModel")
     if config.get("global_pool_conditions"):
         raise InputError(f"{key} pools its control over the picture, which windows do not allow.")
     for name in ("cross_attention_dim", "addition_embed_type", "block_out_channels"):

@@ -13,7 +13,8 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from csd_exp.errors import InputError
 from csd_exp.priors.base import Cond, Guidance, ViewShape
 from csd_exp.priors.folders import check_family, check_parts, fetched_folder, known_folder, load_parts
-from csd_exp.priors.latent import LatentFlow, compile_blocks, settings, tokenized
+from csd_exp.priors.latent import LatentFlow
+from csd_exp.priors.network import compile_blocks, settings, tokenized
 
 CLASSES: dict[str, type] = {
     "vae": AutoencoderKL,
@@ -53,6 +54,7 @@ class Flux(LatentFlow):
     """
 
     family: ClassVar[str] = "flux"
+    pipeline = "FluxPipeline"
 
     def __init__(
         self,
@@ -80,13 +82,15 @@ class Flux(LatentFlow):
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
-        check_folder(config["path"], config.get("variant"), cls.family, config.get("allow_pickle", False))
+        cls.check_settings(config)
+        pickled = config.get("allow_pickle", False)
+        check_folder(config["path"], config.get("variant"), cls.family, pickled, config.get("weights"))
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsFlux:
         """The parts of a folder or hub id."""
         folder = fetched_folder(path, variant)
-        check_folder(folder, variant, self.family, allow_pickle)
-        return PartsFlux(**load_parts(path, folder, CLASSES, variant, self.dtype))
+        check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
+        return PartsFlux(**load_parts(path, folder, CLASSES, variant, self.dtype, self.weights))
 
     def described(self) -> object:
         vocabularies = [sorted(words.get_vocab().items()) for words in (self.tokenizer, self.tokenizer_2)]
@@ -197,14 +201,18 @@ def token_places(x: Tensor, which: int) -> Tensor:
 
 
 def check_folder(
-    path: str | Path, variant: str | None = None, family: str | None = None, allow_pickle: bool = False
+    path: str | Path,
+    variant: str | None = None,
+    family: str | None = None,
+    allow_pickle: bool = False,
+    file: str | None = None,
 ) -> None:
     """As `csd_exp.priors.stable_diffusion.check_folder`, for FLUX.1; families are those of `family_of`."""
     folder = known_folder(path)
     if folder is None:
         return
     check_family(path, folder, family)
-    configs = check_parts(path, folder, CLASSES, variant, allow_pickle)
+    configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
     transformer, channels = configs["transformer"], configs["vae"].get("latent_channels", 4)
     if transformer.get("in_channels", 64) != 4 * channels:
         raise InputError(

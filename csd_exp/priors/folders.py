@@ -6,7 +6,7 @@ one InputError that names `prior.path` and the part.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
-from huggingface_hub import model_info, try_to_load_from_cache
+from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import model_info, snapshot_download, try_to_load_from_cache
 from torch import nn
 
 from csd_exp.errors import InputError
-from csd_exp.families import family_of
+from csd_exp.families import family_of, known
 from csd_exp.files import ASSETS, check_sums
+from csd_exp.priors.weights import DENOISERS, OF_FOLDER, Weights
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 # Of each format the names of whole weight files, diffusers' and transformers'.
@@ -65,11 +66,12 @@ def check_parts(
     classes: Mapping[str, type],
     variant: str | None = None,
     allow_pickle: bool = False,
+    file: str | None = None,
 ) -> dict[str, dict]:
     """The configurations of a folder's networks by part, and of its scheduler; all parts must be there.
 
     classes: of the parts, by name. A variant may be there for some of the networks only; the others are then
-    taken without.
+    taken without. file: that the denoiser's weights are in, where not in the folder.
     """
     networks = [part for part, cls in classes.items() if issubclass(cls, nn.Module)]
     config_of(path, folder, "model_index.json")
@@ -81,7 +83,8 @@ def check_parts(
             f"{', '.join(sorted(file.name for file in (folder / networks[0]).iterdir()))}."
         )
     for part in networks:
-        _check_weights(path, folder, part, variant, allow_pickle)
+        if file is None or part not in DENOISERS:
+            _check_weights(path, folder, part, variant, allow_pickle)
     for part in (part for part in classes if part.startswith("tokenizer")):
         if not any(all((folder / part / file).is_file() for file in files) for files in VOCABULARIES):
             raise InputError(
@@ -109,15 +112,24 @@ def load_parts(
     classes: Mapping[str, type],
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
+    weights: Weights = OF_FOLDER,
 ) -> dict[str, Any]:
-    """The parts of a folder by their names; networks in `dtype`, but the autoencoder in float32."""
+    """The parts of a folder by their names; networks in `dtype`, but the autoencoder in float32.
+
+    weights: the denoiser's.
+    """
+
+    def loaded(part: str, cls: Any) -> Any:
+        if not issubclass(cls, nn.Module):
+            return load_part(path, folder, part, cls)
+        if part not in DENOISERS:
+            return load_network(path, folder, part, cls, variant, torch.float32 if part == "vae" else dtype)
+        if weights.file is not None:
+            return weights.load(folder, part, cls, dtype)
+        return load_network(path, folder, part, cls, variant, dtype, weights.options(dtype))
+
     with quiet():
-        return {
-            part: load_network(path, folder, part, cls, variant, torch.float32 if part == "vae" else dtype)
-            if issubclass(cls, nn.Module)
-            else load_part(path, folder, part, cls)
-            for part, cls in classes.items()
-        }
+        return {part: loaded(part, cls) for part, cls in classes.items()}
 
 
 def load_network(
@@ -127,14 +139,17 @@ def load_network(
     cls: Any,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
+    held: Mapping[str, Any] | None = None,
 ) -> Any:
     """A network in `dtype`; one whose file lacks weights would silently be random there.
 
-    Of pickled weights nothing but tensors is read.
+    held: what diffusers is told of how weights are held, in the place of `dtype`. Of pickled weights nothing
+    but tensors is read.
     """
     taken, files = _found_weights(path, folder / part, variant)
     safe = _is_safe(files)
     options = {"variant": taken, "use_safetensors": safe, "output_loading_info": True, "torch_dtype": dtype}
+    options |= held or {}
     try:
         model, info = load_part(path, folder, part, cls, **options)
     except InputError as e:
@@ -150,7 +165,71 @@ def load_network(
             f"prior.path={path}: the weights of its {part} lack {len(info['missing_keys'])} tensors, "
             f"{min(info['missing_keys'])} for one."
         )
-    return model.to(dtype)
+    return in_precision(model, dtype)
+
+
+def in_precision(network: Any, dtype: torch.dtype) -> Any:
+    """A network in `dtype`, but for what diffusers itself keeps in float32 where that is half a precision.
+
+    One whose weights are held in few bits stays as it is.
+    """
+    if getattr(network, "is_quantized", False) or getattr(network, "hf_quantizer", None) is not None:
+        return network
+    kept = getattr(network, "_keep_in_fp32_modules", None) if isinstance(network, ModelMixin) else None
+    if not kept or dtype not in (torch.float16, torch.bfloat16):
+        return network.to(dtype)
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if set(kept) & set(name.split(".")) else dtype)
+    return network
+
+
+def lone_folder(key: str, path: str | Path, what: str) -> Path | None:
+    """The folder of a network that comes alone, such as a ControlNet; None for what can only be a hub id."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if isinstance(path, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+        raise InputError(
+            f"{key}={path} is no folder; give one that holds the config.json and the weights of a {what}, or "
+            "a hub id."
+        )
+    return None
+
+
+def load_lone(
+    key: str, path: str | Path, what: str, cls: Any, check: Callable[[Path], None], dtype: torch.dtype
+) -> Any:
+    """A network that comes alone, in `dtype`. check: refuses a folder of none, or one that does not fit."""
+    folder = lone_folder(key, path, what)
+    try:
+        with quiet():
+            wanted = ["config.json", "*.safetensors"]
+            folder = folder or Path(snapshot_download(str(path), allow_patterns=wanted))
+            check(folder)
+            network, info = cls.from_pretrained(
+                str(folder), use_safetensors=True, output_loading_info=True, torch_dtype=dtype
+            )
+    except InputError:
+        raise
+    except Exception as e:  # libraries raise many types on unusable files
+        raise InputError(f"{key}={path} cannot be loaded ({' '.join(str(e).split())[:200]}).") from e
+    if info["missing_keys"]:
+        missing = info["missing_keys"]
+        raise InputError(f"{key}={path} lacks {len(missing)} tensors, {min(missing)} for one.")
+    return network
+
+
+def check_lone(key: str, folder: Path, what: str, cls: str) -> dict[str, Any]:
+    """The configuration of a network that comes alone, which must be of class `cls` and have its weights."""
+    config = known(folder / "config.json")
+    if config.get("_class_name") != cls:
+        raise InputError(
+            f"{key} is no {what}: its config.json says {config.get('_class_name')}, and accepted is {cls}."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{key} lacks its weights, diffusion_pytorch_model.safetensors.")
+    return config
 
 
 def load_part(path: str | Path, folder: Path, part: str, cls: Any, **options) -> Any:

@@ -1,119 +1,47 @@
-"""What latent diffusion models share: an autoencoder, texts embedded once, a precision, a fingerprint."""
+"""What latent diffusion models share beside a network: an autoencoder; flows, and editing, on them."""
 
-import hashlib
-import warnings
-from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from csd_exp.errors import InputError, accept
-from csd_exp.priors.base import Cond, Guidance, Prior, check_place
+from csd_exp.priors.base import Cond, Guidance
 from csd_exp.priors.flow import RectifiedFlow
-from csd_exp.priors.folders import quiet
+from csd_exp.priors.network import NetworkPrior
 
 Posterior = Literal["mode", "sample"]
 Conditioning = Literal["mode_unscaled", "mode_scaled", "official"]
-Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
-class LatentPrior(Prior):
-    """A frozen latent diffusion model; subclasses `hold` their parts, give `embed`, `network` and the rest.
+class LatentPrior(NetworkPrior):
+    """A frozen latent diffusion model: a network on what an autoencoder makes of pictures.
 
-    guidance_scale: w_y of CSD Eq. 2.
     posterior: encode to the `mode` of the autoencoder's posterior, or `sample` it (official).
-    dtype: what the weights are held in. Inputs are cast to it; outputs are float32 on the caller's
-        device, float64 where caller and weights are.
-    device: null, the Trainer's; `cpu`, `cuda` (of this rank) or `cuda:N`.
-    row_chunk: most rows per network call. channels_last: memory format of the convolutions.
-    compile: torch.compile the network; every call is then filled up to row_chunk rows.
-    offload: whether the denoiser's layers stay in RAM and are brought to the device one by one, by diffusers'
-        group offloading; slower, and for weights that the device cannot hold.
     tile: images with a side above this many pixels go through the autoencoder in tiles of this side,
         blended over a quarter of it; None never tiles.
-    Raises InputError, naming the key, for a setting out of range.
+    The rest is as for NetworkPrior.
     """
 
     vae: Any
 
-    def __init__(
-        self,
-        guidance_scale: float = 7.5,
-        posterior: Posterior = "mode",
-        dtype: Dtype = "float32",
-        device: str | None = None,
-        row_chunk: int = 16,
-        channels_last: bool = False,
-        compile: bool = False,
-        offload: bool = False,
-        tile: int | None = 1024,
-    ):
+    def __init__(self, posterior: Posterior = "mode", tile: int | None = 1024, **shared):
         accept("prior.posterior", posterior, get_args(Posterior))
-        accept("prior.dtype", dtype, get_args(Dtype))
-        if row_chunk < 1:
-            raise InputError(f"prior.row_chunk must be at least 1, not {row_chunk}.")
-        if compile and offload:
-            raise InputError("prior.compile and prior.offload do not go together; choose one of them.")
-        check_place(device)
-        self.posterior, self.dtype, self.place = posterior, getattr(torch, dtype), device
-        self.guidance_scale, self.row_chunk, self.tile, self._fill = guidance_scale, row_chunk, tile, compile
-        self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        self._embeddings: dict[str, Cond] = {}
-        self._networks: dict[str, nn.Module] = {}
-        self._encoders: dict[str, nn.Module] = {}
-        self._arrived, self._offload = True, offload
+        super().__init__(**shared)
+        self.posterior, self.tile = posterior, tile
 
     def hold(self, vae: Any, encoders: dict[str, Any], **networks: Any) -> None:
-        """Freeze the networks in `dtype`; those that convolve in the memory format asked for.
-
-        encoders: of texts, which are on the device only while a new text is embedded.
-        """
-        self._networks, self._encoders = {"vae": vae, **networks}, encoders
-        for network in (*self._networks.values(), *encoders.values()):
-            self.freeze(network)
+        """`keep` the networks, with an autoencoder among them."""
+        self.keep({"vae": vae, **networks}, encoders)
         self.vae = vae
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self._limit_memory(self.tile)
 
-    def freeze(self, network: Any) -> None:
-        """Make a network ready to be asked, in its precision."""
-        with quiet():
-            network.eval().requires_grad_(False).to(self.precision_of(network))
-
-    def precision_of(self, network: Any) -> torch.dtype:
-        """What a network is held in: `dtype`, but for what overflows in it."""
-        overflows = self.dtype == torch.float16 and getattr(network.config, "model_type", "") == "t5"
-        return torch.bfloat16 if overflows else self.dtype
-
     def to(self, device: torch.device) -> None:
-        """The autoencoder comes at once, the other networks with the first row, when texts are embedded."""
+        """The autoencoder comes at once."""
         super().to(device)
         self.vae.to(self.device)
-        self._arrived = False
-        for text in self._embeddings.values():
-            text.update({name: tensor.to(self.device) for name, tensor in text.items()})
-
-    @cached_property
-    def fingerprint(self) -> str:  # type: ignore[override]
-        """SHA-256 of the weights as held and of `described`: settings and vocabulary of their training."""
-        digest = hashlib.sha256(repr(self.described()).encode())
-        tensors = {"alphas_cumprod": self.alphas_cumprod}
-        owners: list[str] = []
-        for part, network in (self._networks | self._encoders).items():
-            kind = type(network).__name__
-            owners.append(f"{kind}.{part}" if kind in owners else kind)
-            tensors |= {f"{owners[-1]}.{name}": tensor for name, tensor in network.state_dict().items()}
-        for name, tensor in sorted(tensors.items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
-
-    @abstractmethod
-    def described(self) -> object:
-        """What the weights mean beside their values, for the fingerprint."""
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.scaled(self.unscaled(image, noise if self.posterior == "sample" else None))
@@ -142,66 +70,6 @@ class LatentPrior(Prior):
         posterior = self.vae.encode(self.held(2 * image - 1, self.vae.dtype)).latent_dist
         mean = self.returned(posterior.mean, image)
         return mean if noise is None else mean + self.returned(posterior.std, image) * noise.to(mean)
-
-    def guidance(self, prompt: str, condition: Tensor | None = None, negative_prompt: str = "") -> Guidance:
-        """eps(null) + w_y (eps(text) - eps(null)): CSD Eq. 2; null is the negative prompt."""
-        text, null = self.embedding(prompt), self.embedding(negative_prompt)
-        return [(self.guidance_scale, text), (1 - self.guidance_scale, null)]
-
-    def embedding(self, prompt: str) -> Cond:
-        """What the text encoders make of a prompt, as diffusers' pipelines do; once for each string."""
-        if prompt not in self._embeddings:
-            for encoder in self._encoders.values():
-                encoder.to(self.device)
-            self._embeddings[prompt] = self.embed(prompt)
-            for encoder in self._encoders.values():
-                encoder.to("cpu")
-        return self._embeddings[prompt]
-
-    @abstractmethod
-    def embed(self, prompt: str) -> Cond:
-        """What `embedding` keeps: `text` [L, D] and what else the family knows of a prompt, in `dtype`."""
-
-    @abstractmethod
-    def network(self, x: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
-        """The network's output of rows x [r, ...] at timesteps t [r], all as the network takes them."""
-
-    def predicted(self, x: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
-        """The same for the caller's rows."""
-        if not self._arrived:
-            self._arrive()
-        n = len(x)
-        rows = list(range(n)) + [n - 1] * (self.row_chunk - n if self._fill else 0)
-        conds = [conds[i] for i in rows]
-        out = self.network(self.held(self.seen(x[rows], conds)), t.to(self.device)[rows], conds)
-        return self.returned(out[:n], x)
-
-    def _arrive(self) -> None:
-        self._arrived = True
-        for network in self._networks.values():
-            if self._offload and network is not self.vae:
-                cast(Any, network).enable_group_offload(
-                    self.device, offload_type="leaf_level", use_stream=self.device.type == "cuda"
-                )
-            else:
-                network.to(self.device)
-
-    def seen(self, x: Tensor, conds: Sequence[Cond]) -> Tensor:
-        """The channels that the network takes of rows x."""
-        return x
-
-    def texts(self, conds: Sequence[Cond], name: str = "text") -> Tensor:
-        """A tensor of each row's text, that of the empty text where a row has none."""
-        return torch.stack([self.embedding("")[name] if c[name] is None else c[name] for c in conds])
-
-    def held(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """As the networks take it."""
-        return x.to(self.device, dtype or self.dtype).contiguous(memory_format=self._layout)
-
-    def returned(self, out: Tensor, caller: Tensor) -> Tensor:
-        """As the caller gets it."""
-        double = caller.dtype == self.dtype == torch.float64
-        return out.to(caller.device, torch.float64 if double else torch.float32)
 
     def _limit_memory(self, tile: int | None) -> None:
         """One image at a time through the autoencoder, a large one in tiles."""
@@ -279,28 +147,3 @@ class Editing(LatentPrior):
             for row, c in zip(x, conds, strict=True)
         ]
         return torch.cat([x, torch.stack(images).to(x)], dim=1)
-
-
-def compile_blocks(network: nn.Module) -> None:
-    """torch.compile the blocks that a transformer repeats: one compilation serves all."""
-    for child in network.children():
-        for block in child if isinstance(child, nn.ModuleList) else ():
-            block.compile(dynamic=False)
-
-
-def tokenized(tokenizer: Any, prompt: str, limit: int | None = None) -> Any:
-    """The tokens of a prompt, filled up and cut to `limit`, by default the tokenizer's; warns where cut."""
-    limit = tokenizer.model_max_length if limit is None else limit
-    with quiet():
-        length = len(tokenizer(prompt).input_ids)
-    if length > limit:
-        warnings.warn(
-            f"The prompt {prompt!r} has {length} tokens and the text encoder reads the first {limit}.",
-            stacklevel=5,
-        )
-    return tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
-
-
-def settings(model: Any) -> list[tuple[str, object]]:
-    """The configuration of a network, for the fingerprint."""
-    return sorted((key, repr(value)) for key, value in model.config.items() if not key.startswith("_"))

@@ -13,7 +13,9 @@ from csd_exp.errors import InputError
 from csd_exp.files import ASSETS
 from csd_exp.priors.base import Cond, ViewShape
 from csd_exp.priors.folders import check_family, check_parts, fetched_folder, known_folder, load_parts
-from csd_exp.priors.latent import Editing, LatentPrior, settings, tokenized
+from csd_exp.priors.latent import Editing, LatentPrior
+from csd_exp.priors.network import settings, tokenized
+from csd_exp.priors.weights import OF_FOLDER, Weights
 
 EMBEDDED = ASSETS / "instruct_pix2pix"
 
@@ -49,6 +51,7 @@ class StableDiffusion(LatentPrior):
     """
 
     family: ClassVar[str] = "stable_diffusion"
+    pipeline = "StableDiffusionPipeline"
     side: ClassVar[int] = 64  # of a window in latents, where a folder does not say
 
     def __init__(
@@ -75,12 +78,13 @@ class StableDiffusion(LatentPrior):
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
+        cls.check_settings(config)
         pickled = config.get("allow_pickle", False)
-        check_folder(config["path"], config.get("variant"), cls.family, pickled)
+        check_folder(config["path"], config.get("variant"), cls.family, pickled, config.get("weights"))
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> Any:
         """The parts of a folder or hub id."""
-        return load(path, variant, self.family, allow_pickle)
+        return load(path, variant, self.family, allow_pickle, self.dtype, self.weights)
 
     def take(self, parts: Any) -> None:
         """Hold the parts of a family, with their noise levels."""
@@ -155,6 +159,7 @@ def check_folder(
     variant: str | None = None,
     family: str | None = None,
     allow_pickle: bool = False,
+    file: str | None = None,
 ) -> None:
     """Raise InputError unless `path` is a usable prior; reads configurations, never weights.
 
@@ -165,7 +170,7 @@ def check_folder(
     if folder is None:
         return
     check_family(path, folder, family)
-    configs = check_parts(path, folder, CLASSES, variant, allow_pickle)
+    configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
     check_prediction(path, configs["scheduler"])
     _check_fit(path, configs["vae"], configs["text_encoder"], configs["unet"])
 
@@ -175,11 +180,16 @@ def load(
     variant: str | None = None,
     family: str | None = None,
     allow_pickle: bool = False,
+    dtype: torch.dtype = torch.float32,
+    weights: Weights = OF_FOLDER,
 ) -> Parts:
-    """The float32 components of a folder or hub id, checked as by `check_folder`; only a hub id downloads."""
+    """The components of a folder or hub id, checked as by `check_folder`; only a hub id downloads.
+
+    dtype, weights: as of `csd_exp.priors.folders.load_parts`.
+    """
     folder = fetched_folder(path, variant)
-    check_folder(folder, variant, family, allow_pickle)
-    return Parts(**load_parts(path, folder, CLASSES, variant))
+    check_folder(folder, variant, family, allow_pickle, weights.file)
+    return Parts(**load_parts(path, folder, CLASSES, variant, dtype, weights))
 
 
 def check_prediction(path: str | Path, scheduler: dict) -> None:

@@ -20,14 +20,8 @@ from csd_exp.priors.folders import (
     known_folder,
     load_parts,
 )
-from csd_exp.priors.latent import (
-    Conditioning,
-    Editing,
-    LatentFlow,
-    compile_blocks,
-    settings,
-    tokenized,
-)
+from csd_exp.priors.latent import Conditioning, Editing, LatentFlow
+from csd_exp.priors.network import compile_blocks, settings, tokenized
 
 Recipe = Literal["ultraedit", "diffusers"]
 T5_TOKENS = 256  # as in diffusers' pipeline
@@ -70,6 +64,7 @@ class StableDiffusion3(LatentFlow):
     """
 
     family: ClassVar[str] = "sd3"
+    pipeline = "StableDiffusion3Pipeline"
 
     def __init__(
         self,
@@ -95,15 +90,16 @@ class StableDiffusion3(LatentFlow):
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
+        cls.check_settings(config)
         pickled, t5 = config.get("allow_pickle", False), config.get("t5", True)
-        check_folder(config["path"], config.get("variant"), cls.family, pickled, t5)
+        check_folder(config["path"], config.get("variant"), cls.family, pickled, t5, config.get("weights"))
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool, t5: bool) -> Parts3:
         """The parts of a folder or hub id."""
         folder = fetched_folder(path, variant)
-        check_folder(folder, variant, self.family, allow_pickle, t5)
+        check_folder(folder, variant, self.family, allow_pickle, t5, self.weights.file)
         classes = _classes(path, folder, t5)
-        return Parts3(**load_parts(path, folder, classes, variant, self.dtype))
+        return Parts3(**load_parts(path, folder, classes, variant, self.dtype, self.weights))
 
     def described(self) -> object:
         vocabularies = [sorted(tokenizer.get_vocab().items()) for tokenizer in self.tokenizers if tokenizer]
@@ -177,6 +173,7 @@ def check_folder(
     family: str | None = None,
     allow_pickle: bool = False,
     t5: bool = True,
+    file: str | None = None,
 ) -> None:
     """As `csd_exp.priors.stable_diffusion.check_folder`, for Stable Diffusion 3; families: `family_of`."""
     folder = known_folder(path)
@@ -188,7 +185,7 @@ def check_folder(
         raise InputError(
             f"prior.path={path} lacks its text_encoder_3, the large one; add it, or prior.t5=false."
         )
-    configs = check_parts(path, folder, classes, variant, allow_pickle)
+    configs = check_parts(path, folder, classes, variant, allow_pickle, file)
     _check_fit(path, configs)
 
 

@@ -20,7 +20,8 @@ from csd_exp.priors.folders import (
     known_folder,
     load_parts,
 )
-from csd_exp.priors.latent import Conditioning, Editing, settings, tokenized
+from csd_exp.priors.latent import Conditioning, Editing
+from csd_exp.priors.network import settings, tokenized
 from csd_exp.priors.stable_diffusion import StableDiffusion, check_prediction, noise_levels
 
 CLASSES: dict[str, type] = {
@@ -65,21 +66,23 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     family = "sdxl"
+    pipeline = "StableDiffusionXLPipeline"
     side = 128
     times: Tensor | None
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
+        cls.check_settings(config)
         pickled = config.get("allow_pickle", False)
-        check_folder(config["path"], config.get("variant"), cls.family, pickled)
+        check_folder(config["path"], config.get("variant"), cls.family, pickled, config.get("weights"))
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsXL:
         folder = fetched_folder(path, variant)
-        check_folder(folder, variant, self.family, allow_pickle)
+        check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
         edm = is_edm(config_of(path, folder, "scheduler/scheduler_config.json"))
         classes = CLASSES | ({"scheduler": EDMEulerScheduler} if edm else {})
         zeros = config_of(path, folder, "model_index.json").get("force_zeros_for_empty_prompt", True)
-        return PartsXL(**load_parts(path, folder, classes, variant, self.dtype), zeros=zeros)
+        return PartsXL(**load_parts(path, folder, classes, variant, self.dtype, self.weights), zeros=zeros)
 
     def take(self, parts: PartsXL) -> None:
         self.tokenizers = parts.tokenizer, parts.tokenizer_2
@@ -162,7 +165,11 @@ def edm_sigmas(config: Any) -> Tensor:
 
 
 def check_folder(
-    path: str | Path, variant: str | None = None, family: str | None = None, allow_pickle: bool = False
+    path: str | Path,
+    variant: str | None = None,
+    family: str | None = None,
+    allow_pickle: bool = False,
+    file: str | None = None,
 ) -> None:
     """As `csd_exp.priors.stable_diffusion.check_folder`, for SDXL; families are those of `family_of`."""
     folder = known_folder(path)
@@ -175,7 +182,7 @@ def check_folder(
             f"prior.path={path} is a refiner of SDXL, which only finishes pictures of its base model; "
             "give a folder of the base model."
         )
-    configs = check_parts(path, folder, CLASSES, variant, allow_pickle)
+    configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
     check_prediction(path, configs["scheduler"])
     _check_edm(path, configs["scheduler"])
     _check_fit(path, configs["text_encoder"], configs["text_encoder_2"], configs["unet"])
