@@ -10,6 +10,7 @@ from diffusers_folder import save_pipeline
 from torch import nn
 
 from csd_exp import bench, methods
+from csd_exp.bench.step import Recorded
 from csd_exp.errors import InputError
 from csd_exp.priors import InstructPix2Pix, StableDiffusion
 from csd_exp.priors.base import ViewShape, predict
@@ -26,7 +27,7 @@ class Doubling(nn.Module):
 
 
 def test_a_replay_is_the_same_calls_and_counts_their_rows():
-    network = bench.Recorded(Doubling())
+    network = Recorded(Doubling())
     assert torch.equal(network(torch.ones(3), scale=2), torch.full((3,), 4.0))
     last = torch.zeros(2)
     network(last)
@@ -48,7 +49,7 @@ def test_csd_bench_writes_what_it_measured(tmp_path, write_image):
         "warmup=1",
         f"json={tmp_path / 'new' / 'cost.json'}",
     ]
-    cost = bench.bench(overrides)
+    cost = bench.bench("step", overrides)
     assert cost.rows == 3 * 5
     assert cost.ratio == pytest.approx(cost.step_seconds / cost.network_seconds)
     assert cost.rows_per_second == pytest.approx(15 / cost.step_seconds)
@@ -62,7 +63,7 @@ def test_csd_bench_writes_what_it_measured(tmp_path, write_image):
         ("method=multidiffusion", "method must be one that optimises"),
     ):
         with pytest.raises(InputError, match=message):
-            bench.bench([*overrides[1:], wrong])
+            bench.bench("step", [*overrides[1:], wrong])
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_2(monkeypatch, capsys, tmp_path):

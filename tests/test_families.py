@@ -93,7 +93,7 @@ def test_rows_are_held_to_one_device(folder, family):
     guidance = prior.guidance("x", None if conditions is None else conditions[0])
     elsewhere = torch.device("meta")
     prior.to(elsewhere)
-    denoiser = next(network for name, network in prior._networks.items() if name != "vae")
+    denoiser = next(network for name, network in prior.networks.items() if name != "vae")
     assert (prior.vae.device.type, denoiser.device.type) == ("meta", "cpu")  # texts are embedded first
     placed = [
         (weight, Cond(**{name: tensor.to(elsewhere) for name, tensor in cond.items()}))

@@ -1,4 +1,4 @@
-"""`csd-bench`: what a step of CSD-Edit costs beyond the network itself.
+"""What a step of CSD-Edit costs beyond the network itself.
 
 Every step of a Lightning run is timed whole, and right after it the bare network on the very inputs that the
 step gave it, so that both meet the same machine; the medians over the steps are compared.
@@ -6,52 +6,23 @@ step gave it, so that both meet the same machine; the medians over the steps are
 
 import json
 import platform
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
 import lightning as L
 import torch
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from csd_exp.build import build_module, constructed, silence_lightning
+from csd_exp.build import build_module, constructed
 from csd_exp.callbacks.throughput import peak_memory
-from csd_exp.config import RunConfig, check, composed
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
 from csd_exp.priors.stable_diffusion import StableDiffusion
-
-USAGE = """csd-bench [KEY=VALUE ...]
-
-Times whole optimisation steps and, in turn, the bare network on the same rows; prints and writes a table.
-
-  csd-bench                                                              the embedded prior on the CPU
-  csd-bench prior=random_sd15 prior.dtype=bfloat16 trainer=gpu           the size of Stable Diffusion 1.5
-  csd-bench repeats=100 modality.batch=null prior.row_chunk=64 json=big.json
-
-KEY is any of csd's, or one of the benchmark's:
-
-"""
-OWN = ["warmup", "repeats", "json"]
-
-
-@dataclass
-class BenchConfig(RunConfig):
-    """The keys of a run, and: steps that are not timed, steps that are, and the file to write."""
-
-    warmup: int = MISSING
-    repeats: int = MISSING
-    json: str = MISSING
-
-
-ConfigStore.instance().store("bench_schema", BenchConfig)
 
 
 @dataclass(frozen=True)
@@ -78,30 +49,8 @@ class Cost:
     torch: str
 
 
-def main() -> None:
-    """The command line `csd-bench`: exit code 2 and one sentence for anything a user got wrong."""
-    silence_lightning()
-    try:
-        if {"-h", "--help"} & set(sys.argv):
-            print(USAGE + OmegaConf.to_yaml(OmegaConf.masked_copy(composed([], "bench"), OWN)))
-        else:
-            bench(sys.argv[1:])
-    except InputError as e:
-        print(f"csd-bench: {e}", file=sys.stderr)
-        sys.exit(2)
-
-
-def bench(overrides: Sequence[str]) -> Cost:
-    """Measure, print and write the cost of a step; overrides are of conf/bench.yaml.
-
-    Raises InputError, before anything runs, where a key cannot be used.
-    """
-    config = composed(overrides, "bench")
-    check(config)
-    if config.warmup < 0 or config.repeats < 1:
-        raise InputError(
-            f"repeats must be at least 1 and warmup at least 0, not {config.repeats} and {config.warmup}."
-        )
+def bench(config: DictConfig) -> Cost:
+    """Measure, print and write the cost of a step."""
     if "sampler" in config.method:
         raise InputError("method must be one that optimises; csd-bench measures steps of csd, not of DDIM.")
     config.steps = config.warmup + config.repeats

@@ -38,6 +38,7 @@ class LatentPrior(Prior):
     """
 
     vae: Any
+    conditioned = 0  # channels of what `condition` returns
 
     def __init__(
         self,
@@ -62,17 +63,17 @@ class LatentPrior(Prior):
         self.guidance_scale, self.row_chunk, self.tile, self._fill = guidance_scale, row_chunk, tile, compile
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._embeddings: dict[str, Cond] = {}
-        self._networks: dict[str, nn.Module] = {}
-        self._encoders: dict[str, nn.Module] = {}
-        self._arrived, self._offload = True, offload
+        self.networks: dict[str, nn.Module] = {}
+        self.encoders: dict[str, nn.Module] = {}
+        self._arrived, self.offload = True, offload
 
     def hold(self, vae: Any, encoders: dict[str, Any], **networks: Any) -> None:
         """Freeze the networks in `dtype`; those that convolve in the memory format asked for.
 
         encoders: of texts, which are on the device only while a new text is embedded.
         """
-        self._networks, self._encoders = {"vae": vae, **networks}, encoders
-        for network in (*self._networks.values(), *encoders.values()):
+        self.networks, self.encoders = {"vae": vae, **networks}, encoders
+        for network in (*self.networks.values(), *encoders.values()):
             self.freeze(network)
         self.vae = vae
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -88,6 +89,10 @@ class LatentPrior(Prior):
         overflows = self.dtype == torch.float16 and getattr(network.config, "model_type", "") == "t5"
         return torch.bfloat16 if overflows else self.dtype
 
+    def settled(self) -> None:
+        """Take the networks for being where they are to be."""
+        self._arrived, self._fill = True, False
+
     def to(self, device: torch.device) -> None:
         """The autoencoder comes at once, the other networks with the first row, when texts are embedded."""
         super().to(device)
@@ -102,7 +107,7 @@ class LatentPrior(Prior):
         digest = hashlib.sha256(repr(self.described()).encode())
         tensors = {"alphas_cumprod": self.alphas_cumprod}
         owners: list[str] = []
-        for part, network in (self._networks | self._encoders).items():
+        for part, network in (self.networks | self.encoders).items():
             kind = type(network).__name__
             owners.append(f"{kind}.{part}" if kind in owners else kind)
             tensors |= {f"{owners[-1]}.{name}": tensor for name, tensor in network.state_dict().items()}
@@ -151,10 +156,10 @@ class LatentPrior(Prior):
     def embedding(self, prompt: str) -> Cond:
         """What the text encoders make of a prompt, as diffusers' pipelines do; once for each string."""
         if prompt not in self._embeddings:
-            for encoder in self._encoders.values():
+            for encoder in self.encoders.values():
                 encoder.to(self.device)
             self._embeddings[prompt] = self.embed(prompt)
-            for encoder in self._encoders.values():
+            for encoder in self.encoders.values():
                 encoder.to("cpu")
         return self._embeddings[prompt]
 
@@ -177,14 +182,14 @@ class LatentPrior(Prior):
         return self.returned(out[:n], x)
 
     def _arrive(self) -> None:
-        self._arrived = True
-        for network in self._networks.values():
-            if self._offload and network is not self.vae:
+        for network in self.networks.values():
+            if self.offload and network is not self.vae:
                 cast(Any, network).enable_group_offload(
                     self.device, offload_type="leaf_level", use_stream=self.device.type == "cuda"
                 )
             else:
                 network.to(self.device)
+        self._arrived = True  # not before: where memory is short for all of them, the rest comes later
 
     def seen(self, x: Tensor, conds: Sequence[Cond]) -> Tensor:
         """The channels that the network takes of rows x."""
@@ -255,6 +260,7 @@ class Editing(LatentPrior):
         accept("prior.conditioning", conditioning, get_args(Conditioning))
         super().__init__(**shared)
         self.image_guidance_scale, self.conditioning = image_guidance_scale, conditioning
+        self.conditioned = self.vae.config.latent_channels
 
     def condition(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         if self.conditioning == "official":

@@ -120,7 +120,7 @@ class StableDiffusionXL(StableDiffusion):
     @torch.no_grad()
     def embed(self, prompt: str) -> Cond:
         states = []
-        for tokenizer, encoder in zip(self.tokenizers, self._encoders.values(), strict=True):
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders.values(), strict=True):
             tokens = tokenized(tokenizer, prompt).to(self.device)
             out = encoder(tokens.input_ids, output_hidden_states=True)
             states.append(out.hidden_states[-2][0])
