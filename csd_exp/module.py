@@ -75,7 +75,8 @@ class ParticleModule(L.LightningModule):
     def begin(self, device: torch.device | None = None) -> None:
         """Move the prior and start the particles, once."""
         if not self.begun:
-            self.prior.to(torch.device("cpu") if device is None else device)
+            self.particles.home = torch.device("cpu") if device is None else device
+            self.prior.to(self.particles.home)
             self._start()
             self.begun = True
 

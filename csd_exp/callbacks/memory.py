@@ -26,14 +26,14 @@ class Memory(L.Callback):
     first such run, from which on the peak of the device is counted anew.
     """
 
+    prior: Any = None  # where it has networks
+
     def setup(self, trainer: L.Trainer, module: ParticleModule, stage: str) -> None:
-        prior: Any = module.prior
-        self.prior = prior if prior.networks else None
-        if self.prior is None:
+        if not module.prior.networks:
             return
         from csd_exp.priors import memory  # diffusers takes seconds
 
-        self.memory = memory
+        self.memory, self.prior = memory, module.prior
         self.device = placed(self.prior.place, trainer.strategy.root_device)
         self.free, self.weights = memory.available(self.device), memory.weights(self.prior)
         if self.device.type == "cpu":

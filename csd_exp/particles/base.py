@@ -49,9 +49,11 @@ class Particles(nn.Module):
     An id is an integer >= 0 that names a view for good: the noise of a view is keyed by it.
     space: whether views are latents, or pixels that go through the prior's encoder with their graph.
     has_source: whether there are pictures to edit. film: of a video, whose frames they are. prompt: what is
-    asked of every view. dtype: of the parameters, `float32` or `float64`.
+    asked of every view. dtype: of the parameters, `float32` or `float64`. home: the Trainer's device, known
+    when `begin` is called; the prior may have another.
     """
 
+    home: torch.device = torch.device("cpu")
     space: Literal["latent", "pixel"] = "pixel"
     has_source: ClassVar[bool] = True
     film: Film | None = None
