@@ -53,7 +53,10 @@ def test_csd_bench_writes_what_it_measured(tmp_path, write_image):
     assert cost.rows == 3 * 5
     assert cost.ratio == pytest.approx(cost.step_seconds / cost.network_seconds)
     assert cost.rows_per_second == pytest.approx(15 / cost.step_seconds)
-    assert min(cost.step_seconds, cost.network_seconds) > 0
+    assert min(cost.step_seconds, cost.network_seconds, cost.kernel_seconds, cost.row_flops) > 0
+    parts = cost.network_seconds + cost.kernel_seconds + cost.rest_seconds
+    assert (cost.views, cost.processes, parts) == (3, 1, pytest.approx(cost.step_seconds))
+    assert cost.limit_seconds == pytest.approx(15 * cost.row_flops / cost.peak_flops)
     saved = json.loads((tmp_path / "new" / "cost.json").read_text())
     assert saved == json.loads(json.dumps(vars(cost)))
     for wrong, message in (
@@ -64,6 +67,47 @@ def test_csd_bench_writes_what_it_measured(tmp_path, write_image):
     ):
         with pytest.raises(InputError, match=message):
             bench.bench("step", [*overrides[1:], wrong])
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("peer") / "prior")
+
+
+def peer(pipeline, tmp_path, *overrides):
+    own = [f"prior.path={pipeline}", "warmup=0", "repeats=2", f"json={tmp_path / 'peer.json'}"]
+    double = ["prior.dtype=float64", "modality.dtype=float64"]
+    return bench.bench("peer", [*own, *double, *overrides])
+
+
+@pytest.mark.parametrize("modality", ["panorama", "images"])
+def test_the_public_codes_way_descends_what_the_official_preset_does(
+    pipeline, write_image, tmp_path, modality
+):
+    if modality == "panorama":
+        overrides = [f"modality.path={write_image(32, 96)}", "modality.batch=3"]
+    else:
+        overrides = [
+            f"modality.path=[{write_image(32, 32)},{write_image(32, 32, 1)},{write_image(32, 32, 2)}]"
+        ]
+    found = peer(pipeline, tmp_path, f"modality={modality}", *overrides, "prior.row_chunk=8")
+    assert json.loads((tmp_path / "peer.json").read_text()) == found
+    assert found["difference"] < 1e-11
+    assert [(way["calls"], way["rows"]) for way in found["ways"]] == [(6, 18), (6, 15), (2, 15), (2, 15)]
+    assert [way["faster"] for way in found["ways"]] == [
+        pytest.approx(found["ways"][0]["seconds"] / way["seconds"]) for way in found["ways"]
+    ]
+
+
+def test_another_step_than_the_official_one_differs_from_the_public_codes(pipeline, write_image, tmp_path):
+    path = f"modality.path={write_image(32, 96)}"
+    assert peer(pipeline, tmp_path, path, "kernel.normalize=none")["difference"] > 0.1
+    for wrong, message in (
+        ("modality.mask=[0,0,16,16]", "without regions and mask"),
+        ("source_prompt=a", "must be empty for csd-bench peer"),
+    ):
+        with pytest.raises(InputError, match=message):
+            peer(pipeline, tmp_path, path, wrong)
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_2(monkeypatch, capsys, tmp_path):

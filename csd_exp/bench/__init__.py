@@ -13,9 +13,10 @@ from csd_exp.build import silence_lightning
 from csd_exp.config import RunConfig, check, composed
 from csd_exp.errors import InputError
 
-USAGE = """csd-bench [step | memory] [KEY=VALUE ...]
+USAGE = """csd-bench [step | peer | memory] [KEY=VALUE ...]
 
 step    Times whole optimisation steps and, in turn, the bare network on the same rows.
+peer    Times them beside a straightforward step, as the public code takes it, and tells why it is slower.
 memory  What a prior's weights and its rows take of memory at every precision; nothing is loaded or allocated.
 
 Each prints and writes a table.
@@ -23,12 +24,14 @@ Each prints and writes a table.
   csd-bench                                                              the embedded prior on the CPU
   csd-bench prior=random_sd15 prior.dtype=bfloat16 trainer=gpu           the size of Stable Diffusion 1.5
   csd-bench repeats=100 modality.batch=null prior.row_chunk=64 json=big.json
+  csd-bench peer prior=random_sd15 prior.dtype=bfloat16 prior.compile=true trainer=gpu
   csd-bench memory prior=flux                                            FLUX.1, or the folder prior.path
 
 KEY is any of csd's, or one of the benchmark's:
 
 """
-COMMANDS = ("step", "memory")
+# And what each has where no preset is given.
+COMMANDS: dict[str, list[str]] = {"step": [], "peer": ["preset=official"], "memory": []}
 OWN = ["warmup", "repeats", "json"]
 
 
@@ -71,7 +74,8 @@ def bench(command: str, overrides: Sequence[str]) -> Any:
     """
     if command not in COMMANDS:
         raise InputError(f"csd-bench {command} is no benchmark; accepted are {', '.join(COMMANDS)}.")
-    config = composed([*overrides, f"command={command}"], "bench")
+    own = [] if any(override.startswith("preset=") for override in overrides) else COMMANDS[command]
+    config = composed([*own, *overrides, f"command={command}"], "bench")
     check(config)
     if config.warmup < 0 or config.repeats < 1:
         raise InputError(
