@@ -13,10 +13,11 @@ from csd_exp.build import silence_lightning
 from csd_exp.config import RunConfig, check, composed
 from csd_exp.errors import InputError
 
-USAGE = """csd-bench [step | peer | memory] [KEY=VALUE ...]
+USAGE = """csd-bench [step | peer | scaling | memory] [KEY=VALUE ...]
 
 step    Times whole optimisation steps and, in turn, the bare network on the same rows.
 peer    Times them beside a straightforward step, as the public code takes it, and tells why it is slower.
+scaling Times them against particles, width, frames and processes, `scaling.AXIS=[...]`; writes a plot, too.
 memory  What a prior's weights and its rows take of memory at every precision; nothing is loaded or allocated.
 
 Each prints and writes a table.
@@ -31,21 +32,22 @@ KEY is any of csd's, or one of the benchmark's:
 
 """
 # And what each has where no preset is given.
-COMMANDS: dict[str, list[str]] = {"step": [], "peer": ["preset=official"], "memory": []}
-OWN = ["warmup", "repeats", "json"]
+COMMANDS: dict[str, list[str]] = {"step": [], "peer": ["preset=official"], "scaling": [], "memory": []}
+OWN = ["warmup", "repeats", "json", "scaling"]
 
 
 @dataclass
 class BenchConfig(RunConfig):
     """The keys of a run, and: steps that are not timed, steps that are, and the file to write.
 
-    command: which of the benchmarks it is.
+    command: which of the benchmarks it is. scaling: of each axis, where it is measured.
     """
 
     command: str = "step"
     warmup: int = MISSING
     repeats: int = MISSING
     json: str = MISSING
+    scaling: Any = MISSING
 
 
 ConfigStore.instance().store("bench_schema", BenchConfig)

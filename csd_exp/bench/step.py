@@ -5,6 +5,7 @@ very inputs that the step gave them, so that all meet the same machine; medians 
 """
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -254,7 +255,8 @@ def name_of(device: torch.device) -> str:
     """What a device calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU"
+    cores, kind = len(os.sched_getaffinity(0)), torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} CPU, {cores} cores, {kind}"
 
 
 @rank_zero_only
