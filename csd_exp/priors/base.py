@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from csd_exp.devices import sent
 from csd_exp.errors import InputError, out_of_memory, say
 
 
@@ -141,9 +142,17 @@ class Prior(ABC):
         alpha, sigma = self.alpha_sigma(t, x_t)
         return (x_t - sigma * self.eps(x_t, t, conds)) / alpha
 
+    def at(self, table: str, t: Tensor) -> Tensor:
+        """The entries [r] of one of the prior's tables [T] at timesteps t [r]; a table is sent once."""
+        known = vars(self).setdefault("_tables", {})
+        kept = known.get((table, t.device))
+        if kept is None or kept[0] is not getattr(self, table):
+            kept = known[table, t.device] = (getattr(self, table), sent(getattr(self, table), t.device))
+        return kept[1][t]
+
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma of timesteps t [r], to be multiplied with rows `like` [r, ...]."""
-        alpha_bar = self.alphas_cumprod.to(t.device)[t].to(like).view(-1, *[1] * (like.ndim - 1))
+        alpha_bar = self.at("alphas_cumprod", t).to(like).view(-1, *[1] * (like.ndim - 1))
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
@@ -189,7 +198,7 @@ def _estimated(
     """The estimates of rows, or what was said where memory was short: nothing of them is held afterwards."""
     try:
         x_t = torch.stack([queries[q].x_t[view] for q, view, _, _ in chunk])
-        t = torch.tensor([queries[q].t for q, _, _, _ in chunk], device=x_t.device)
+        t = sent(torch.tensor([queries[q].t for q, _, _, _ in chunk]), x_t.device)
         return estimate(x_t, t, [cond for _, _, cond, _ in chunk])
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):

@@ -176,9 +176,12 @@ class LatentPrior(Prior):
         if not self._arrived:
             self._arrive()
         n = len(x)
-        rows = list(range(n)) + [n - 1] * (self.row_chunk - n if self._fill else 0)
-        conds = [conds[i] for i in rows]
-        out = self.network(self.held(self.seen(x[rows], conds)), t.to(self.device)[rows], conds)
+        seen, t = self.seen(x, conds), t.to(self.device)
+        if self._fill and n < self.row_chunk:
+            more = self.row_chunk - n
+            seen, t = (torch.cat([rows, rows[-1:].expand(more, *rows.shape[1:])]) for rows in (seen, t))
+            conds = [*conds, *[conds[-1]] * more]
+        out = self.network(self.held(seen), t, conds)
         return self.returned(out[:n], x)
 
     def _arrive(self) -> None:
