@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -33,8 +34,19 @@ def closest(word: str, known: Sequence[str]) -> str:
     return f", did you mean {close[0]}" if close else ""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short: torch says so by a RuntimeError, on the CPU by its words alone."""
+    words = isinstance(error, RuntimeError) and re.search("out of memory|t allocate memory", str(error))
+    return isinstance(error, MemoryError) or bool(words)
+
+
 @cache
 def notice(sentence: str) -> None:
     """Say on stderr what was done otherwise than asked: once a process, by the first of all ranks alone."""
     if all(os.environ.get(rank, "0") == "0" for rank in RANKS):
-        print(f"csd: {sentence}", file=sys.stderr, flush=True)
+        say(sentence)
+
+
+def say(sentence: str) -> None:
+    """Say on stderr what happened to this process, whichever it is."""
+    print(f"csd: {sentence}", file=sys.stderr, flush=True)

@@ -2,12 +2,11 @@
 
 import errno
 import hashlib
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from csd_exp.errors import InputError
+from csd_exp.errors import InputError, out_of_memory
 
 ASSETS = Path(__file__).parent / "assets"
 SUMS = "SHA256SUMS"
@@ -25,12 +24,9 @@ def unwritable(error: OSError, advice: str = "") -> InputError:
 
 
 def too_large(error: Exception) -> InputError:
-    """What does not fit in memory in one sentence; raises any other error again.
-
-    torch says so by a RuntimeError, on the CPU by its words alone.
-    """
+    """What does not fit in memory in one sentence; raises any other error again."""
     words = " ".join(str(error).split())
-    if not isinstance(error, MemoryError) and not re.search("out of memory|t allocate memory", words):
+    if not out_of_memory(error):
         raise error
     return InputError(
         f"This run does not fit in memory ({words or 'no more is left'}); make pictures, windows, "

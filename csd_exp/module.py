@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from csd_exp.devices import Late, sent
 from csd_exp.errors import InputError, accept
 from csd_exp.lazy import untouched
 from csd_exp.methods import Residual, Views
@@ -67,6 +68,7 @@ class ParticleModule(L.LightningModule):
         self.seed, self.negative_prompt = seed, negative_prompt
         self.rows = 0  # network rows this rank has evaluated
         self.begun = False
+        self.late = Late()
 
     def setup(self, stage: str) -> None:
         """Lightning's hook, on every rank: what is optimised begins once the rank has its device."""
@@ -75,7 +77,8 @@ class ParticleModule(L.LightningModule):
     def begin(self, device: torch.device | None = None) -> None:
         """Move the prior and start the particles, once."""
         if not self.begun:
-            self.prior.to(torch.device("cpu") if device is None else device)
+            self.particles.home = torch.device("cpu") if device is None else device
+            self.prior.to(self.particles.home)
             self._start()
             self.begun = True
 
@@ -117,16 +120,25 @@ class ParticleModule(L.LightningModule):
         """[world_size, ...], without the graph."""
         return cast(Tensor, self.all_gather(mine)) if self.trainer.world_size > 1 else mine[None]
 
-    def _require_finite(self, values: Tensor, what: str, level: Level) -> None:
-        if torch.isfinite(values).all():
-            return
-        saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none yet"
-        raise FloatingPointError(
-            f"The {what} is not finite at step {self.global_step}, timestep {level.t}; "
-            f"the last checkpoint is {saved}."
-        )
+    def _require_finite(self, values: Tensor, what: str, level: Level) -> Tensor:
+        """Whether values are finite, for what must not go into the particles before a late check has failed.
+
+        Raises FloatingPointError where they are not: at once, on a GPU before the next step or checkpoint.
+        """
+        finite, step = torch.isfinite(values).all(), self.global_step
+
+        def error() -> FloatingPointError:
+            saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none yet"
+            return FloatingPointError(
+                f"The {what} is not finite at step {step}, timestep {level.t}; "
+                f"the last checkpoint is {saved}."
+            )
+
+        self.late.check(finite, error)
+        return finite
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        self.late.settle()
         checkpoint["csd_exp"] = {"prior": self.prior.fingerprint, "rows": self.rows}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -195,6 +207,7 @@ class CSDModule(ParticleModule):
         self._chosen: list[Tensor] = []  # the views of each batch that the present step accumulates
 
     def training_step(self, batch: object, batch_idx: int) -> Tensor:
+        self.late.settle()
         draw = Draw(self.seed, self.global_step, len(self._chosen))
         chosen = self.particles.choose(draw)
         self._chosen.append(chosen)
@@ -210,7 +223,7 @@ class CSDModule(ParticleModule):
         rendered = self.particles.space == "pixel" and self.kernel.space == "features"
         phi, pull = self._kernel_space(shown.detach() if rendered else views.x, x_t, level)
         r, phi = self._gather(shares * r, len(chosen)), self._gather(phi, len(chosen))
-        self._require_finite(r, "residual", level)
+        finite = self._require_finite(r, "residual", level)
 
         k, repulsion = self.kernel(phi)
         update, push = r[own], None
@@ -222,7 +235,7 @@ class CSDModule(ParticleModule):
                 pushed = torch.zeros_like(update)
             update = svgd(r, k, pushed, *coupling)
         w = weight(level, self.weight)
-        g = w * update.view(-1, *x.shape[1:])
+        g = torch.where(finite, w * update.view(-1, *x.shape[1:]), 0)
         descended = (self.particles.share(ids, chosen) * x)[: len(g)]
         self._log_step(level, r, k, repulsion)
         # DDP averages gradients over ranks; times their number that is the exact sum.
@@ -246,7 +259,7 @@ class CSDModule(ParticleModule):
         baseline's own estimate in place of the missing prompt's), and a share of 0 costs no row.
         """
         keys = [0 if self.noise == "shared" else int(i) for i in ids]
-        noise = torch.stack([draw.normal("noise", key, x.shape[1:]) for key in keys]).to(x)
+        noise = torch.stack([draw.normal("noise", key, x.shape[1:]) for key in keys])
         edits = [
             [(alpha, prompt) for alpha, prompt in view if prompt is not None]
             for view in self.particles.prompts(ids)
@@ -265,8 +278,9 @@ class CSDModule(ParticleModule):
         ]
         source = self.particles.source(ids)
         source = None if source is None else self._latents(source)
-        views = Views(x, noise, level, target, baseline, source, ids)
-        return score, views, x.new_tensor(shares).view(-1, *[1] * (x.ndim - 1))
+        views = Views(x, sent(noise, x.device).to(x), level, target, baseline, source, ids)
+        weights = sent(torch.tensor(shares, dtype=x.dtype), x.device)
+        return score, views, weights.view(-1, *[1] * (x.ndim - 1))
 
     def _losses(self, score: _Score, views: Views, own: int, n: int, draw: Draw) -> Tensor | float:
         """What the particles and a residual that learns have to lose beside: a mean over all ranks' views."""
@@ -313,14 +327,15 @@ class CSDModule(ParticleModule):
 
     def _log_step(self, level: Level, r: Tensor, k: Tensor, repulsion: Tensor) -> None:
         rows = k / k.sum(dim=1, keepdim=True)
+        # Lightning would send a number to the GPU, and wait for it; a tensor stays where it is.
         self.log_dict(
             {
-                "step/timestep": float(level.t),
+                "step/timestep": torch.tensor(float(level.t)),
                 "step/residual_norm": r.norm(dim=1).mean(),
                 "step/kernel_mean": k.mean(),
                 "step/kernel_entropy": torch.special.entr(rows).sum(dim=1).mean(),
                 "step/repulsion_norm": repulsion.norm(dim=1).mean(),
-                "step/rows": float(self.rows),
+                "step/rows": torch.tensor(float(self.rows)),
             }
         )
 
@@ -333,6 +348,8 @@ class CSDModule(ParticleModule):
                 step()
         else:
             step()
+        if self.global_step + 1 >= self.trainer.max_steps:
+            self.late.settle()
         self._chosen.clear()
         self.particles.after_step(draw)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import DistError
 
 from csd_exp.build import build_module, constructed
-from csd_exp.callbacks import CheckpointFiles, Interruption, Media, Provenance
+from csd_exp.callbacks import CheckpointFiles, Interruption, Media, Memory, Provenance
 from csd_exp.config import check, composed, literal, quoted, resolved
 from csd_exp.errors import InputError, RankLost
 from csd_exp.evaluate import build_metrics, entries, write_metrics
@@ -159,7 +159,7 @@ def _run(config: DictConfig, run_dir: Path, command: Sequence[str], signals: tup
     trainer = built_trainer(
         config.trainer,
         logger=[constructed(logger) for logger in (config.logger or {}).values()],
-        callbacks=[interruption, provenance, *callbacks],
+        callbacks=[interruption, Memory(), provenance, *callbacks],
         default_root_dir=str(run_dir),
     )
     trainer.strategy.checkpoint_io = CheckpointFiles()

@@ -189,6 +189,7 @@ class SamplingModule(ParticleModule):
         assert level is not None
         x_0 = self._estimate(level)
         self._require_finite(x_0, "estimate", level)
+        self.late.settle()
         self.x_t, x_0 = self.sampler.step(self.x_t, x_0, level, following, self._fuse)
         self._show(x_0)
         self.log_dict({"step/timestep": float(level.t), "step/rows": float(self.rows)})

@@ -7,7 +7,7 @@ literally, Eq. 8 of Collaborative Score Distillation (arXiv 2307.04787) would at
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, log
+from math import inf, log, nan
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -43,20 +43,24 @@ def inverse_bandwidth(distances: Tensor, rule: Bandwidth | float) -> Tensor:
     median of the positive entries takes its place. `median_offdiagonal` always leaves out the
     diagonal. A number is gamma itself, 1 / length^2.
     """
-    if not isinstance(rule, str):
-        return distances.new_tensor(float(rule))
     n = len(distances)
-    off_diagonal = distances[~torch.eye(n, dtype=torch.bool, device=distances.device)]
-    entries = distances.flatten() if rule == "median" else off_diagonal
-    median = entries.median() if len(entries) else distances.new_zeros(())
+    if not isinstance(rule, str):
+        return torch.full_like(distances[0, 0], float(rule))
+    if n == 1:
+        return torch.zeros_like(distances[0, 0])
+    others = off_diagonal(distances)
+    median = (distances.flatten() if rule == "median" else others).median()
     # Below this, 1 / D would overflow: as good as identical.
     zero = torch.finfo(distances.dtype).smallest_normal / torch.finfo(distances.dtype).eps
-    if median <= zero:
-        positive = off_diagonal[off_diagonal > zero]
-        if len(positive) == 0:
-            return distances.new_zeros(())
-        median = positive.median()
-    return log(n + 1) / median
+    # Chosen where the numbers are: a GPU that was asked which it is would have to be waited for.
+    positive = others.where(others > zero, nan).nanmedian().nan_to_num(nan=inf)
+    return log(n + 1) / torch.where(median <= zero, positive, median)
+
+
+def off_diagonal(matrix: Tensor) -> Tensor:
+    """The entries [N (N - 1)] of a matrix [N, N] beside its diagonal, in order; N is at least 2."""
+    n = len(matrix)
+    return matrix.flatten()[1:].view(n - 1, n + 1)[:, :-1].flatten()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +144,9 @@ class Perceptual(Kernel):
 
     def of(self, distances: Tensor) -> tuple[Tensor, Tensor]:
         d, n = distances, len(distances)
-        pairs = d[~torch.eye(n, dtype=torch.bool, device=d.device)]
-        median = pairs.median() if len(pairs) else d.new_zeros(())
+        median = off_diagonal(d).median() if n > 1 else torch.zeros_like(d[0, 0])
         tiny = torch.finfo(d.dtype).smallest_normal ** 0.5
-        gamma = self.scale * log(max(n, 2)) / median.square() if median > tiny else d.new_zeros(())
+        gamma = torch.where(median > tiny, self.scale * log(max(n, 2)) / median.square(), 0)
         k = torch.exp(-gamma * d.square())
         return k, -4 * gamma * d * k
 
@@ -193,7 +196,7 @@ def svgd(
             return update / kernel_matrix[rows].sum(dim=1, keepdim=True)
         case "rms":
             energy = total(update.square().sum())
-            return update * (residual.square().sum() / energy).sqrt() if energy > 0 else update
+            return update * torch.where(energy > 0, (residual.square().sum() / energy).sqrt(), 1)
         case "none":
             return update
     raise InputError(f"kernel.normalize must be one of {', '.join(get_args(Normalize))}, not {normalize!r}.")
@@ -221,7 +224,7 @@ def multiplier(
             return 1 / kernel_matrix[rows].sum(dim=1, keepdim=True)
         case "rms":
             energy = total(coupled.square().sum())
-            return (residual.square().sum() / energy).sqrt() if energy > 0 else 1.0
+            return torch.where(energy > 0, (residual.square().sum() / energy).sqrt(), 1)
     return 1.0
 
 

@@ -1,6 +1,7 @@
 """Tiny runs and images, made on the spot."""
 
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,17 @@ from csd_exp import cli, methods
 from csd_exp.module import CSDModule
 from csd_exp.schedules import Timesteps
 from csd_exp.svgd import RBF
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What is kept for later runs lies in no user's folder; processes that a test starts have it too."""
+    before = os.environ.get("CSD_EXP_CACHE")
+    os.environ["CSD_EXP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("CSD_EXP_CACHE")
+    if before is not None:
+        os.environ["CSD_EXP_CACHE"] = before
 
 
 @pytest.fixture

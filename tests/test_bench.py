@@ -1,15 +1,21 @@
 """The benchmark: that it times the same rows twice, and that its random model is the public one's size."""
 
 import json
+import subprocess
 import sys
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers_folder import save_pipeline
+from PIL import Image
 from torch import nn
 
 from csd_exp import bench, methods
+from csd_exp.bench import step
+from csd_exp.bench.step import Recorded
 from csd_exp.errors import InputError
 from csd_exp.priors import InstructPix2Pix, StableDiffusion
 from csd_exp.priors.base import ViewShape, predict
@@ -26,7 +32,7 @@ class Doubling(nn.Module):
 
 
 def test_a_replay_is_the_same_calls_and_counts_their_rows():
-    network = bench.Recorded(Doubling())
+    network = Recorded(Doubling())
     assert torch.equal(network(torch.ones(3), scale=2), torch.full((3,), 4.0))
     last = torch.zeros(2)
     network(last)
@@ -37,7 +43,8 @@ def test_a_replay_is_the_same_calls_and_counts_their_rows():
     assert network.replay() == 0
 
 
-def test_csd_bench_writes_what_it_measured(tmp_path, write_image):
+def test_csd_bench_writes_what_it_measured(tmp_path, write_image, monkeypatch):
+    monkeypatch.setattr(step, "SIDE", 64)
     save_pipeline(tmp_path / "prior")
     image = write_image(32, 96)
     overrides = [
@@ -48,11 +55,14 @@ def test_csd_bench_writes_what_it_measured(tmp_path, write_image):
         "warmup=1",
         f"json={tmp_path / 'new' / 'cost.json'}",
     ]
-    cost = bench.bench(overrides)
+    cost = bench.bench("step", overrides)
     assert cost.rows == 3 * 5
     assert cost.ratio == pytest.approx(cost.step_seconds / cost.network_seconds)
     assert cost.rows_per_second == pytest.approx(15 / cost.step_seconds)
-    assert min(cost.step_seconds, cost.network_seconds) > 0
+    assert min(cost.step_seconds, cost.network_seconds, cost.kernel_seconds, cost.row_flops) > 0
+    parts = cost.network_seconds + cost.kernel_seconds + cost.rest_seconds
+    assert (cost.views, cost.processes, parts) == (3, 1, pytest.approx(cost.step_seconds))
+    assert cost.limit_seconds == pytest.approx(15 * cost.row_flops / cost.peak_flops)
     saved = json.loads((tmp_path / "new" / "cost.json").read_text())
     assert saved == json.loads(json.dumps(vars(cost)))
     for wrong, message in (
@@ -62,7 +72,92 @@ def test_csd_bench_writes_what_it_measured(tmp_path, write_image):
         ("method=multidiffusion", "method must be one that optimises"),
     ):
         with pytest.raises(InputError, match=message):
-            bench.bench([*overrides[1:], wrong])
+            bench.bench("step", [*overrides[1:], wrong])
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("peer") / "prior")
+
+
+def peer(pipeline, tmp_path, *overrides):
+    own = [f"prior.path={pipeline}", "warmup=0", "repeats=2", f"json={tmp_path / 'peer.json'}"]
+    double = ["prior.dtype=float64", "modality.dtype=float64"]
+    return bench.bench("peer", [*own, *double, *overrides])
+
+
+@pytest.mark.parametrize("modality", ["panorama", "images"])
+def test_the_public_codes_way_descends_what_the_official_preset_does(
+    pipeline, write_image, tmp_path, modality
+):
+    if modality == "panorama":
+        overrides = [f"modality.path={write_image(32, 96)}", "modality.batch=3"]
+    else:
+        overrides = [
+            f"modality.path=[{write_image(32, 32)},{write_image(32, 32, 1)},{write_image(32, 32, 2)}]"
+        ]
+    found = peer(pipeline, tmp_path, f"modality={modality}", *overrides, "prior.row_chunk=8")
+    assert json.loads((tmp_path / "peer.json").read_text()) == found
+    assert found["difference"] < 1e-11
+    assert [(way["calls"], way["rows"]) for way in found["ways"]] == [(6, 18), (6, 15), (2, 15), (2, 15)]
+    assert [way["faster"] for way in found["ways"]] == [
+        pytest.approx(found["ways"][0]["seconds"] / way["seconds"]) for way in found["ways"]
+    ]
+
+
+def test_another_step_than_the_official_one_differs_from_the_public_codes(pipeline, write_image, tmp_path):
+    path = f"modality.path={write_image(32, 96)}"
+    assert peer(pipeline, tmp_path, path, "kernel.normalize=none")["difference"] > 0.1
+    for wrong, message in (
+        ("modality.mask=[0,0,16,16]", "without regions and mask"),
+        ("source_prompt=a", "must be empty for csd-bench peer"),
+    ):
+        with pytest.raises(InputError, match=message):
+            peer(pipeline, tmp_path, path, wrong)
+
+
+def scaling(pipeline, tmp_path, *overrides):
+    few = ("particles=[2]", "width=[3]", "frames=[4]", "processes=[1,2]")
+    own = [f"prior.path={pipeline}", "warmup=0", "repeats=1", f"json={tmp_path / 'scaling.json'}"]
+    return bench.bench("scaling", [*own, *(f"scaling.{axis}" for axis in few), *overrides])
+
+
+def test_every_point_of_the_scaling_is_a_step_of_its_own(pipeline, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def measured(command, stderr, **_):
+        own = dict(word.split("=", 1) for word in command[4:])
+        asked.append(
+            (own, sorted(Image.open(f).size for f in Path(own["modality.path"]).parent.rglob("*.png")))
+        )
+        if own.get("trainer.devices") == "2":
+            return SimpleNamespace(returncode=2, stderr="a warning\ncsd-bench: no memory.\n")
+        cost = dict.fromkeys(step.Cost.__dataclass_fields__, 1.0) | {"device": "a CPU"}
+        Path(own["json"]).write_text(json.dumps(cost))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", measured)
+    found = scaling(pipeline, tmp_path, "prior.row_chunk=8")
+    assert json.loads((tmp_path / "scaling.json").read_text()) == found
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert [(p["axis"], p["at"], p.get("failed")) for p in found["points"]] == [
+        *(("particles", 2, None), ("width", 3, None), ("frames", 4, None), ("processes", 1, None)),
+        ("processes", 2, "csd-bench: no memory."),
+    ]
+    assert all(own["prior.row_chunk"] == "8" for own, _ in asked)
+    assert [own["modality"] for own, _ in asked] == ["images", "panorama", "video", "images", "images"]
+    assert [own["modality.batch"] for own, _ in asked] == ["null", "4", "4", "null", "null"]
+    assert (96, 32) in asked[1][1]
+    assert "processes 2 failed: csd-bench: no memory." in capsys.readouterr().out
+    for wrong in ("modality.batch=3", "scaling.frames=[0]"):
+        with pytest.raises(InputError, match=wrong.split("=")[0]):
+            scaling(pipeline, tmp_path, wrong)
+
+
+@pytest.mark.soak
+def test_the_scaling_is_measured(pipeline, tmp_path):
+    found = scaling(pipeline, tmp_path, "scaling.width=[]", "scaling.frames=[]", "scaling.processes=[2]")
+    assert [(p["processes"], p["rows"]) for p in found["points"]] == [(1, 10), (2, 20)]
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_2(monkeypatch, capsys, tmp_path):

@@ -121,9 +121,9 @@ def test_rows_are_held_to_one_device(folder, family):
     guidance = prior.guidance("x", None if conditions is None else conditions[0])
     elsewhere = torch.device("meta")
     prior.to(elsewhere)
-    denoiser = next(network for name, network in prior._networks.items() if name != "vae")
+    denoiser = next(network for name, network in prior.networks.items() if name != "vae")
     assert denoiser.device.type == "cpu"  # texts are embedded first
-    assert all(net.device.type == "meta" for name, net in prior._networks.items() if name == "vae")
+    assert all(net.device.type == "meta" for name, net in prior.networks.items() if name == "vae")
     placed = [
         (weight, Cond(**{name: tensor.to(elsewhere) for name, tensor in cond.items()}))
         for weight, cond in guidance
@@ -134,6 +134,26 @@ def test_rows_are_held_to_one_device(folder, family):
         (out,) = predict(prior, queries)
         assert out.device == denoiser.device == elsewhere
     assert prior.decode(x_t).device == elsewhere
+    check_of_particles_here(prior, image, placed)
+
+
+def check_of_particles_here(prior, image, guidance):
+    """Particles on the CPU give what they have and get what they asked for; the networks lie elsewhere."""
+    came = []
+
+    def returned(out, caller):
+        came.append((out.device.type, caller.device.type))
+        return torch.zeros(out.shape, device=caller.device)
+
+    prior.returned = returned
+    x_t, condition = prior.encode(image), prior.condition(image)
+    assert prior.decode(x_t).shape == image.shape
+    images = {} if condition is None else {"image": condition[0]}
+    mixed = [(weight, Cond(**(dict(cond) | images))) for weight, cond in guidance]
+    outs = [predict(prior, [Query(x_t, 421, [mixed], clean)])[0] for clean in (False, True)]
+    assert {out.device.type for out in (x_t, *images.values(), *outs)} == {"cpu"}
+    assert set(came) == {("meta", "cpu")}
+    assert len(came) >= 4
 
 
 @pytest.mark.parametrize(

@@ -117,5 +117,5 @@ def test_a_row_goes_through_a_prior_of_full_size(made, size, latent, column):
     page = (Path(__file__).parents[1] / "docs/priors.md").read_text(encoding="utf-8")
     names, numbers = re.search(rf"^\| (.*{column}.*) \|\n.*\n\| (.*) \|$", page, re.MULTILINE).groups()
     told = dict(zip(names.split(" | "), numbers.split(" | "), strict=True))[column]
-    held = sum(p.numel() * p.element_size() for net in prior._networks.values() for p in net.parameters())
+    held = sum(p.numel() * p.element_size() for net in prior.networks.values() for p in net.parameters())
     assert f"{held / 1e9:.1f}" == told

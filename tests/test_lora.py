@@ -104,8 +104,8 @@ def test_a_lora_says_what_diffusers_own_pipeline_says_with_it(folder, lora, fami
     assert torch.linalg.norm(ours - without) > 1e-3 * torch.linalg.norm(theirs)
     assert len({prior.fingerprint, plain.fingerprint}) == 2
     # Fused, a network has the parameters that it has without.
-    names = [name for name, _ in plain._networks[part].named_parameters()]
-    assert [name for name, _ in prior._networks[part].named_parameters()] == names
+    names = [name for name, _ in plain.networks[part].named_parameters()]
+    assert [name for name, _ in prior.networks[part].named_parameters()] == names
 
 
 def test_a_text_encoder_has_its_lora_too(folder, lora):

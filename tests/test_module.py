@@ -10,9 +10,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from csd_exp import methods
+from csd_exp.devices import Late
 from csd_exp.errors import InputError
 from csd_exp.images import read_image
 from csd_exp.module import CSDModule
@@ -519,7 +521,9 @@ def test_the_prior_goes_where_the_trainer_is_before_anything_is_encoded(write_im
 # What is refused
 
 
-def test_a_residual_that_is_not_finite_stops_the_run_and_names_the_place(write_image, build, fit, tmp_path):
+def test_a_residual_that_is_not_finite_stops_the_run_and_names_the_place(
+    write_image, build, fit, tmp_path, monkeypatch
+):
     class Breaking(Network):
         calls = 0
 
@@ -538,6 +542,53 @@ def test_a_residual_that_is_not_finite_stops_the_run_and_names_the_place(write_i
     module = build(Breaking(), frames(write_image), timestep=Timesteps(t_min=321, t_max=321))
     with pytest.raises(FloatingPointError, match="the last checkpoint is none yet"):
         fit(module, 5)
+    # A GPU says it later: before the next step, or a checkpoint, and after the last step.
+    monkeypatch.setattr(Late, "applies", staticmethod(lambda device: True))
+    for steps, settings in (
+        (5, {"callbacks": [save], "enable_checkpointing": True}),
+        (5, {}),
+        (3, {}),
+    ):
+        module = build(Breaking(), frames(write_image), timestep=Timesteps(t_min=321, t_max=321))
+        with pytest.raises(FloatingPointError, match="not finite at step 2, timestep 321; the last"):
+            fit(module, steps, **settings)
+        assert torch.isfinite(module.particles.latent).all()
+        assert module.prior.calls == 3
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    assert saved["global_step"] == 2
+
+
+class Questions(TorchDispatchMode):
+    """Notes what is asked about numbers that would lie on a GPU: float32 ones, and truths about them."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        of, name = args[0] if args else None, function.overloadpacket.__name__
+        numbers = isinstance(of, torch.Tensor) and of.dtype in (torch.float32, torch.bool)
+        if numbers and name in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal"):
+            self.asked.append(name)
+        indices = args[1] if name == "index" else ()
+        self.asked += ["mask" for i in indices if i is not None and i.dtype == torch.bool]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("normalize", ["n", "rms", "rowsum"])
+@pytest.mark.parametrize("rule", ["median", "median_offdiagonal"])
+def test_a_step_asks_about_one_number_which_a_gpu_answers_later(write_image, build, fit, normalize, rule):
+    module = build(Network(), frames(write_image), kernel=RBF(normalize=normalize, bandwidth=rule))
+    questions = Questions()
+    step = module.training_step
+
+    def asked(*batch):
+        with questions:
+            return step(*batch)
+
+    module.training_step = asked
+    fit(module, 3)
+    assert questions.asked == ["_local_scalar_dense"] * 3
 
 
 @pytest.mark.parametrize(

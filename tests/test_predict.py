@@ -1,11 +1,13 @@
 """`predict` builds the fewest rows, and they give the answer of all rows."""
 
 import itertools
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
+from csd_exp.errors import InputError
 from csd_exp.priors.analytic import GaussianMixture
 from csd_exp.priors.base import Cond, Query, compositional, predict, row_count
 
@@ -98,6 +100,63 @@ def test_the_chunk_size_changes_nothing(chunk):
     assert whole.calls == [15]
     assert max(chunked.calls) <= chunk
     assert len(chunked.calls) == -(-15 // chunk)
+
+
+SHORT = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"
+    ),
+    MemoryError(),
+)
+
+
+class Small(Counting):
+    """Has memory for `room` rows at once, and notes which of the rows that did not fit are still held."""
+
+    def __init__(self, room, error, **settings):
+        super().__init__(**settings)
+        self.room, self.error, self.refused = room, error, []
+
+    def eps(self, x_t, t, conds):
+        assert [one() for one in self.refused] == [None] * len(self.refused)
+        if len(x_t) > self.room:
+            self.refused.append(weakref.ref(x_t))
+            raise type(self.error)(*self.error.args)
+        return super().eps(x_t, t, conds)
+
+
+@pytest.mark.parametrize("error", SHORT, ids=lambda e: type(e).__name__)
+def test_rows_that_do_not_fit_are_halved_and_the_answer_is_the_same(error, capsys):
+    settings = {"guidance_scale": 7.5, "image_guidance_scale": 5.0}
+    small = Small(3, error, row_chunk=12, **settings)
+    queries, _ = csd_edit_queries(small)
+    wanted = predict(Counting(**settings), queries)
+    for _ in range(2):  # the second step knows
+        for one, other in zip(predict(small, queries), wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+    assert small.calls == [3] * 10
+    assert (small.row_chunk, len(small.refused)) == (3, 2)
+    assert capsys.readouterr().err == "".join(
+        f"csd: {rows} rows at once do not fit in the memory of cpu; from here on prior.row_chunk is "
+        f"{rows // 2}, and the result the same.\n"
+        for rows in (12, 6)
+    )
+
+
+def test_where_not_one_row_fits_it_is_said_in_one_sentence():
+    small = Small(0, SHORT[0], row_chunk=2)
+    queries, _ = csd_edit_queries(small)
+    with pytest.raises(InputError, match=r"Not one row .* memory of cpu \(CUDA out of .*prior\.offload=true"):
+        predict(small, queries)
+
+
+def test_any_other_error_of_a_network_is_no_matter_of_memory():
+    small = Small(0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    queries, _ = csd_edit_queries(small)
+    with pytest.raises(RuntimeError, match="mat1"):
+        predict(small, queries)
+    assert (small.row_chunk, len(small.refused)) == (64, 1)
 
 
 def test_the_order_of_views_and_queries_is_restored():

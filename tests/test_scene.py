@@ -11,6 +11,7 @@ from scenes import write_scene
 from csd_exp import methods
 from csd_exp.errors import InputError
 from csd_exp.images import ImageFiles
+from csd_exp.module import CSDModule
 from csd_exp.particles import EditedField, EditedPhotographs
 from csd_exp.priors import GaussianMixture, InstructPix2Pix
 from csd_exp.scene.voxels import Voxels
@@ -119,6 +120,19 @@ def test_a_scene_is_resumed_to_the_same_bits(scene, build, fit, tmp_path, kind, 
             assert torch.equal(value, resumed.state_dict()[name]), name
     for one, other in zip(whole.images(), resumed.images(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", [EditedPhotographs, EditedField])
+def test_the_field_is_where_the_trainer_is_wherever_the_network_is(scene, monkeypatch, kind):
+    network, trainers = prior(), torch.device("cpu", 1)
+    network.place = "cpu"
+    particles = scene(kind)
+    asked = []
+    monkeypatch.setattr(particles.scene, "reconstructed", lambda device, _: asked.append(device))
+    settings = (methods.dds, RBF(), Timesteps(t_min=20, t_max=500), torch.optim.SGD)
+    with pytest.raises((AttributeError, TypeError)):  # there is no field
+        CSDModule(network, particles, *settings).begin(trainers)
+    assert (asked, network.device) == ([trainers], torch.device("cpu"))
 
 
 def test_on_the_way_a_photograph_is_shown_as_it_is_edited(scene, build, fit):

@@ -215,7 +215,7 @@ def test_both_text_encoders_are_part_of_the_fingerprint(held, folder):
     assert other.fingerprint == prior.fingerprint
     del vars(other)["fingerprint"]
     with torch.no_grad():
-        other._encoders["text_encoder_2"].text_projection.weight[0, 0] += 1e-6
+        other.encoders["text_encoder_2"].text_projection.weight[0, 0] += 1e-6
     assert other.fingerprint != prior.fingerprint
 
 

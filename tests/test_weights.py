@@ -61,7 +61,7 @@ def test_a_denoiser_is_read_from_one_file_and_its_folder_needs_none(folder, alon
     cls.check({"path": str(copy), "weights": str(file)})
     prior, plain = cls(copy, weights=str(file)), cls(folder(family))
     assert prior.fingerprint != plain.fingerprint
-    for tensor in plain._networks[part].state_dict().values():
+    for tensor in plain.networks[part].state_dict().values():
         tensor.mul_(1.5)
     assert relative(said(prior), said(plain)) < 1e-6
     with pytest.raises(InputError, match=rf"lacks the weights of its {part}"):

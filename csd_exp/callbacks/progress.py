@@ -31,6 +31,7 @@ class Progress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._began, self._total = time.monotonic(), int(trainer.estimated_stepping_batches)
+        self._shown = 0.0
         if self._enabled and self._console.is_terminal:
             self._bar = Bar(
                 BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
@@ -46,12 +47,16 @@ class Progress(ProgressBar):
             self._bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        step, shown = trainer.global_step, self._numbers(trainer)
+        step = trainer.global_step
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, shown=shown)
+            if time.monotonic() - self._shown > 0.1 or step == self._total:
+                self._shown = time.monotonic()
+                self._bar.update(self._task, shown=self._numbers(trainer))
+            self._bar.update(self._task, completed=step)
         elif self._enabled and self._starts_a_tenth(step):
+            took = time.monotonic() - self._began
             self._console.print(
-                f"step {step}/{self._total}  {time.monotonic() - self._began:.0f} s  {shown}", soft_wrap=True
+                f"step {step}/{self._total}  {took:.0f} s  {self._numbers(trainer)}", soft_wrap=True
             )
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -62,6 +67,7 @@ class Progress(ProgressBar):
 
     @staticmethod
     def _numbers(trainer: L.Trainer) -> str:
+        """What is shown of a step, asked for only then: a GPU answers once it has done all else."""
         formats = {
             "step/residual_norm": "residual {:.4g}",
             "step/rows_per_second": "{:,.1f} rows/s",

@@ -27,13 +27,12 @@ class Throughput(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: ParticleModule, *_) -> None:
         steps_per_second = 1 / (time.perf_counter() - self._start)
         rows = (module.rows - self._rows) * trainer.world_size
-        module.log_dict(
-            {
-                "step/rows_per_second": rows * steps_per_second,
-                "step/steps_per_second": steps_per_second,
-                "step/memory_gib": peak_memory(module.device) / 2**30,
-            }
-        )
+        logged = {
+            "step/rows_per_second": rows * steps_per_second,
+            "step/steps_per_second": steps_per_second,
+            "step/memory_gib": peak_memory(module.device) / 2**30,
+        }
+        module.log_dict({name: torch.tensor(value) for name, value in logged.items()})
 
 
 def peak_memory(device: torch.device) -> int:

@@ -50,9 +50,11 @@ class Particles(nn.Module):
     space: whether views are latents, or pixels that go through the prior's encoder with their graph.
     has_source: whether there are pictures to edit. clips: whether views are clips [C, F, h, w], for priors
     that score these. film: of a video, whose frames they are. prompt: what is asked of every view. dtype: of
-    the parameters, `float32` or `float64`.
+    the parameters, `float32` or `float64`. home: the Trainer's device, known when `begin` is called; the
+    prior may have another.
     """
 
+    home: torch.device = torch.device("cpu")
     space: Literal["latent", "pixel"] = "pixel"
     has_source: ClassVar[bool] = True
     clips: ClassVar[bool] = False

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from csd_exp.devices import sent
 from csd_exp.errors import InputError
 from csd_exp.particles.areas import Areas
 from csd_exp.particles.base import Autoencoder, Particles, Pictures, Prompts
@@ -149,7 +150,7 @@ class Canvas(Particles):
         """
         if self.areas is None or self.areas.free is None:
             return 1.0
-        return self._seen(self.areas.free, ids).to(self.latent)
+        return sent(self._seen(self.areas.free, ids), self.latent.device).to(self.latent)
 
     def touched(self, chosen: Tensor) -> Tensor:
         """[m, 1, h, w], true on the latents that a step of the `chosen` views may change."""

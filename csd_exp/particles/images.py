@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csd_exp.devices import sent
 from csd_exp.errors import InputError
 from csd_exp.formats.spheres import read_sphere
 from csd_exp.images import image_files, pad_to, read_images
@@ -60,7 +61,7 @@ class WholePictures(Canvas):
         return torch.from_numpy(draw.generator("views").permutation(everything)[: self.batch])
 
     def crop(self, canvas: Tensor, ids: Tensor) -> Tensor:
-        return canvas[ids.to(canvas.device)]
+        return canvas[sent(ids, canvas.device)]
 
     def backgrounds(self, ids: Tensor) -> list[str]:
         return super().backgrounds(ids) if self.each is None else [self.each[int(i)] for i in ids]

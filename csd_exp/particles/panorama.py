@@ -7,6 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from csd_exp.devices import sent
 from csd_exp.errors import InputError, accept, notice
 from csd_exp.formats.spheres import goes_round, read_sphere
 from csd_exp.images import MAX_PIXELS, pad_to, read_image
@@ -126,7 +127,9 @@ class Panorama(Canvas):
         the sums of shares are as near to 1 in mean square as they can be; 1 where nothing is drawn.
         """
         if self.expected is not None:
-            share = self._weights(ids) / self.crop(self.expected, ids).to(self.latent)
+            share = self._weights(ids) / sent(self.crop(self.expected, ids), self.latent.device).to(
+                self.latent
+            )
         elif self.taper == "none":
             share = self.overlap(ids, chosen)
         else:
@@ -139,7 +142,7 @@ class Panorama(Canvas):
         places = [
             (self._along(0, top)[:, None] * self._along(1, left))[None] for top, left in self.corners(ids)
         ]
-        return torch.stack(places).to(self.latent)
+        return sent(torch.stack(places), self.latent.device).to(self.latent)
 
     def _along(self, axis: int, start: int) -> Tensor:
         """The weights [window] in float64 of a window that begins at a latent of rows (0) or columns (1)."""

@@ -133,7 +133,7 @@ class EditedPhotographs(_Filmed, WholePictures):
 
     def begin(self, prior: Autoencoder, draw: Draw) -> None:
         # Neither is part of what a step descends: the field follows afterwards.
-        original = self.scene.reconstructed(prior.device, self.album).requires_grad_(False)
+        original = self.scene.reconstructed(self.home, self.album).requires_grad_(False)
         vars(self).update(original=original, autoencoder=prior)
         self.field = deepcopy(original)
         self.fitting = self.field.fitting(FOLLOWING)
@@ -271,7 +271,7 @@ class EditedField(_Filmed, Particles):
     @torch.no_grad()
     def begin(self, prior: Autoencoder, draw: Draw) -> None:
         album = self.scene.album()
-        self.field = self.scene.reconstructed(prior.device, album)
+        self.field = self.scene.reconstructed(self.home, album)
         vars(self).update(original=deepcopy(self.field).requires_grad_(False))
         conditions = [prior.condition(album.picture(k)[None]) for k in range(len(album))]
         known = [c for c in conditions if c is not None]

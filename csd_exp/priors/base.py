@@ -5,16 +5,18 @@ A row is one sample through the score network. Guidance is a weighted sum of con
 terms, x_t = alpha x_0 + sigma noise with alpha^2 + sigma^2 = 1, whatever its network was trained on.
 """
 
+import gc
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from csd_exp.errors import InputError
+from csd_exp.devices import sent
+from csd_exp.errors import InputError, out_of_memory, say
 
 
 class Cond(dict[str, Tensor]):
@@ -77,7 +79,8 @@ class Prior(ABC):
     alphas_cumprod: [T], float64; 0 is pure noise. views: what it takes for a view. row_chunk: most rows per
     network call. clips: whether views are clips, [n, C, f, h, w] of pictures [n, 3, F, H, W]. device: where
     its network is. place: what `prior.device` says of it, see `placed`. fingerprint: identifies the weights;
-    a checkpoint resumes only under the same ones.
+    a checkpoint resumes only under the same ones. networks: what has weights on the device, by name; a closed
+    form has none.
     """
 
     alphas_cumprod: Tensor
@@ -87,6 +90,7 @@ class Prior(ABC):
     clips: ClassVar[bool] = False
     device: torch.device = torch.device("cpu")
     place: str | None = None
+    networks: Mapping[str, Any] = {}
 
     @classmethod  # noqa: B027
     def check(cls, config: Mapping[str, Any]) -> None:
@@ -143,10 +147,22 @@ class Prior(ABC):
         alpha, sigma = self.alpha_sigma(t, x_t)
         return (x_t - sigma * self.eps(x_t, t, conds)) / alpha
 
+    def at(self, table: str, t: Tensor) -> Tensor:
+        """The entries [r] of one of the prior's tables [T] at timesteps t [r]; a table is sent once."""
+        known = vars(self).setdefault("_tables", {})
+        kept = known.get((table, t.device))
+        if kept is None or kept[0] is not getattr(self, table):
+            kept = known[table, t.device] = (getattr(self, table), sent(getattr(self, table), t.device))
+        return kept[1][t]
+
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma of timesteps t [r], to be multiplied with rows `like` [r, ...]."""
-        alpha_bar = self.alphas_cumprod.to(t.device)[t].to(like).view(-1, *[1] * (like.ndim - 1))
+        alpha_bar = self.at("alphas_cumprod", t).to(like).view(-1, *[1] * (like.ndim - 1))
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+Row = tuple[int, int, Cond, float]
+"""Which query, which view of it, under which conditioning and with which weight."""
 
 
 def predict(prior: Prior, queries: Sequence[Query]) -> list[Tensor]:
@@ -154,7 +170,9 @@ def predict(prior: Prior, queries: Sequence[Query]) -> list[Tensor]:
 
     Weights of one (query, view, conditioning) are summed before rows are built and rows of weight 0 are
     dropped, so a CSD-Edit view costs 5 rows, not 6 (4, 3 or 2 where guidance scales coincide). Rows go
-    through the network `prior.row_chunk` at a time; a view's estimate does not depend on the chunks.
+    through the network `prior.row_chunk` at a time; a view's estimate does not depend on the chunks. Where
+    memory is short for as many, `row_chunk` is halved for good, which each process does by itself.
+    Raises InputError where not even one row fits.
     """
     out = [torch.zeros_like(query.x_t) for query in queries]
     for estimate, clean in ((prior.eps, False), (prior.clean, True)):
@@ -165,14 +183,49 @@ def predict(prior: Prior, queries: Sequence[Query]) -> list[Tensor]:
             for view, guidance in enumerate(query.guidance)
             for cond, weight in _merged(guidance)
         ]
-        for start in range(0, len(rows), prior.row_chunk):
-            chunk = rows[start : start + prior.row_chunk]
-            x_t = torch.stack([queries[q].x_t[view] for q, view, _, _ in chunk])
-            t = torch.tensor([queries[q].t for q, _, _, _ in chunk], device=x_t.device)
-            estimates = estimate(x_t, t, [cond for _, _, cond, _ in chunk])
+        while rows:
+            chunk, rest = rows[: prior.row_chunk], rows[prior.row_chunk :]
+            estimates = _estimated(estimate, queries, chunk)
+            if isinstance(estimates, str):
+                _halve(prior, len(chunk), estimates)
+                continue
             for (q, view, _, weight), row in zip(chunk, estimates, strict=True):
                 out[q][view] += weight * row
+            rows = rest
     return out
+
+
+def _estimated(
+    estimate: Callable[[Tensor, Tensor, Sequence[Cond]], Tensor],
+    queries: Sequence[Query],
+    chunk: Sequence[Row],
+) -> Tensor | str:
+    """The estimates of rows, or what was said where memory was short: nothing of them is held afterwards."""
+    try:
+        x_t = torch.stack([queries[q].x_t[view] for q, view, _, _ in chunk])
+        t = sent(torch.tensor([queries[q].t for q, _, _, _ in chunk]), x_t.device)
+        return estimate(x_t, t, [cond for _, _, cond, _ in chunk])
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        return " ".join(str(e).split()) or type(e).__name__
+
+
+def _halve(prior: Prior, rows: int, why: str) -> None:
+    """Go on with half as many rows at once as have not fitted, on what they leave behind."""
+    gc.collect()
+    if prior.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if rows == 1:
+        raise InputError(
+            f"Not one row of the network fits in the memory of {prior.device} ({why[:200]}); give "
+            "prior.dtype=bfloat16, prior.offload=true or a smaller modality.window."
+        )
+    prior.row_chunk = rows // 2
+    say(
+        f"{rows} rows at once do not fit in the memory of {prior.device}; from here on prior.row_chunk is "
+        f"{prior.row_chunk}, and the result the same."
+    )
 
 
 def compositional(

@@ -70,11 +70,12 @@ class Controlled(StableDiffusion):
     def __init__(self, path: str | Path | tuple, controls: Sequence[Mapping[str, Any]], **shared):
         super().__init__(path=path, **shared)
         self.controls = read_controls(controls)
+        self.conditioned = 3 * len(self.controls) * self.factor**2
         self.nets = [self._loaded(k, control) for k, control in enumerate(self.controls)]
         for k, net in enumerate(self.nets):
             self.freeze(net)
             net.to(memory_format=self._layout)
-            self._networks[f"control_{k}"] = net
+            self.networks[f"control_{k}"] = net
             if self._fill:
                 net.compile(dynamic=False)
 

@@ -40,7 +40,7 @@ class RectifiedFlow(Prior):
 
     def _flow(self, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> tuple[Tensor, Tensor, Tensor]:
         """x_s, s and v of rows, s to be multiplied with them."""
-        place = self.s.to(t.device)[t]
+        place = self.at("s", t)
         s = place.to(x_t).view(-1, *[1] * (x_t.ndim - 1))
         x_s = torch.sqrt((1 - s) ** 2 + s**2) * x_t
         return x_s, s, self.velocity(x_s, place, conds)

@@ -155,6 +155,7 @@ class FluxKontext(Flux):
 
     def __init__(self, path: str | Path | PartsFlux, guidance_scale: float = 2.5, **shared):
         super().__init__(path, guidance_scale=guidance_scale, **shared)
+        self.conditioned = self.views.channels
 
     def condition(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.scaled(self.unscaled(image))

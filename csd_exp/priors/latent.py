@@ -25,6 +25,7 @@ class LatentPrior(NetworkPrior):
     """
 
     vae: Any
+    conditioned = 0  # channels of what `condition` returns
 
     def __init__(self, posterior: Posterior = "mode", tile: int | None = 1024, **shared):
         accept("prior.posterior", posterior, get_args(Posterior))
@@ -123,6 +124,7 @@ class Editing(LatentPrior):
         accept("prior.conditioning", conditioning, get_args(Conditioning))
         super().__init__(**shared)
         self.image_guidance_scale, self.conditioning = image_guidance_scale, conditioning
+        self.conditioned = self.vae.config.latent_channels
 
     def condition(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         if self.conditioning == "official":

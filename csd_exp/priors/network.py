@@ -65,9 +65,9 @@ class NetworkPrior(Prior):
         self.guidance_scale, self.row_chunk, self._fill = guidance_scale, row_chunk, compile
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._embeddings: dict[str, Cond] = {}
-        self._networks: dict[str, nn.Module] = {}
-        self._encoders: dict[str, nn.Module] = {}
-        self._arrived, self._offload = True, offload
+        self.networks: dict[str, nn.Module] = {}
+        self.encoders: dict[str, nn.Module] = {}
+        self._arrived, self.offload = True, offload
         self.weights = Weights(weights, quantization)
         if offload and self.weights.few_bits:
             raise InputError("prior.offload is not for weights in few bits; choose one of them.")
@@ -87,7 +87,7 @@ class NetworkPrior(Prior):
 
         encoders: of texts, which are on the device only while a new text is embedded.
         """
-        self._networks, self._encoders = networks, encoders
+        self.networks, self.encoders = networks, encoders
         if self.lora is not None:
             parts = {name: part for name, part in {**networks, **encoders}.items() if name != "vae"}
             add_lora(self.pipeline, parts, self.lora, self.lora_scale, not self.weights.few_bits)
@@ -104,6 +104,10 @@ class NetworkPrior(Prior):
         overflows = self.dtype == torch.float16 and getattr(network.config, "model_type", "") in T5
         return torch.bfloat16 if overflows else self.dtype
 
+    def settled(self) -> None:
+        """Take the networks for being where they are to be."""
+        self._arrived, self._fill = True, False
+
     def to(self, device: torch.device) -> None:
         """The networks come with the first row, when texts are embedded."""
         super().to(device)
@@ -119,7 +123,7 @@ class NetworkPrior(Prior):
             digest.update(repr(self.lora_scale).encode())  # of what lies beside the weights
         tensors = {"alphas_cumprod": self.alphas_cumprod}
         owners: list[str] = []
-        for part, network in (self._networks | self._encoders).items():
+        for part, network in (self.networks | self.encoders).items():
             kind = type(network).__name__
             owners.append(f"{kind}.{part}" if kind in owners else kind)
             for name, tensor in network.state_dict().items():
@@ -141,10 +145,10 @@ class NetworkPrior(Prior):
     def embedding(self, prompt: str) -> Cond:
         """What the text encoders make of a prompt, as diffusers' pipelines do; once for each string."""
         if prompt not in self._embeddings:
-            for encoder in self._encoders.values():
+            for encoder in self.encoders.values():
                 encoder.to(self.device)
             self._embeddings[prompt] = self.embed(prompt)
-            for encoder in self._encoders.values():
+            for encoder in self.encoders.values():
                 encoder.to("cpu")
         return self._embeddings[prompt]
 
@@ -161,20 +165,23 @@ class NetworkPrior(Prior):
         if not self._arrived:
             self._arrive()
         n = len(x)
-        rows = list(range(n)) + [n - 1] * (self.row_chunk - n if self._fill else 0)
-        conds = [conds[i] for i in rows]
-        out = self.network(self.held(self.seen(x[rows], conds)), t.to(self.device)[rows], conds)
+        seen, t = self.seen(x, conds), t.to(self.device)
+        if self._fill and n < self.row_chunk:
+            more = self.row_chunk - n
+            seen, t = (torch.cat([rows, rows[-1:].expand(more, *rows.shape[1:])]) for rows in (seen, t))
+            conds = [*conds, *[conds[-1]] * more]
+        out = self.network(self.held(seen), t, conds)
         return self.returned(out[:n], x)
 
     def _arrive(self) -> None:
-        self._arrived = True
-        for name, network in self._networks.items():
-            if self._offload and name != "vae":
+        for name, network in self.networks.items():
+            if self.offload and name != "vae":
                 cast(Any, network).enable_group_offload(
                     self.device, offload_type="leaf_level", use_stream=self.device.type == "cuda"
                 )
             else:
                 network.to(self.device)
+        self._arrived = True  # not before: where memory is short for all of them, the rest comes later
 
     def seen(self, x: Tensor, conds: Sequence[Cond]) -> Tensor:
         """The channels that the network takes of rows x."""

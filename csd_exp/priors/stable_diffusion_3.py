@@ -120,7 +120,7 @@ class StableDiffusion3(LatentFlow):
         limit = self.tokenizers[0].model_max_length
         for tokenizer, name in zip(self.tokenizers, ("text_encoder", "text_encoder_2"), strict=False):
             tokens = tokenized(tokenizer, prompt, limit).to(self.device)
-            out = self._encoders[name](tokens.input_ids, output_hidden_states=True)
+            out = self.encoders[name](tokens.input_ids, output_hidden_states=True)
             states.append(out.hidden_states[-2][0])
             pooled.append(out[0][0])
         clips, width = torch.cat(states, dim=-1), self.transformer.config.joint_attention_dim

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, EDMEulerScheduler, UNet2DCon
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from csd_exp.devices import sent
 from csd_exp.errors import InputError
 from csd_exp.priors.base import Cond, Guidance
 from csd_exp.priors.folders import (
@@ -116,14 +117,14 @@ class StableDiffusionXL(StableDiffusion):
         whole = torch.tensor([*size, 0, 0], dtype=torch.float32)
         places = torch.stack([whole if c["place"] is None else c["place"] for c in conds])
         sizes = torch.cat([places, torch.tensor(size, dtype=torch.float32).expand(len(conds), 2)], 1)
-        added = {"text_embeds": self.texts(conds, "pooled"), "time_ids": sizes.to(x.device)}
-        time = t if self.times is None else self.times.to(t.device)[t]
+        added = {"text_embeds": self.texts(conds, "pooled"), "time_ids": sent(sizes, x.device)}
+        time = t if self.times is None else self.at("times", t)
         return super().inputs(x, time, conds) | {"added_cond_kwargs": added}
 
     @torch.no_grad()
     def embed(self, prompt: str) -> Cond:
         states = []
-        for tokenizer, encoder in zip(self.tokenizers, self._encoders.values(), strict=True):
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders.values(), strict=True):
             tokens = tokenized(tokenizer, prompt).to(self.device)
             out = encoder(tokens.input_ids, output_hidden_states=True)
             states.append(out.hidden_states[-2][0])

@@ -1,0 +1,86 @@
+"""`csd-bench`: what a step costs beyond the network, against another code, at which size, in what memory."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from csd_exp.build import silence_lightning
+from csd_exp.config import RunConfig, check, composed
+from csd_exp.errors import InputError
+
+USAGE = """csd-bench [step | peer | scaling | memory] [KEY=VALUE ...]
+
+step    Times whole optimisation steps and, in turn, the bare network on the same rows.
+peer    Times them beside a straightforward step, as the public code takes it, and tells why it is slower.
+scaling Times them against particles, width, frames and processes, `scaling.AXIS=[...]`; writes a plot, too.
+memory  What a prior's weights and its rows take of memory at every precision; nothing is loaded or allocated.
+
+Each prints and writes a table.
+
+  csd-bench                                                              the embedded prior on the CPU
+  csd-bench prior=random_sd15 prior.dtype=bfloat16 trainer=gpu           the size of Stable Diffusion 1.5
+  csd-bench repeats=100 modality.batch=null prior.row_chunk=64 json=big.json
+  csd-bench peer prior=random_sd15 prior.dtype=bfloat16 prior.compile=true trainer=gpu
+  csd-bench memory prior=flux                                            FLUX.1, or the folder prior.path
+
+KEY is any of csd's, or one of the benchmark's:
+
+"""
+# And what each has where no preset is given.
+COMMANDS: dict[str, list[str]] = {"step": [], "peer": ["preset=official"], "scaling": [], "memory": []}
+OWN = ["warmup", "repeats", "json", "scaling"]
+
+
+@dataclass
+class BenchConfig(RunConfig):
+    """The keys of a run, and: steps that are not timed, steps that are, and the file to write.
+
+    command: which of the benchmarks it is. scaling: of each axis, where it is measured.
+    """
+
+    command: str = "step"
+    warmup: int = MISSING
+    repeats: int = MISSING
+    json: str = MISSING
+    scaling: Any = MISSING
+
+
+ConfigStore.instance().store("bench_schema", BenchConfig)
+
+
+def main() -> None:
+    """The command line `csd-bench`: exit code 2 and one sentence for anything a user got wrong."""
+    silence_lightning()
+    words = sys.argv[1:]
+    try:
+        if {"-h", "--help"} & set(words):
+            print(USAGE + OmegaConf.to_yaml(OmegaConf.masked_copy(composed([], "bench"), OWN)))
+        elif words[:1] and "=" not in words[0]:
+            bench(words[0], words[1:])
+        else:
+            bench("step", words)
+    except InputError as e:
+        print(f"csd-bench: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def bench(command: str, overrides: Sequence[str]) -> Any:
+    """What one of the benchmarks finds, printed and written; overrides are of conf/bench.yaml.
+
+    Raises InputError, before anything runs, where a key cannot be used.
+    """
+    if command not in COMMANDS:
+        raise InputError(f"csd-bench {command} is no benchmark; accepted are {', '.join(COMMANDS)}.")
+    own = [] if any(override.startswith("preset=") for override in overrides) else COMMANDS[command]
+    config = composed([*own, *overrides, f"command={command}"], "bench")
+    check(config)
+    if config.warmup < 0 or config.repeats < 1:
+        raise InputError(
+            f"repeats must be at least 1 and warmup at least 0, not {config.repeats} and {config.warmup}."
+        )
+    return import_module(f"csd_exp.bench.{command}").bench(config)

@@ -1,0 +1,84 @@
+"""What a prior takes of memory at each precision, told by its configuration alone."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from csd_exp.errors import InputError
+from csd_exp.files import write_whole
+from csd_exp.priors import memory
+from csd_exp.priors.latent import LatentPrior
+from csd_exp.priors.sizes import unloaded
+from csd_exp.targets import located
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at one precision.
+
+    weights: on the device while rows are evaluated. texts: of the text encoders, there while a new text is
+    embedded. row: of one network row. rows: of `prior.row_chunk` of them. together: weights and rows.
+    """
+
+    dtype: str
+    weights: int
+    texts: int
+    row: int
+    rows: int
+    together: int
+
+
+def bench(config: DictConfig) -> dict[str, Any]:
+    """Count, print and write what a prior takes; nothing of its size is allocated."""
+    cls = located(config.prior._target_)
+    if not (isinstance(cls, type) and issubclass(cls, LatentPrior)):
+        raise InputError("prior must be a latent diffusion model; any other takes next to no memory.")
+    keys = cast(dict[str, Any], OmegaConf.to_container(config.prior, resolve=True))
+    keys = {str(key): value for key, value in keys.items() if not str(key).startswith("_")}
+    priors = [unloaded(cls, keys | {"dtype": dtype}) for dtype in DTYPES]
+    side = config.modality.get("window") or priors[0][0].views.window
+    found = {
+        "prior": cls.__name__,
+        "size": priors[0][1],
+        "parameters": {n: _size(m) for n, m in (priors[0][0].networks | priors[0][0].encoders).items()},
+        "view": [side, side],
+        "row_chunk": config.prior.row_chunk,
+        "needs": [asdict(_need(prior, side)) for prior, _ in priors],
+        "how": "counted on the meta device, torch " + torch.__version__,
+    }
+    write_whole(Path(config.json), json.dumps(found, indent=2) + "\n")
+    _print(found)
+    return found
+
+
+def _size(network: torch.nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def _need(prior: LatentPrior, side: int) -> Need:
+    weights, row = memory.weights(prior), memory.counted(prior, side, side)
+    texts = max(memory.held(encoder) for encoder in prior.encoders.values())
+    rows = prior.row_chunk * row
+    return Need(str(prior.dtype).removeprefix("torch."), weights, texts, row, rows, weights + rows)
+
+
+def _print(found: dict[str, Any]) -> None:
+    millions = ", ".join(f"{name} {size / 1e6:,.0f} M" for name, size in found["parameters"].items())
+    side, chunk = found["view"][0], found["row_chunk"]
+    print(f"{found['prior']} {found['size']}: {millions}")
+    table = Table(title=f"GiB, views of {side} x {side} latents", title_justify="left")
+    for column in ("prior.dtype", "weights", "texts", "a row", f"{chunk} rows", "weights and rows"):
+        table.add_column(column, justify="left" if column == "prior.dtype" else "right")
+    for need in found["needs"]:
+        sizes = [need[key] / 2**30 for key in ("weights", "texts", "row", "rows", "together")]
+        table.add_row(need["dtype"], *(f"{size:.2f}" for size in sizes))
+    Console().print(table)
+    print("The text encoders are there beside the weights while a new text is read, one after the other.")

@@ -1,0 +1,57 @@
+"""Between host and GPU without waiting: what is sent, and what is asked for once it is known.
+
+A plain copy from the host, and any question about a number on a GPU, waits until the GPU has done all that
+it was given; meanwhile the host cannot give it more.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; a GPU takes it when its turn comes."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Late:
+    """Checks that raise their error at once, on a GPU when they are to be settled."""
+
+    def __init__(self) -> None:
+        self._asked: list[tuple[Tensor, Any, Callable[[], Exception]]] = []
+
+    @staticmethod
+    def applies(device: torch.device) -> bool:
+        """Whether asking at once would wait."""
+        return device.type == "cuda"
+
+    def check(self, passed: Tensor, error: Callable[[], Exception]) -> None:
+        """Have an error raised where `passed`, a boolean on the device, turns out to be false."""
+        if not self.applies(passed.device):
+            self._raise(passed, error)
+            return
+        gpu = passed.device.type == "cuda"
+        host = torch.empty((), dtype=torch.bool, pin_memory=gpu)
+        host.copy_(passed, non_blocking=True)
+        event = None
+        if gpu:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(passed.device))
+        self._asked.append((host, event, error))
+
+    def settle(self) -> None:
+        """Raise the error of the first check that has not passed."""
+        asked, self._asked = self._asked, []
+        for host, event, error in asked:
+            if event is not None:
+                event.synchronize()
+            self._raise(host, error)
+
+    @staticmethod
+    def _raise(passed: Tensor, error: Callable[[], Exception]) -> None:
+        if not passed:
+            raise error()
