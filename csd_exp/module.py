@@ -16,7 +16,8 @@ from csd_exp.methods import Residual, Views
 from csd_exp.particles import Canvas, Particles
 from csd_exp.particles.base import Place
 from csd_exp.priors.base import Guidance, Prior, Query, compositional, predict, row_count
-from csd_exp.schedules import Draw, Level, Timesteps, Weight, weight
+from csd_exp.schedules import Draw, Level, Timesteps, Weight
+from csd_exp.schedules import weight as of_level
 from csd_exp.svgd import Kernel, multiplier, svgd
 
 Noise = Literal["independent", "shared"]
@@ -178,12 +179,14 @@ class CSDModule(ParticleModule):
         features: Features | None = None,
     ):
         accept("method.noise", noise, get_args(Noise))
-        accept("schedule.weight", weight, get_args(Weight))
         if timestep.t_max >= len(prior.alphas_cumprod):
             raise InputError(
                 f"schedule.timestep.t_max must be below the prior's {len(prior.alphas_cumprod)} timesteps, "
                 f"not {timestep.t_max}."
             )
+        of_level(
+            Level.at(timestep.t_max, prior.alphas_cumprod), weight
+        )  # refused here where it cannot be used
         if kernel.space == "features" and features is None:
             raise InputError("kernel.space=features needs a feature extractor: features=pooled.")
         Draw(seed, 0)  # a seed that cannot be used is refused here
@@ -221,7 +224,7 @@ class CSDModule(ParticleModule):
                 push = multiplier(r, k, *coupling) * pushed
                 pushed = torch.zeros_like(update)
             update = svgd(r, k, pushed, *coupling)
-        w = weight(level, self.weight)
+        w = of_level(level, self.weight)
         g = w * update.view(-1, *x.shape[1:])
         descended = (self.particles.share(ids, chosen) * x)[: len(g)]
         self._log_step(level, r, k, repulsion)
