@@ -47,7 +47,16 @@ from csd_exp.priors import (
     StableDiffusionXL,
     UltraEdit,
 )
-from csd_exp.samplers import Downscaled, MultiDiffusion, PerView, SamplingModule, SDEdit, SyncTweedies
+from csd_exp.samplers import (
+    Downscaled,
+    FlowEdit,
+    MultiDiffusion,
+    PerView,
+    SamplingModule,
+    SDEdit,
+    StochSync,
+    SyncTweedies,
+)
 from csd_exp.scene.voxels import Voxels
 from csd_exp.schedules import Draw, Timesteps
 from csd_exp.svgd import IMQ, RBF, Kernel, NoKernel, Uniform
@@ -144,7 +153,10 @@ SAMPLERS: dict[str, PerView] = {
     "synctweedies": SyncTweedies(steps=3),
     "sdedit": SDEdit(steps=3, strength=0.7),
     "downscaled": Downscaled(steps=3),
+    "flowedit": FlowEdit(steps=3, averages=2),
+    "stochsync": StochSync(steps=3, inner=2),
 }
+SAMPLER_TURNS = {"flowedit": ("around", "video"), "stochsync": ("around", "generated")}
 
 
 FIELD = partial(Voxels, resolutions=(6,), rays=16, ball=0.9, dtype="float64")
@@ -410,8 +422,9 @@ def test_laws_of_a_sampler(prior, modality, sampler, tmp_path, monkeypatch):
     """Chunks do not matter, rows are counted, a resumed run has the same bits; also from pure noise."""
     once = (modality, sampler) in (("panorama", "multidiffusion"), ("generated", "per_view"))
     once = once and modality in FAMILIES.get(prior, MODALITIES)
-    if not fits(SAMPLERS[sampler], modality) or (prior not in EXACT and not once):
-        pytest.skip("needs a source, or the family has its turn elsewhere")
+    turn = modality in SAMPLER_TURNS.get(sampler, MODALITIES)
+    if not fits(SAMPLERS[sampler], modality) or not turn or (prior not in EXACT and not once):
+        pytest.skip("needs a source, or the family or the sampler has its turn elsewhere")
     scored = priors(prior)
 
     def sampling():
@@ -470,8 +483,8 @@ def test_a_step_holds_its_tensors_to_one_device(modality, residual, monkeypatch)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("modality", [m for m in MODALITIES if m not in ("field", *SCENES)])
 def test_a_sampler_holds_its_tensors_to_one_device(modality, sampler, monkeypatch):
-    if not fits(SAMPLERS[sampler], modality):
-        pytest.skip("a sampler that needs a source")
+    if not fits(SAMPLERS[sampler], modality) or modality not in SAMPLER_TURNS.get(sampler, MODALITIES):
+        pytest.skip("a sampler that needs a source, or has its turn elsewhere")
     scored = priors("mixture")
     what = SamplingModule(scored, particles(modality, scored), SAMPLERS[sampler])
     Elsewhere(what, monkeypatch).step()
