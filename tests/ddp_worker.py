@@ -76,6 +76,7 @@ CASES = {
     "adam_batch": lambda f, d: (panorama(f, batch=3, dtype=d), RBF(), {"optimizer": torch.optim.Adam}),
     "field": lambda f, d: (Waves(3, regular=0.01, dtype=d), RBF(normalize="rms")),
     "learned": lambda f, d: (frames(f, 3, dtype=d), RBF(), {"residual": Learned()}),
+    "vsd": lambda f, d: (frames(f, 3, dtype=d), RBF(), {"residual": methods.VSD(lr=0.02)}),
     "scene": lambda f, d: (rounds(f, d), RBF(normalize="rms")),
     "scene_field": lambda f, d: (scene(f, EditedField, d, batch=3), RBF(normalize="rms")),
     "rendered": lambda f, d: (made(f, d), RBF(space="features", normalize="rms"), {"residual": methods.sds}),

@@ -30,11 +30,13 @@ def case():
         baseline = [prior.guidance(source, c) for c in conditions]
         queries = []
 
-        def record(asked):
+        def record(asked, network=None):
             queries.append(asked)
-            return predict(prior, asked)
+            return predict(prior if network is None else network, asked)
 
         views = Views(x if at is None else at, noise, level, guided, baseline, start, torch.arange(2))
+        if hasattr(residual, "begin"):
+            residual.begin(prior, Draw(0, 0))
         x_t, r = residual(record, views)
         return x_t, r, queries
 
@@ -105,14 +107,15 @@ def test_dds_vanishes_where_nothing_is_to_change(case):
     [
         *(("sds", "", 3), ("dds", "", 5), ("pds", "", 5), ("classifier_sd", "", 2)),
         *(("classifier_sd", "blue", 2), ("delta_velocity", "", 5), ("ism", "", 3 * 2 + 3)),
-        *(("ism", "blue", 3 * 3 + 3), ("sdi", "", 3 * 3 + 3)),
+        *(("ism", "blue", 3 * 3 + 3), ("sdi", "", 3 * 3 + 3), ("VSD", "", 3 + 1)),
     ],
 )
 def test_rows_of_a_view(case, residual, source, rows):
     """Of an editing prior; those that invert go up in 2 or 3 steps, and ISM needs one baseline more."""
-    _, _, queries = case.run(getattr(methods, residual), "red", source)
+    function = getattr(methods, residual)
+    _, _, queries = case.run(function() if residual == "VSD" else function, "red", source)
     assert sum(row_count(asked) for asked in queries) == 2 * rows
-    assert residual in ("ism", "sdi") or len(queries) == 1
+    assert residual in ("ism", "sdi", "VSD") or len(queries) == 1
 
 
 def test_classifier_sd_is_the_text_s_part_of_the_guided_estimate(case):
@@ -184,6 +187,60 @@ def test_sdi_compares_the_estimate_with_the_noise_that_inversion_finds(case, str
 def test_a_step_of_an_inversion_below_1_is_said_in_one_sentence(case, residual, key):
     with pytest.raises(InputError, match=rf"^method\.residual\.{key} must be at least 1, not 0\.$"):
         case.run(partial(getattr(methods, residual), **{key: 0}), "red", "")
+
+
+def test_vsd_has_learned_its_baseline(case):
+    """Its residual and its loss at a mean and a deviation of its own, and the loss's gradient by hand."""
+    vsd = methods.VSD()
+    case.run(vsd, "red", "")
+    with torch.no_grad():
+        vsd.learner.mean += 0.3
+        vsd.learner.log_std -= 0.4
+    alpha, sigma = case.level.alpha, case.level.sigma
+    views = Views(
+        case.x, case.noise, case.level, [case.prior.guidance("red", c) for c in case.start], [], None, None
+    )
+    score = lambda asked, network=None: predict(network or case.prior, asked)  # noqa: E731
+    x_t, r = vsd(score, views)
+    spread = alpha**2 * torch.tensor(-0.8).double().exp() + sigma**2
+    own = sigma * (x_t - alpha * 0.3) / spread
+    torch.testing.assert_close(x_t, alpha * case.x + sigma * case.noise)
+    torch.testing.assert_close(r, case.estimate(case.x, "red") - own, rtol=1e-7, atol=1e-8)
+    each = vsd.loss(score, views)
+    torch.testing.assert_close(each, (own - case.noise).square().mean((1, 2, 3)), rtol=1e-7, atol=1e-8)
+    each.sum().backward()
+    by_mean = 2 * (own - case.noise) * (-alpha * sigma / spread) / own[0].numel()
+    torch.testing.assert_close(vsd.learner.mean.grad.flatten(), by_mean.sum((0, 2, 3)), rtol=1e-6, atol=1e-8)
+    assert not r.requires_grad
+
+
+def test_vsd_asks_nothing_for_a_view_without_a_prompt(case):
+    vsd, asked = methods.VSD(), []
+    vsd.begin(case.prior, Draw(0, 0))
+    views = Views(
+        case.x, case.noise, case.level, [case.prior.guidance("red", case.start[0]), []], [], None, None
+    )
+
+    def score(queries, network=None):
+        asked.extend(queries)
+        return predict(network or case.prior, queries)
+
+    vsd(score, views)
+    each = vsd.loss(score, views)
+    assert row_count(asked) == 3 + 1
+    assert each[0] > 0
+    assert each[1] == 0
+    _, r = vsd(score, views._replace(target=[[], []]))
+    vsd.loss(score, views._replace(target=[[], []])).sum().backward()
+    assert (r == 0).all()
+    assert all((p.grad == 0).all() for p in vsd.parameters())
+
+
+@pytest.mark.parametrize("settings", [{"rank": 0}, {"lr": -1.0}, {"lr": float("nan")}])
+def test_a_lora_that_cannot_learn_is_said_in_one_sentence(settings):
+    (key,) = settings
+    with pytest.raises(InputError, match=rf"^method\.residual\.{key} must be at least [01], not .*\.$"):
+        methods.VSD(**settings)
 
 
 @pytest.mark.parametrize("spacing", [1, 2, 20])

@@ -19,3 +19,4 @@ from csd_exp.methods.pure import dds as dds
 from csd_exp.methods.pure import delta_velocity as delta_velocity
 from csd_exp.methods.pure import pds as pds
 from csd_exp.methods.pure import sds as sds
+from csd_exp.methods.vsd import VSD as VSD

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-from csd_exp.priors.base import Guidance, Query
+from csd_exp.priors.base import Guidance, Learner, Query
 from csd_exp.schedules import Level
 
 
@@ -29,8 +29,11 @@ class Views(NamedTuple):
 class Score(Protocol):
     """What a residual scores with; every network row is counted."""
 
-    def __call__(self, queries: Sequence[Query]) -> list[Tensor]:
-        """The guided estimate of each query, all rows in one `predict`; any level, any guidance."""
+    def __call__(self, queries: Sequence[Query], network: Learner | None = None) -> list[Tensor]:
+        """The guided estimate of each query, all rows in one `predict`; any level, any guidance.
+
+        network: what is asked in place of the prior.
+        """
 
     def guidance(self, prompt: str) -> list[Guidance]:
         """Each view's guidance under another prompt, with the view's own condition."""
@@ -41,7 +44,9 @@ class Residual(Protocol):
 
     needs_source: whether it goes out from pictures; False where it does not say. One that learns is an
     nn.Module with parameters and a `loss(score, views) -> [n]`, one for each view, whose mean is added to the
-    step's; `parameter_groups()` gives its parameters settings of their own.
+    step's; `parameter_groups()` gives its parameters settings of their own. `begin(prior, draw)`, where it
+    has one, is called once, with the prior on its device, before anything else of it; `check(config, Prior)`,
+    of its class, with the whole configuration and the prior's class, before a weight is loaded.
     """
 
     def __call__(self, score: Score, views: Views) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,15 @@ terms, x_t = alpha x_0 + sigma noise with alpha^2 + sigma^2 = 1, whatever its ne
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from csd_exp.errors import InputError
+from csd_exp.schedules import Draw
 
 
 class Cond(dict[str, Tensor]):
@@ -115,7 +116,8 @@ class Prior(ABC):
     def guidance(self, prompt: str, condition: Tensor | None = None, negative_prompt: str = "") -> Guidance:
         """The guided estimate of one view with condition [C, h, w]; equal conditionings share one Cond.
 
-        A prompt has the same text tensor whenever it is asked for.
+        The first of it has the prompt and all else. A prompt has the same text tensor whenever it is asked
+        for.
         """
 
     def placed(self, guidance: Guidance, place: tuple[int, int, int, int] | None) -> Guidance:
@@ -143,16 +145,45 @@ class Prior(ABC):
         alpha_bar = self.alphas_cumprod.to(t.device)[t].to(like).view(-1, *[1] * (like.ndim - 1))
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
+    @classmethod
+    def check_learner(cls, config: Mapping[str, Any]) -> None:
+        """Raise InputError where the configuration `prior` makes one without a `learner`."""
+        raise InputError(
+            f"prior._target_={cls.__module__}.{cls.__name__} has no network that can learn beside it, as "
+            "method=vsd needs; choose another prior or another method."
+        )
 
-def predict(prior: Prior, queries: Sequence[Query]) -> list[Tensor]:
+    def learner(self, rank: int, draw: Draw) -> "Learner":
+        """A network that begins as this one without guidance, or as simple, and is there to be trained.
+
+        rank: of what it learns, where it is low. draw: what it is initialised from.
+        """
+        raise NotImplementedError
+
+
+class Learner(nn.Module, ABC):
+    """A network that learns beside a frozen prior; its parameters alone are state.
+
+    row_chunk: most rows per network call.
+    """
+
+    row_chunk: int
+
+    @abstractmethod
+    def eps(self, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
+        """As `Prior.eps`, with the graph of its own parameters."""
+
+
+def predict(prior: Prior | Learner, queries: Sequence[Query]) -> list[Tensor]:
     """The guided estimate [n, C, ...] of every query, from the fewest network rows.
 
     Weights of one (query, view, conditioning) are summed before rows are built and rows of weight 0 are
     dropped, so a CSD-Edit view costs 5 rows, not 6 (4, 3 or 2 where guidance scales coincide). Rows go
-    through the network `prior.row_chunk` at a time; a view's estimate does not depend on the chunks.
+    through the network `prior.row_chunk` at a time; a view's estimate does not depend on the chunks. Of a
+    learner only noise can be asked.
     """
     out = [torch.zeros_like(query.x_t) for query in queries]
-    for estimate, clean in ((prior.eps, False), (prior.clean, True)):
+    for clean in (False, True):
         rows = [
             (q, view, cond, weight)
             for q, query in enumerate(queries)
@@ -164,6 +195,7 @@ def predict(prior: Prior, queries: Sequence[Query]) -> list[Tensor]:
             chunk = rows[start : start + prior.row_chunk]
             x_t = torch.stack([queries[q].x_t[view] for q, view, _, _ in chunk])
             t = torch.tensor([queries[q].t for q, _, _, _ in chunk], device=x_t.device)
+            estimate: Callable[..., Tensor] = getattr(prior, "clean" if clean else "eps")
             estimates = estimate(x_t, t, [cond for _, _, cond, _ in chunk])
             for (q, view, _, weight), row in zip(chunk, estimates, strict=True):
                 out[q][view] += weight * row

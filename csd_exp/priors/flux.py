@@ -53,6 +53,7 @@ class Flux(LatentFlow):
     """
 
     family: ClassVar[str] = "flux"
+    denoiser = "transformer"
 
     def __init__(
         self,

@@ -3,17 +3,19 @@
 import hashlib
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, cast, get_args
+from importlib.util import find_spec
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from csd_exp.errors import InputError, accept
-from csd_exp.priors.base import Cond, Guidance, Prior, check_place
+from csd_exp.priors.base import Cond, Guidance, Learner, Prior, check_place
 from csd_exp.priors.flow import RectifiedFlow
 from csd_exp.priors.folders import quiet
+from csd_exp.schedules import Draw
 
 Posterior = Literal["mode", "sample"]
 Conditioning = Literal["mode_unscaled", "mode_scaled", "official"]
@@ -38,6 +40,7 @@ class LatentPrior(Prior):
     """
 
     vae: Any
+    denoiser: ClassVar[str] = "unet"  # the attribute that is the network which scores
 
     def __init__(
         self,
@@ -143,6 +146,25 @@ class LatentPrior(Prior):
         mean = self.returned(posterior.mean, image)
         return mean if noise is None else mean + self.returned(posterior.std, image) * noise.to(mean)
 
+    @classmethod
+    def check_learner(cls, config: Mapping[str, Any]) -> None:
+        if find_spec("peft") is None:
+            raise InputError(
+                "method=vsd trains a LoRA of the prior by peft, which is not installed: pip install "
+                "'csd_exp[lora]'."
+            )
+        for key, accepted in {"offload": (None, False), "device": (None, "auto")}.items():
+            if config.get(key) not in accepted:
+                raise InputError(
+                    f"prior.{key}={config[key]} does not go with method=vsd, whose LoRA is trained on the "
+                    f"Trainer's device; prior.{key} must be {'false' if key == 'offload' else 'null'}."
+                )
+
+    def learner(self, rank: int, draw: Draw) -> Learner:
+        from csd_exp.priors.lora import LoRA
+
+        return LoRA(self, rank, draw)
+
     def guidance(self, prompt: str, condition: Tensor | None = None, negative_prompt: str = "") -> Guidance:
         """eps(null) + w_y (eps(text) - eps(null)): CSD Eq. 2; null is the negative prompt."""
         text, null = self.embedding(prompt), self.embedding(negative_prompt)
@@ -235,7 +257,6 @@ class LatentFlow(RectifiedFlow, LatentPrior):
         u = torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps
         return self.flow_table(shift * u / (1 + (shift - 1) * u))
 
-    @torch.no_grad()
     def velocity(self, x_s: Tensor, s: Tensor, conds: Sequence[Cond]) -> Tensor:
         return self.predicted(x_s, s, conds)
 

@@ -70,6 +70,7 @@ class StableDiffusion3(LatentFlow):
     """
 
     family: ClassVar[str] = "sd3"
+    denoiser = "transformer"
 
     def __init__(
         self,
