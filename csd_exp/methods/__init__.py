@@ -1,9 +1,10 @@
 """Residuals: what one view, by itself, would descend. Pure functions on tensors, or modules that learn.
 
 A method is one of these and a kernel (conf/method names the pairs): sds = (sds, none), csd = (sds, rbf),
-dds = (dds, none), csd_edit = (dds, rbf), pds = (pds, none), classifier_sd = (classifier_sd, none). Under an
+dds = (dds, none), csd_edit = (dds, rbf), and one more by the residual's own name for each other. Under an
 editing prior, dds is CSD-Edit without SVGD and (sds, rbf) is CSD-Edit with random noise as its baseline.
-Residuals are in noise units, a negated score times sigma_t; pds alone has a scale of its own.
+Residuals are in noise units, a negated score times sigma_t; pds alone has a scale of its own. `pure` are
+differences of estimates at one level, `inversion` goes along the prior's own process, `vsd` learns.
 """
 
 from csd_exp.methods.base import Residual as Residual
