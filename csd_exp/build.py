@@ -68,7 +68,8 @@ def build_module(config: DictConfig, prior: Prior) -> ParticleModule:
     particles = build_particles(config, prior)
     if "sampler" in config.method:
         sampler = constructed(config.method.sampler)
-        return SamplingModule(prior, particles, sampler, config.seed, config.negative_prompt)
+        prompts = config.negative_prompt, config.source_prompt
+        return SamplingModule(prior, particles, sampler, config.seed, *prompts)
     return CSDModule(
         prior,
         particles,

@@ -16,8 +16,9 @@ from csd_exp.lazy import untouched
 from csd_exp.methods import Residual, Views
 from csd_exp.particles import Canvas, Particles
 from csd_exp.particles.base import Place
-from csd_exp.priors.base import Guidance, Prior, Query, compositional, predict, row_count
-from csd_exp.schedules import Draw, Level, Timesteps, Weight, weight
+from csd_exp.priors.base import Guidance, Learner, Prior, Query, compositional, predict, row_count
+from csd_exp.schedules import Draw, Level, Timesteps, Weight
+from csd_exp.schedules import weight as of_level
 from csd_exp.svgd import Kernel, multiplier, svgd
 
 Noise = Literal["independent", "shared"]
@@ -31,14 +32,14 @@ class _Score:
     conditions, places: of each view, see `csd_exp.particles.Particles`; all its guidance has these tensors.
     """
 
-    predict: Callable[[Sequence[Query]], list[Tensor]]
+    predict: Callable[[Sequence[Query], Learner | None], list[Tensor]]
     prior: Prior
     conditions: Sequence[Tensor | None]
     places: Sequence[Place | None]
     negative_prompt: str
 
-    def __call__(self, queries: Sequence[Query]) -> list[Tensor]:
-        return self.predict(queries)
+    def __call__(self, queries: Sequence[Query], network: Learner | None = None) -> list[Tensor]:
+        return self.predict(queries, network)
 
     def guidance(self, prompt: str) -> list[Guidance]:
         return self.guided([[(1.0, prompt)]] * len(self.conditions))
@@ -102,9 +103,9 @@ class ParticleModule(L.LightningModule):
         seen = self.particles
         return _Score(self._predict, self.prior, seen.condition(ids), seen.places(ids), self.negative_prompt)
 
-    def _predict(self, queries: Sequence[Query]) -> list[Tensor]:
+    def _predict(self, queries: Sequence[Query], network: Learner | None = None) -> list[Tensor]:
         self.rows += row_count(queries)
-        return predict(self.prior, queries)
+        return predict(self.prior if network is None else network, queries)
 
     def _shard(self, chosen: Tensor) -> tuple[Tensor, slice]:
         """This rank's ids, padded so that all ranks hold equally many, and its rows of the gathered set."""
@@ -190,12 +191,14 @@ class CSDModule(ParticleModule):
         features: Features | None = None,
     ):
         accept("method.noise", noise, get_args(Noise))
-        accept("schedule.weight", weight, get_args(Weight))
         if timestep.t_max >= len(prior.alphas_cumprod):
             raise InputError(
                 f"schedule.timestep.t_max must be below the prior's {len(prior.alphas_cumprod)} timesteps, "
                 f"not {timestep.t_max}."
             )
+        of_level(
+            Level.at(timestep.t_max, prior.alphas_cumprod), weight
+        )  # refused here where it cannot be used
         if kernel.space == "features" and features is None:
             raise InputError("kernel.space=features needs a feature extractor: features=pooled.")
         Draw(seed, 0)  # a seed that cannot be used is refused here
@@ -205,6 +208,11 @@ class CSDModule(ParticleModule):
         self.timestep, self.weight, self.optimizer, self.lr = timestep, weight, optimizer, lr
         self.noise, self.source_prompt = noise, source_prompt
         self._chosen: list[Tensor] = []  # the views of each batch that the present step accumulates
+
+    def _start(self) -> None:
+        super()._start()
+        if hasattr(self.residual, "begin"):
+            self.residual.begin(self.prior, Draw(self.seed, 0))
 
     def training_step(self, batch: object, batch_idx: int) -> Tensor:
         self.late.settle()
@@ -234,7 +242,7 @@ class CSDModule(ParticleModule):
                 push = multiplier(r, k, *coupling) * pushed
                 pushed = torch.zeros_like(update)
             update = svgd(r, k, pushed, *coupling)
-        w = weight(level, self.weight)
+        w = of_level(level, self.weight)
         g = torch.where(finite, w * update.view(-1, *x.shape[1:]), 0)
         descended = (self.particles.share(ids, chosen) * x)[: len(g)]
         self._log_step(level, r, k, repulsion)

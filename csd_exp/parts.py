@@ -137,6 +137,9 @@ def _check_sampler(config: DictConfig) -> None:
 def _check_optimisation(config: DictConfig, latents: bool) -> None:
     constructed(config.kernel)
     _check_called(config, "method.residual", 2, "a score and views, and returns two tensors", tuple)
+    residual = located(config.method.residual._target_)
+    if hasattr(residual, "check"):
+        residual.check(config, located(config.prior._target_))
     _check_bound(config, "schedule.timestep", False)
     timestep = constructed(config.schedule.timestep)
     if not callable(timestep) or not isinstance(getattr(timestep, "t_max", None), int):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from csd_exp.errors import InputError, accept
 
-Weight = Literal["one", "sigma2", "sigma", "snr"]
+Weight = Literal["one", "sigma2", "sigma", "snr", "nsr", "velocity"]
 Anneal = Literal["uniform", "linear", "fixed"]
 
 
@@ -114,11 +114,27 @@ class Timesteps:
 
 
 def weight(level: Level, rule: Weight) -> float:
-    """w(t): `one`, `sigma2` = 1 - alpha_bar (public code), `sigma`, or `snr` = alpha / sigma (Eq. 4)."""
+    """w(t): `one`, `sigma2` = 1 - alpha_bar (public code), `sigma`, or `snr` = alpha / sigma (Eq. 4).
+
+    `nsr` = sigma / alpha makes of a residual in noise units one of x_0, `velocity` = (alpha + sigma) / alpha,
+    1 / (1 - s) at place s of a rectified flow, one of velocities. Raises InputError for these two at alpha 0.
+    """
     accept("schedule.weight", rule, get_args(Weight))
-    return {
-        "one": 1.0,
-        "sigma2": level.sigma**2,
-        "sigma": level.sigma,
-        "snr": level.alpha / level.sigma,
-    }[rule]
+    if rule in ("nsr", "velocity") and not level.alpha:
+        raise InputError(
+            f"schedule.weight={rule} is infinite at timestep {level.t}, which is pure noise; "
+            "schedule.timestep.t_max must be lower."
+        )
+    match rule:
+        case "sigma2":
+            return level.sigma**2
+        case "sigma":
+            return level.sigma
+        case "snr":
+            return level.alpha / level.sigma
+        case "nsr":
+            return level.sigma / level.alpha
+        case "velocity":
+            return (level.alpha + level.sigma) / level.alpha
+        case _:
+            return 1.0

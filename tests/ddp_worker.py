@@ -16,7 +16,7 @@ from csd_exp import methods
 from csd_exp.module import CSDModule
 from csd_exp.particles import EditedField, EditedPhotographs, GeneratedScene, Images, Panorama, Particles
 from csd_exp.priors.analytic import GaussianMixture
-from csd_exp.samplers import MultiDiffusion, PerView, SamplingModule, SyncTweedies
+from csd_exp.samplers import FlowEdit, MultiDiffusion, PerView, SamplingModule, StochSync, SyncTweedies
 from csd_exp.scene.voxels import Voxels
 from csd_exp.schedules import Timesteps
 from csd_exp.svgd import RBF, Kernel, NoKernel
@@ -70,10 +70,13 @@ CASES = {
     ),
     "multidiffusion": lambda f, d: (panorama(f, dtype=d), MultiDiffusion(steps=STEPS)),
     "synctweedies": lambda f, d: (panorama(f, dtype=d), SyncTweedies(steps=STEPS)),
+    "flowedit": lambda f, d: (panorama(f, dtype=d), FlowEdit(steps=STEPS)),
+    "stochsync": lambda f, d: (panorama(f, dtype=d), StochSync(steps=STEPS, inner=2)),
     "panorama_one_window": lambda f, d: (panorama(f, batch=1, dtype=d), RBF()),
     "adam_batch": lambda f, d: (panorama(f, batch=3, dtype=d), RBF(), {"optimizer": torch.optim.Adam}),
     "field": lambda f, d: (Waves(3, regular=0.01, dtype=d), RBF(normalize="rms")),
     "learned": lambda f, d: (frames(f, 3, dtype=d), RBF(), {"residual": Learned()}),
+    "vsd": lambda f, d: (frames(f, 3, dtype=d), RBF(), {"residual": methods.VSD(lr=0.02)}),
     "scene": lambda f, d: (rounds(f, d), RBF(normalize="rms")),
     "scene_field": lambda f, d: (scene(f, EditedField, d, batch=3), RBF(normalize="rms")),
     "rendered": lambda f, d: (made(f, d), RBF(space="features", normalize="rms"), {"residual": methods.sds}),

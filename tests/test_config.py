@@ -197,6 +197,7 @@ METHODS = {
     "dds": ("csd_exp.methods.dds", "NoKernel"),
     "csd_edit": ("csd_exp.methods.dds", "RBF"),
     "csd_edit_random_noise": ("csd_exp.methods.sds", "RBF"),
+    "rfds": ("csd_exp.methods.sds", "NoKernel"),
 }
 
 

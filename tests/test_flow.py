@@ -1,17 +1,19 @@
 """A rectified flow in variance-preserving terms: conversions, samplers and particles against closed forms."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from csd_exp import methods
+from csd_exp.methods import Views
 from csd_exp.particles import Images
 from csd_exp.priors import GaussianFlow, GaussianMixture
 from csd_exp.priors.base import Cond, Query, predict
 from csd_exp.samplers import PerView, SamplingModule
-from csd_exp.schedules import Draw, Level, Timesteps
+from csd_exp.schedules import Draw, Level, Timesteps, weight
 from csd_exp.svgd import RBF, NoKernel
 
 TEXTS = {"": [1.0, 1.0], "red": [0.2, 3.0]}
@@ -98,6 +100,28 @@ def test_the_flow_takes_noise_to_its_gaussian(write_image, fit):
     noise = Draw(0, 0).normal("noise", 0, (3, 4, 4)).double()
     exact = prior.means[0].expand(3, 4, 4) + 0.5 * noise
     torch.testing.assert_close(module.particles.latent[0].data, exact, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("t", [20, 300, 700])
+@pytest.mark.parametrize("eta", [None, 0.0, 0.3, 1.0])
+def test_residuals_of_flows_are_their_formulas_in_velocities(t, eta):
+    """RFDS, and DVRF's Eq. 8 at the points of its Eq. 6; FlowEdit's difference of velocities is eta = 1."""
+    prior, level = GaussianFlow(**SETTINGS), Level.at(t, GaussianFlow(**SETTINGS).alphas_cumprod)
+    x, source, noise = (normal(seed, 2, 3, 4, 4) for seed in range(3))
+    red, blue = (Cond(text=torch.tensor(words).double()) for words in (TEXTS["red"], [3.0, 0.1]))
+    places = torch.full((2,), (t + 1) / 1000, dtype=torch.float64)
+    s = float(places[0])
+    views = Views(x, noise, level, [[(1.0, red)]] * 2, [[(1.0, blue)]] * 2, source, torch.arange(2))
+    residual = methods.sds if eta is None else partial(methods.delta_velocity, eta=eta)
+    _, r = residual(lambda queries: predict(prior, queries), views)
+    x_s = (1 - s) * x + s * noise + (eta or 0.0) * s * (x - source)
+    expected = prior.velocity(x_s, places, [red] * 2)
+    if eta is None:
+        expected = expected - (noise - x)
+    else:
+        expected = expected - prior.velocity((1 - s) * source + s * noise, places, [blue] * 2)
+        expected = expected + (1 - eta) * (x - source)
+    torch.testing.assert_close(weight(level, "velocity") * r, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kernel", [NoKernel(), RBF(normalize="rms", repulsion="off")], ids=["none", "rbf"])

@@ -61,7 +61,16 @@ from csd_exp.priors import (
     StableDiffusionXL,
     UltraEdit,
 )
-from csd_exp.samplers import Downscaled, MultiDiffusion, PerView, SamplingModule, SDEdit, SyncTweedies
+from csd_exp.samplers import (
+    Downscaled,
+    FlowEdit,
+    MultiDiffusion,
+    PerView,
+    SamplingModule,
+    SDEdit,
+    StochSync,
+    SyncTweedies,
+)
 from csd_exp.scene.voxels import Voxels
 from csd_exp.schedules import Draw, Timesteps
 from csd_exp.svgd import IMQ, RBF, Kernel, NoKernel, Uniform
@@ -124,10 +133,15 @@ EXACT = (
 RESIDUALS: dict[str, Callable[[], Any]] = {
     "sds": lambda: methods.sds,
     "dds": lambda: methods.dds,
+    "delta_velocity": lambda: methods.delta_velocity,
     "pds": lambda: partial(methods.pds, spacing=2),
     "classifier_sd": lambda: methods.classifier_sd,
+    "ism": lambda: partial(methods.ism, stride=300),
+    "sdi": lambda: partial(methods.sdi, stride=300),
+    "vsd": lambda: methods.VSD(lr=0.01),
     "learned": Learned,
 }
+TURNS = ("delta_velocity", "ism", "sdi", "vsd")  # each kernel once, every time on the next modality
 KERNELS: dict[str, Kernel] = {
     "none": NoKernel(),
     "rbf": RBF(),
@@ -178,7 +192,10 @@ SAMPLERS: dict[str, PerView] = {
     "synctweedies": SyncTweedies(steps=3),
     "sdedit": SDEdit(steps=3, strength=0.7),
     "downscaled": Downscaled(steps=3),
+    "flowedit": FlowEdit(steps=3, averages=2),
+    "stochsync": StochSync(steps=3, inner=2),
 }
+SAMPLER_TURNS = {"flowedit": ("around", "video"), "stochsync": ("around", "generated")}
 
 
 FIELD = partial(Voxels, resolutions=(6,), rays=16, ball=0.9, dtype="float64")
@@ -207,9 +224,13 @@ def product() -> Iterator[tuple[str, str, str, str]]:
         for r, residual in enumerate(RESIDUALS):
             for k, kernel in enumerate(KERNELS):
                 for m, modality in enumerate(MODALITIES):
+                    slow = modality in (*SCENES, *OF_CLIPS)
                     exact = prior == exact_for(modality)
-                    every = exact and (modality not in (*SCENES, *OF_CLIPS) or (r + k) % 5 == 0)
-                    once = prior == "flow" and (r + k + m) % 5 == 0 and modality not in (*SCENES, *OF_CLIPS)
+                    every = exact and (not slow or residual in TURNS or (r + k) % 5 == 0)
+                    once = prior == "flow" and (r + k + m) % 5 == 0 and not slow
+                    if residual in TURNS:
+                        turn = m == (2 * r + k) % len(MODALITIES)
+                        every, once = every and turn, once and turn
                     family = prior not in EXACT and (residual, kernel) in ONCE.get(modality, ())
                     family = family and modality in FAMILIES[prior]
                     learned = residual == "learned" and prior not in EXACT  # of three channels
@@ -321,9 +342,12 @@ def state(what: ParticleModule) -> torch.Tensor:
 def test_laws_of_a_step(prior, residual, kernel, modality, tmp_path, monkeypatch):
     """Order and chunks do not matter, rows are counted, a resumed run has the same bits, something moves."""
     half, whole = tmp_path / "half.ckpt", begun(module(prior, residual, kernel, modality))
-    scored, rows, start = priors(prior), [], state(whole)
-    network, chunk = scored.eps, scored.row_chunk
-    monkeypatch.setattr(scored, "eps", lambda x, t, c: rows.append(len(c)) or network(x, t, c))
+    scored, start = priors(prior), state(whole)
+    rows, chunk = counted(scored, monkeypatch), scored.row_chunk
+    learner = getattr(whole.residual, "learner", None)
+    if learner is not None:
+        network = learner.eps
+        monkeypatch.setattr(learner, "eps", lambda x, t, c: rows.append(len(c)) or network(x, t, c))
     fit(whole, 3, None, SaveAt(2, half))
     assert sum(rows) == whole.rows > 0
     assert torch.isfinite(state(whole)).all()
@@ -343,6 +367,25 @@ def test_laws_of_a_step(prior, residual, kernel, modality, tmp_path, monkeypatch
     torch.testing.assert_close(state(backwards), state(whole), rtol=1e-7, atol=1e-7)
 
 
+def counted(scored: Any, monkeypatch) -> list[int]:
+    """The rows of each call from now on, by whichever of its two names; one may ask the other."""
+    rows: list[int] = []
+    within: list[str] = []
+
+    def call(name, network, x, t, conds):
+        if not within:
+            rows.append(len(conds))
+        within.append(name)
+        try:
+            return network(x, t, conds)
+        finally:
+            within.pop()
+
+    for name in ("eps", "clean"):
+        monkeypatch.setattr(scored, name, partial(call, name, getattr(scored, name)))
+    return rows
+
+
 def begun(what: ParticleModule) -> ParticleModule:
     what.begin()
     return what
@@ -351,8 +394,8 @@ def begun(what: ParticleModule) -> ParticleModule:
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_one_view_moves_as_without_a_kernel(residual, modality):
-    if not fits(RESIDUALS[residual](), modality):
-        pytest.skip("a residual that needs a source")
+    if not fits(RESIDUALS[residual](), modality) or (residual in TURNS and modality != "around"):
+        pytest.skip("a residual that needs a source, or one that has its turn elsewhere")
     ends = []
     for kernel in KERNELS:
         one = module(exact_for(modality), residual, kernel, modality, batch=1)
@@ -437,17 +480,17 @@ def test_laws_of_a_sampler(prior, modality, sampler, tmp_path, monkeypatch):
     """Chunks do not matter, rows are counted, a resumed run has the same bits; also from pure noise."""
     once = {"panorama": "multidiffusion", "generated": "per_view", "clips": "multidiffusion"}.get(modality)
     once = once == sampler and modality in FAMILIES.get(prior, MODALITIES)
+    turn = modality in SAMPLER_TURNS.get(sampler, MODALITIES)
     of_clips = (modality in OF_CLIPS, sampler == "downscaled")
     exact = prior in EXACT and priors(prior).clips == of_clips[0] and of_clips != (True, True)
-    if not fits(SAMPLERS[sampler], modality) or not (exact or (prior not in EXACT and once)):
-        pytest.skip("needs a source, or another kind of view, or the family has its turn elsewhere")
-    scored, rows = priors(prior), []
+    if not fits(SAMPLERS[sampler], modality) or not turn or not (exact or (prior not in EXACT and once)):
+        pytest.skip("needs a source, or another kind of view, or has its turn elsewhere")
+    scored = priors(prior)
 
     def sampling():
         return SamplingModule(scored, particles(modality, scored), SAMPLERS[sampler], seed=1)
 
-    network, chunk = scored.clean, scored.row_chunk
-    monkeypatch.setattr(scored, "clean", lambda x, t, c: rows.append(len(c)) or network(x, t, c))
+    rows, chunk = counted(scored, monkeypatch), scored.row_chunk
     half, (whole, resumed, chunked) = tmp_path / "half.ckpt", (sampling() for _ in range(3))
     fit(whole, 3, None, SaveAt(2, half))
     assert sum(rows) == whole.rows > 0
@@ -500,8 +543,10 @@ def test_a_step_holds_its_tensors_to_one_device(modality, residual, monkeypatch)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("modality", [m for m in MODALITIES if m not in ("field", *SCENES)])
 def test_a_sampler_holds_its_tensors_to_one_device(modality, sampler, monkeypatch):
-    if not fits(SAMPLERS[sampler], modality) or (modality in OF_CLIPS and sampler == "downscaled"):
-        pytest.skip("a sampler that needs a source, or single pictures")
+    turn = modality in SAMPLER_TURNS.get(sampler, MODALITIES)
+    single = modality in OF_CLIPS and sampler == "downscaled"
+    if not fits(SAMPLERS[sampler], modality) or not turn or single:
+        pytest.skip("a sampler that needs a source, or single pictures, or has its turn elsewhere")
     scored = priors(exact_for(modality))
     what = SamplingModule(scored, particles(modality, scored), SAMPLERS[sampler])
     Elsewhere(what, monkeypatch).step()

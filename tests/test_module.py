@@ -600,7 +600,10 @@ def test_a_step_asks_about_one_number_which_a_gpu_answers_later(write_image, bui
             "schedule.timestep.t_max must be below the prior's 1000",
         ),
         ({"kernel": RBF(space="features")}, "kernel.space=features needs a feature extractor"),
-        ({"weight": "one2"}, "schedule.weight must be one of one, sigma2, sigma, snr, not 'one2'"),
+        (
+            {"weight": "one2"},
+            "schedule.weight must be one of one, sigma2, sigma, snr, nsr, velocity, not 'one2'",
+        ),
         ({"seed": -1}, "seed must be an integer from 0"),
     ],
 )

@@ -17,14 +17,27 @@ from csd_exp.config import composed
 from csd_exp.errors import InputError
 from csd_exp.images import resized
 from csd_exp.particles import Images, Panorama
-from csd_exp.priors import GaussianMixture, InstructPix2Pix
+from csd_exp.priors import GaussianFlow, GaussianMixture, InstructPix2Pix
 from csd_exp.priors.base import Cond, Prior
-from csd_exp.samplers import Downscaled, MultiDiffusion, PerView, SamplingModule, SDEdit, SyncTweedies
+from csd_exp.samplers import (
+    Downscaled,
+    FlowEdit,
+    MultiDiffusion,
+    PerView,
+    SamplingModule,
+    SDEdit,
+    StochSync,
+    SyncTweedies,
+)
 from csd_exp.schedules import Draw
 
 MEANS = ((-0.6, -0.2, 0.3), (0.7, 0.3, -0.5))
 TEXTS = {"second": [0, 1]}
-ALL = (PerView, MultiDiffusion, SyncTweedies, SDEdit, Downscaled)
+MIXTURE = {
+    **{"means": MEANS, "std": 1.0, "image_std": 3.0, "prompts": TEXTS, "window": 4},
+    **{"guidance_scale": 2.0, "image_guidance_scale": 1.3},
+}
+ALL = (PerView, MultiDiffusion, SyncTweedies, SDEdit, Downscaled, FlowEdit, StochSync)
 
 
 class OnlyPrior:
@@ -42,8 +55,7 @@ class OnlyPrior:
 
 def mixture():
     """So broad that windows differ in which colour they make of a place that they share."""
-    guidance = {"guidance_scale": 2.0, "image_guidance_scale": 1.3}
-    return GaussianMixture(MEANS, std=1.0, image_std=3.0, prompts=TEXTS, window=4, **guidance)
+    return GaussianMixture(**MIXTURE)
 
 
 def begun(*settings) -> SamplingModule:
@@ -76,9 +88,9 @@ def panorama(write_image):
     return panorama
 
 
-def guided(prior, x, t, condition, guidance_scale=2.0, image_guidance_scale=1.3):
+def guided(prior, x, t, condition, guidance_scale=2.0, image_guidance_scale=1.3, prompt="second"):
     """InstructPix2Pix Eq. 3 of one view, every row evaluated."""
-    words = torch.tensor(TEXTS["second"], dtype=torch.float64)
+    words = torch.tensor(TEXTS.get(prompt, [1, 1]), dtype=torch.float64)
     rows = [Cond(text=words, image=condition), Cond(image=condition), Cond()]
     both, image, none = (prior.eps(x[None], torch.tensor([t]), [cond])[0] for cond in rows)
     return none + image_guidance_scale * (image - none) + guidance_scale * (both - image)
@@ -264,10 +276,143 @@ def test_sdedit_goes_from_the_source_to_a_sample(sample, panorama):
     assert bar**0.5 < 0.07
 
 
-@pytest.mark.parametrize("strength", [0.0, -0.1, 1.1, float("nan")])
-def test_a_strength_out_of_range_is_said_in_one_sentence(strength):
-    with pytest.raises(InputError, match=r"^method\.sampler\.strength must lie in \(0, 1\], not .*\.$"):
-        SDEdit(strength=strength)
+def windows(particles):
+    """Where the windows of a panorama lie, and what is drawn for each of them in a step and a part."""
+    ids = particles.every()
+    cut = [(slice(None), slice(top, top + 4), slice(left, left + 4)) for top, left in particles.corners(ids)]
+    return cut, lambda *at: [Draw(*at).normal("noise", int(i), (3, 4, 4)).double() for i in ids]
+
+
+def averaged(views, cut, like):
+    total, count = torch.zeros_like(like), torch.zeros_like(like)
+    for view, place in zip(views, cut, strict=True):
+        total[place] += view
+        count[place] += 1
+    return total / count.clamp(min=1), count
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_flowedit_against_its_algorithm_in_velocities(sample, panorama, flow):
+    """Algorithm 1 in terms of the flow: z, s and v; what is noisy is scaled for a prior that is no flow."""
+    prior = GaussianFlow(**MIXTURE) if flow else mixture()
+    module = sample(panorama(), FlowEdit(steps=4, strength=0.6, averages=2), prior)
+    source = module.particles.source_latent[0]
+    cut, drawn = windows(module.particles)
+    bars = prior.alphas_cumprod.tolist()
+    timesteps = samplers.trailing_timesteps(4, 600)
+    places = [1 / (1 + (bars[t] / (1 - bars[t])) ** 0.5) for t in timesteps] + [0.0]
+
+    def velocity(x_s, t, s, place, prompt):
+        c = ((1 - s) ** 2 + s**2) ** 0.5
+        eps = guided(prior, x_s / c, t, source[place], prompt=prompt)
+        return (eps - x_s) / (1 - s)
+
+    z = source.clone()
+    for k, (t, s, after) in enumerate(zip(timesteps, places, places[1:], strict=False)):
+        views = [z[place].clone() for place in cut]
+        for part in range(2):
+            total, count = averaged(drawn(0, k, part), cut, source)
+            canvas = total * count.sqrt()
+            for view, place in zip(views, cut, strict=True):
+                noisy = (1 - s) * source[place] + s * canvas[place]
+                change = velocity(z[place] + noisy - source[place], t, s, place, "second")
+                change = change - velocity(noisy, t, s, place, "")
+                view += (after - s) * change / 2
+        z, _ = averaged(views, cut, source)
+    torch.testing.assert_close(module.particles.latent[0].data, z, rtol=1e-8, atol=1e-8)
+    assert module.rows == 4 * 2 * 8 * (3 + 2)
+    assert (z - source).abs().max() > 0.1
+
+
+def test_flowedit_under_the_source_prompt_is_the_source(fit, panorama):
+    module = begun(mixture(), panorama(), FlowEdit(steps=3), 0, "", "second")
+    fit(module, 3)
+    torch.testing.assert_close(module.particles.latent.data, module.particles.source_latent)
+
+
+@pytest.mark.parametrize(("prior", "steps", "error"), [(GaussianFlow, 5, 1e-9), (GaussianMixture, 100, 5e-3)])
+def test_flowedit_carries_one_gaussian_onto_another(fit, write_image, prior, steps, error):
+    """Two components of one width, a prompt for each: the flow from s = 1 translates, and Euler is exact.
+
+    Started at s < 1, what it is short of then, (1 - s) of the way, shrinks like the width of x_s.
+    """
+    prior = prior(MEANS, std=0.5, image_std=1e6, prompts={"": [1, 0], "second": [0, 1]})
+    particles = Images(write_image(4, 4), 1, 1, prompt="second", dtype="float64")
+    module = begun(prior, particles, FlowEdit(steps=steps, strength=1))
+    fit(module, steps)
+    s = samplers.place(module.levels[0])
+    way = 1 - (1 - s) * 0.5 / (0.25 * (1 - s) ** 2 + s**2) ** 0.5
+    between = way * (torch.tensor(MEANS, dtype=torch.float64).diff(dim=0)[0])
+    moved = (module.particles.latent - module.particles.source_latent)[0].data
+    torch.testing.assert_close(moved, between[:, None, None].expand(3, 4, 4), rtol=0, atol=error)
+
+
+def test_stochsync_against_loops_written_out(sample, panorama):
+    particles = panorama(6, 13, stride=3)
+    module = sample(particles, StochSync(steps=4, inner=3, stop=0.4))
+    source = module.particles.source_latent[0]
+    cut, drawn = windows(module.particles)
+    bars, rows, z = [*module.prior.alphas_cumprod.tolist(), 1.0], 0, None
+    chosen = []
+    for k, t in enumerate((999, 799, 599, 399)):
+        which = list(range(len(cut)))
+        if k:
+            first = int(Draw(0, k).generator("views").integers(len(cut)))
+            order, which = [*which[first:], *which[:first]], []
+            for i in order:
+                apart = [abs(cut[i][a].start - cut[j][a].start) >= 4 for j in which for a in (1, 2)]
+                if all(down or across for down, across in zip(apart[::2], apart[1::2], strict=True)):
+                    which.append(i)
+        chosen.append(which)
+        made, noise = [], drawn(0, k)
+        inner = samplers.trailing_timesteps(3, t + 1)
+        assert inner[0] == t
+        for i in which:
+            x = noise[i]
+            if k:
+                x = bars[t] ** 0.5 * z[cut[i]] + (1 - bars[t]) ** 0.5 * x
+            for now, after in zip(inner, [*inner[1:], -1], strict=True):
+                eps = guided(module.prior, x, now, source[cut[i]])
+                x_0 = (x - (1 - bars[now]) ** 0.5 * eps) / bars[now] ** 0.5
+                x = bars[after] ** 0.5 * x_0 + (1 - bars[after]) ** 0.5 * eps
+            made.append(x)
+        rows += 3 * 3 * len(which)
+        laid, count = averaged(made, [cut[i] for i in which], source)
+        assert k == 0 or count.max() == 1
+        z = laid if z is None else torch.where(count > 0, laid, z)
+    torch.testing.assert_close(module.particles.latent[0].data, z, rtol=1e-8, atol=1e-8)
+    assert module.rows == rows
+    assert chosen[1:] != chosen[:1] * 3
+    assert len({tuple(which) for which in chosen}) > 2
+
+
+def test_one_step_of_stochsync_is_ddim_of_its_inner_steps(sample, panorama):
+    one, ddim = sample(panorama(), StochSync(steps=1, inner=5)), sample(panorama(), PerView(steps=5))
+    torch.testing.assert_close(one.particles.latent, ddim.particles.latent, rtol=1e-10, atol=1e-10)
+
+
+def test_stochsync_keeps_what_its_prior_is_sure_of(sample, write_image):
+    """Of a sharp posterior each estimate is its mean: noise drawn anew leaves nothing behind."""
+    prior = GaussianMixture(((0.4, -0.3, 0.2),), std=0.5, image_std=1e-4)
+    module = sample(Images(write_image(4, 4), 1, 1, dtype="float64"), StochSync(steps=3, inner=2), prior)
+    torch.testing.assert_close(
+        module.particles.latent.data, module.particles.source_latent, rtol=0, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("sampler", "key"), [(SDEdit, "strength"), (FlowEdit, "strength"), (StochSync, "stop")]
+)
+@pytest.mark.parametrize("part", [0.0, -0.1, 1.1, float("nan")])
+def test_a_part_out_of_range_is_said_in_one_sentence(sampler, key, part):
+    with pytest.raises(InputError, match=rf"^method\.sampler\.{key} must lie in \(0, 1\], not .*\.$"):
+        sampler(**{key: part})
+
+
+@pytest.mark.parametrize(("sampler", "key"), [(FlowEdit, "averages"), (StochSync, "inner")])
+def test_a_count_below_1_is_said_in_one_sentence(sampler, key):
+    with pytest.raises(InputError, match=rf"^method\.sampler\.{key} must be at least 1, not 0\.$"):
+        sampler(**{key: 0})
 
 
 def test_steps_that_do_not_fit_are_said_in_one_sentence(panorama):
@@ -275,6 +420,10 @@ def test_steps_that_do_not_fit_are_said_in_one_sentence(panorama):
         PerView(steps=0)
     with pytest.raises(InputError, match=r"at most the 10 timesteps there are, not 20\.$"):
         SamplingModule(mixture(), panorama(), SDEdit(steps=20, strength=0.01))
+    with pytest.raises(
+        InputError, match=r"inner must be at most the 10 timesteps of the last step, not 20\.$"
+    ):
+        SamplingModule(mixture(), panorama(), StochSync(steps=20, inner=20, stop=0.01))
 
 
 def test_the_downscaled_picture_is_edited_in_one_piece(sample, panorama):
@@ -377,6 +526,8 @@ METHODS = {
     "multidiffusion": MultiDiffusion(),
     "synctweedies": SyncTweedies(),
     "sdedit": SDEdit(strength=0.6),
+    "flowedit": FlowEdit(steps=33),
+    "stochsync": StochSync(steps=25),
 }
 
 

@@ -147,6 +147,9 @@ def test_levels_and_weights_are_the_closed_forms(t):
     assert weight(level, "sigma2") == pytest.approx(1 - bar, rel=1e-12)
     assert weight(level, "sigma") == pytest.approx((1 - bar) ** 0.5, rel=1e-12)
     assert weight(level, "snr") == pytest.approx((bar / (1 - bar)) ** 0.5, rel=1e-12)
+    assert weight(level, "nsr") == pytest.approx(((1 - bar) / bar) ** 0.5, rel=1e-12)
+    s = level.sigma / (level.alpha + level.sigma)
+    assert weight(level, "velocity") == pytest.approx(1 / (1 - s), rel=1e-12)
 
 
 def test_noised_has_the_moments_of_the_forward_process():
@@ -158,5 +161,11 @@ def test_noised_has_the_moments_of_the_forward_process():
 
 
 def test_an_unknown_weight_is_refused():
-    with pytest.raises(InputError, match=r"schedule.weight must be one of one, sigma2, sigma, snr"):
+    with pytest.raises(InputError, match=r"schedule.weight must be one of one, sigma2, sigma, snr, nsr, v"):
         weight(Level.at(5, ALPHAS), "sigma3")
+
+
+@pytest.mark.parametrize("rule", ["nsr", "velocity"])
+def test_a_weight_that_pure_noise_makes_infinite_is_refused(rule):
+    with pytest.raises(InputError, match=rf"schedule.weight={rule} is infinite at timestep 0, .*t_max"):
+        weight(Level.at(0, torch.zeros(1)), rule)

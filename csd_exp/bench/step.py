@@ -84,7 +84,7 @@ def measured(config: DictConfig) -> Cost:
     """The cost of a step of a configuration."""
     module = built(config)
     network, kernel = Recorded(denoiser(module.prior)), RecordedKernel(module.kernel)
-    setattr(module.prior, name_of_denoiser(module.prior), network)
+    setattr(module.prior, module.prior.denoiser, network)
     vars(module).update(kernel=kernel)
     clock = Clock(network, kernel, module.prior)
     trainer = fitted(config, module, clock)
@@ -135,13 +135,9 @@ def fitted(config: DictConfig, module: CSDModule, clock: L.Callback) -> L.Traine
     return trainer
 
 
-def name_of_denoiser(prior: Any) -> str:
-    return "unet" if hasattr(prior, "unet") else "transformer"
-
-
 def denoiser(prior: Any) -> nn.Module:
     """The network that rows go through."""
-    return getattr(prior, name_of_denoiser(prior))
+    return getattr(prior, prior.denoiser)
 
 
 class Recorded(nn.Module):

@@ -142,6 +142,11 @@ class Canvas(Particles):
         """[n, 1, h, w]: 1 / in how many of the step's `chosen` views each latent of views `ids` appears."""
         return 1 / self.crop(self.added(self._ones(chosen), chosen), ids)
 
+    def overlaps(self, ids: Tensor) -> Tensor:
+        """[n, n], whether two of the views show a latent in common."""
+        rows = [self.crop(self.added(self._ones(one), one), ids) for one in ids.split(1)]
+        return torch.stack([row.amax((1, 2, 3)) > 0 for row in rows])
+
     def editable(self, ids: Tensor) -> Tensor | float:
         """[n, 1, h, w] in 0..1, or 1: the part of its update that each latent of the views takes.
 

@@ -2,13 +2,15 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from csd_exp.errors import InputError
-from csd_exp.priors.base import Cond, Guidance, Prior, ViewShape
+from csd_exp.priors.base import Cond, Guidance, Learner, Prior, ViewShape
 from csd_exp.priors.flow import RectifiedFlow
+from csd_exp.schedules import Draw
 
 
 class GaussianMixture(Prior):
@@ -114,8 +116,34 @@ class GaussianMixture(Prior):
             log_weights - away / (2 * (prior_var + image_var)),
         )
 
+    @classmethod
+    def check_learner(cls, config: Mapping[str, Any]) -> None:
+        pass
+
+    def learner(self, rank: int, draw: Draw) -> Learner:
+        return LearnedGaussian(self.alphas_cumprod, self.views.channels, self.row_chunk)
+
     def _weights(self, prompt: str) -> Tensor:
         return self._texts.get(prompt, self._texts[""])
+
+
+class LearnedGaussian(Learner):
+    """The noise estimate of N(mean, std^2) of each channel, which is what it learns, from N(0, 1) on.
+
+    What is trained to find the noise has the mean and the deviation of what is noised, whatever the prompt.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor, channels: int, row_chunk: int):
+        super().__init__()
+        self.alphas_cumprod, self.row_chunk = alphas_cumprod, row_chunk
+        self.mean = nn.Parameter(torch.zeros(channels, 1, 1, dtype=torch.float64))
+        self.log_std = nn.Parameter(torch.zeros(channels, 1, 1, dtype=torch.float64))
+
+    def eps(self, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
+        alpha_bar = self.alphas_cumprod.to(x_t.device)[t].to(x_t).view(-1, 1, 1, 1)
+        mean, variance = self.mean.to(x_t), self.log_std.to(x_t).exp() ** 2
+        spread = alpha_bar * variance + 1 - alpha_bar
+        return (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * mean) / spread
 
 
 class GaussianFlow(RectifiedFlow, GaussianMixture):

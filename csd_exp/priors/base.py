@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from csd_exp.devices import sent
 from csd_exp.errors import InputError, out_of_memory, say
+from csd_exp.schedules import Draw
 
 
 class Cond(dict[str, Tensor]):
@@ -124,7 +125,8 @@ class Prior(ABC):
     def guidance(self, prompt: str, condition: Tensor | None = None, negative_prompt: str = "") -> Guidance:
         """The guided estimate of one view with condition [C, h, w]; equal conditionings share one Cond.
 
-        A prompt has the same text tensor whenever it is asked for.
+        The first of it has the prompt and all else. A prompt has the same text tensor whenever it is asked
+        for.
         """
 
     def placed(self, guidance: Guidance, place: tuple[int, int, int, int] | None) -> Guidance:
@@ -160,22 +162,55 @@ class Prior(ABC):
         alpha_bar = self.at("alphas_cumprod", t).to(like).view(-1, *[1] * (like.ndim - 1))
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
+    @classmethod
+    def check_learner(cls, config: Mapping[str, Any]) -> None:
+        """Raise InputError where the configuration `prior` makes one without a `learner`."""
+        raise InputError(
+            f"prior._target_={cls.__module__}.{cls.__name__} has no network that can learn beside it, as "
+            "method=vsd needs; choose another prior or another method."
+        )
+
+    def learner(self, rank: int, draw: Draw) -> "Learner":
+        """A network that begins as this one without guidance, or as simple, and is there to be trained.
+
+        rank: of what it learns, where it is low. draw: what it is initialised from.
+        """
+        raise NotImplementedError
+
+
+class Learner(nn.Module, ABC):
+    """A network that learns beside a frozen prior; its parameters alone are state.
+
+    row_chunk: most rows per network call. device: where it is.
+    """
+
+    row_chunk: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @abstractmethod
+    def eps(self, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
+        """As `Prior.eps`, with the graph of its own parameters."""
+
 
 Row = tuple[int, int, Cond, float]
 """Which query, which view of it, under which conditioning and with which weight."""
 
 
-def predict(prior: Prior, queries: Sequence[Query]) -> list[Tensor]:
+def predict(prior: Prior | Learner, queries: Sequence[Query]) -> list[Tensor]:
     """The guided estimate [n, C, ...] of every query, from the fewest network rows.
 
     Weights of one (query, view, conditioning) are summed before rows are built and rows of weight 0 are
     dropped, so a CSD-Edit view costs 5 rows, not 6 (4, 3 or 2 where guidance scales coincide). Rows go
     through the network `prior.row_chunk` at a time; a view's estimate does not depend on the chunks. Where
-    memory is short for as many, `row_chunk` is halved for good, which each process does by itself.
+    memory is short for as many, `row_chunk` is halved for good, which each process does by itself. Of a
+    learner only noise can be asked.
     Raises InputError where not even one row fits.
     """
     out = [torch.zeros_like(query.x_t) for query in queries]
-    for estimate, clean in ((prior.eps, False), (prior.clean, True)):
+    for clean in (False, True):
         rows = [
             (q, view, cond, weight)
             for q, query in enumerate(queries)
@@ -185,6 +220,7 @@ def predict(prior: Prior, queries: Sequence[Query]) -> list[Tensor]:
         ]
         while rows:
             chunk, rest = rows[: prior.row_chunk], rows[prior.row_chunk :]
+            estimate = getattr(prior, "clean" if clean else "eps")
             estimates = _estimated(estimate, queries, chunk)
             if isinstance(estimates, str):
                 _halve(prior, len(chunk), estimates)
@@ -211,7 +247,7 @@ def _estimated(
         return " ".join(str(e).split()) or type(e).__name__
 
 
-def _halve(prior: Prior, rows: int, why: str) -> None:
+def _halve(prior: Prior | Learner, rows: int, why: str) -> None:
     """Go on with half as many rows at once as have not fitted, on what they leave behind."""
     gc.collect()
     if prior.device.type == "cuda":

@@ -87,7 +87,6 @@ class DeepFloydIF(NetworkPrior):
     def decode(self, latent: Tensor) -> Tensor:
         return (latent + 1) / 2
 
-    @torch.no_grad()
     def eps(self, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
         return self.predicted(x_t, t, conds)
 

@@ -55,6 +55,7 @@ class Flux(LatentFlow):
 
     family: ClassVar[str] = "flux"
     pipeline = "FluxPipeline"
+    denoiser = "transformer"
 
     def __init__(
         self,

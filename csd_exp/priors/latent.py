@@ -104,7 +104,6 @@ class LatentFlow(RectifiedFlow, LatentPrior):
         u = torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps
         return self.flow_table(shift * u / (1 + (shift - 1) * u))
 
-    @torch.no_grad()
     def velocity(self, x_s: Tensor, s: Tensor, conds: Sequence[Cond]) -> Tensor:
         return self.predicted(x_s, s, conds)
 

@@ -5,6 +5,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from csd_exp.errors import InputError, accept
-from csd_exp.priors.base import Cond, Guidance, Prior, check_place
+from csd_exp.priors.base import Cond, Guidance, Learner, Prior, check_place
 from csd_exp.priors.folders import in_precision, quiet
 from csd_exp.priors.lora import add_lora, check_lora
 from csd_exp.priors.weights import Quantization, Weights, plain_tensors
+from csd_exp.schedules import Draw
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 T5 = ("t5", "umt5")  # text encoders that overflow in float16
@@ -40,6 +42,7 @@ class NetworkPrior(Prior):
     """
 
     pipeline: ClassVar[str]  # diffusers' own of the family, whose loaders know what its LoRAs look like
+    denoiser: ClassVar[str] = "unet"  # the attribute that is the network which scores
 
     def __init__(
         self,
@@ -136,6 +139,25 @@ class NetworkPrior(Prior):
     @abstractmethod
     def described(self) -> object:
         """What the weights mean beside their values, for the fingerprint."""
+
+    @classmethod
+    def check_learner(cls, config: Mapping[str, Any]) -> None:
+        if find_spec("peft") is None:
+            raise InputError(
+                "method=vsd trains a LoRA of the prior by peft, which is not installed: pip install "
+                "'csd_exp[lora]'."
+            )
+        for key, accepted in {"offload": (None, False), "device": (None, "auto")}.items():
+            if config.get(key) not in accepted:
+                raise InputError(
+                    f"prior.{key}={config[key]} does not go with method=vsd, whose LoRA is trained on the "
+                    f"Trainer's device; prior.{key} must be {'false' if key == 'offload' else 'null'}."
+                )
+
+    def learner(self, rank: int, draw: Draw) -> Learner:
+        from csd_exp.priors.learner import LoRA
+
+        return LoRA(self, rank, draw)
 
     def guidance(self, prompt: str, condition: Tensor | None = None, negative_prompt: str = "") -> Guidance:
         """eps(null) + w_y (eps(text) - eps(null)): CSD Eq. 2; null is the negative prompt."""

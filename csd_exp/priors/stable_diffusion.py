@@ -100,7 +100,6 @@ class StableDiffusion(LatentPrior):
             vocabulary,
         )
 
-    @torch.no_grad()
     def eps(self, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
         out = self.predicted(x_t, t, conds)
         if self.scheduler.config.prediction_type == "epsilon":
@@ -108,7 +107,6 @@ class StableDiffusion(LatentPrior):
         alpha, sigma = self.alpha_sigma(t, out)
         return alpha * out + sigma * x_t
 
-    @torch.no_grad()
     def clean(self, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
         if self.scheduler.config.prediction_type == "epsilon":
             return super().clean(x_t, t, conds)

@@ -65,6 +65,7 @@ class StableDiffusion3(LatentFlow):
 
     family: ClassVar[str] = "sd3"
     pipeline = "StableDiffusion3Pipeline"
+    denoiser = "transformer"
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class Wan(LatentFlow):
 
     family: ClassVar[str] = "wan"
     pipeline = "WanPipeline"
+    denoiser = "transformer"
     clips = True
 
     def __init__(
