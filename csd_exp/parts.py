@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from inspect import isabstract, isfunction
 from math import isfinite
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from lightning import Trainer
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from csd_exp.build import accepted, constructed, silence_lightning
 from csd_exp.callbacks import Interruption
-from csd_exp.errors import InputError, closest
+from csd_exp.errors import InputError, accept, closest
 from csd_exp.evaluate import metric_classes
 from csd_exp.facts import check_known
 from csd_exp.loggers import Wandb
@@ -30,7 +30,7 @@ from csd_exp.priors import Prior
 from csd_exp.samplers import PerView
 from csd_exp.scene.cameras import UNIT_CUBE
 from csd_exp.scene.field import Field
-from csd_exp.schedules import Level
+from csd_exp.schedules import Level, Weight
 from csd_exp.svgd import Kernel
 from csd_exp.targets import located
 
@@ -137,6 +137,7 @@ def _check_sampler(config: DictConfig) -> None:
 def _check_optimisation(config: DictConfig, latents: bool) -> None:
     constructed(config.kernel)
     _check_called(config, "method.residual", 2, "a score and views, and returns two tensors", tuple)
+    accept("schedule.weight", config.schedule.weight, get_args(Weight))
     residual = located(config.method.residual._target_)
     if hasattr(residual, "check"):
         residual.check(config, located(config.prior._target_))

@@ -81,6 +81,11 @@ method.residual._target_=csd_exp.svgd.RBF
 method.residual._target_=csd_exp.schedules.weight
 method=pds method.residual.spacing=0
 method=per_view method.sampler.steps=0
+method=flowedit method.sampler.averages=0
+method=stochsync method.sampler.stop=2
+method=ism method.residual.stride=0
+method=vsd method.residual.rank=0
+schedule.weight=speed
 method=per_view trainer.max_steps=25
 method=sdedit method.sampler.strength=2
 schedule.timestep=null

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -84,7 +84,7 @@ def measured(config: DictConfig) -> Cost:
     """The cost of a step of a configuration."""
     module = built(config)
     network, kernel = Recorded(denoiser(module.prior)), RecordedKernel(module.kernel)
-    setattr(module.prior, module.prior.denoiser, network)
+    setattr(module.prior, cast(Any, module.prior).denoiser, network)
     vars(module).update(kernel=kernel)
     clock = Clock(network, kernel, module.prior)
     trainer = fitted(config, module, clock)

@@ -35,8 +35,10 @@ class VSD(nn.Module):
         self.rank, self.lr = rank, lr
         self._own: Tensor | None = None
 
-    @staticmethod
-    def check(config: Mapping[str, Any], prior: type[Prior]) -> None:
+    @classmethod
+    def check(cls, config: Mapping[str, Any], prior: type[Prior]) -> None:
+        given = config["method"]["residual"]
+        cls(**{key: given[key] for key in ("rank", "lr") if key in given})
         prior.check_learner(config["prior"])
 
     def begin(self, prior: Prior, draw: Draw) -> None:

@@ -25,7 +25,6 @@ class LatentPrior(NetworkPrior):
     """
 
     vae: Any
-    conditioned = 0  # channels of what `condition` returns
 
     def __init__(self, posterior: Posterior = "mode", tile: int | None = 1024, **shared):
         accept("prior.posterior", posterior, get_args(Posterior))

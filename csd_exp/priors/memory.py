@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from csd_exp.files import write_whole
 from csd_exp.priors.folders import quiet
-from csd_exp.priors.latent import LatentPrior
+from csd_exp.priors.network import NetworkPrior
 
 META = torch.device("meta")
 
@@ -37,13 +37,15 @@ class Row(NamedTuple):
     measured: bool
 
 
-def weights(prior: LatentPrior) -> int:
+def weights(prior: NetworkPrior) -> int:
     """Bytes of the weights that are on the prior's device while rows are evaluated.
 
     With `prior.offload` the denoiser has there its largest layer alone.
     """
-    networks = prior.networks.values()
-    return sum(_largest(n) if prior.offload and n is not prior.vae else held(n) for n in networks)
+    return sum(
+        _largest(network) if prior.offload and name != "vae" else held(network)
+        for name, network in prior.networks.items()
+    )
 
 
 def held(network: nn.Module) -> int:
@@ -63,7 +65,7 @@ def available(device: torch.device) -> int | None:
     return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
-def row(prior: LatentPrior, height: int, width: int, kind: str) -> Row:
+def row(prior: NetworkPrior, height: int, width: int, kind: str) -> Row:
     """What a row of height x width latents takes on a kind of device: known from before, or counted now."""
     file = _file(prior, height, width, kind)
     with suppress(OSError, ValueError, TypeError, KeyError):
@@ -74,7 +76,7 @@ def row(prior: LatentPrior, height: int, width: int, kind: str) -> Row:
     return found
 
 
-def remember(prior: LatentPrior, height: int, width: int, kind: str, size: int) -> None:
+def remember(prior: NetworkPrior, height: int, width: int, kind: str, size: int) -> None:
     """Take down what a row was measured to take."""
     _keep(_file(prior, height, width, kind), Row(size, measured=True))
 
@@ -84,7 +86,7 @@ def _keep(file: Path, found: Row) -> None:
         write_whole(file, json.dumps(found._asdict()) + "\n")
 
 
-def _file(prior: LatentPrior, height: int, width: int, kind: str) -> Path:
+def _file(prior: NetworkPrior, height: int, width: int, kind: str) -> Path:
     """Named after the networks' configurations, the view, the precision and the device, never the weights."""
     networks = {
         name: (type(network).__name__, sorted(_settings(network).items()))
@@ -102,19 +104,20 @@ def _settings(network: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def counted(prior: LatentPrior, height: int, width: int, dtype: torch.dtype | None = None) -> int:
-    """Bytes that one row of height x width latents holds at most, counted on the meta device."""
-    asked = ghost(prior, dtype or prior.dtype)
+def counted(prior: NetworkPrior, height: int, width: int, dtype: torch.dtype | None = None) -> int:
+    """Bytes that a row of height x width latents, or of a clip of them, holds at most, on the meta device."""
+    asked, views = ghost(prior, dtype or prior.dtype), prior.views
+    sides = (*((1 + (views.frames - 1) // views.period,) if prior.clips else ()), height, width)
     channels = asked.conditioned
-    image = torch.empty(channels, height, width, device=META) if channels else None
+    image = torch.empty(channels, *sides, device=META) if channels else None
     (_, cond), *_ = asked.guidance("", image)
-    x_t = torch.empty(1, prior.views.channels, height, width, device=META)
+    x_t = torch.empty(1, views.channels, *sides, device=META)
     t = torch.zeros(1, dtype=torch.long, device=META)
     return peak(lambda: asked.eps(x_t, t, [cond]))
 
 
 @torch.enable_grad()
-def encoded(prior: LatentPrior, height: int, width: int) -> int:
+def encoded(prior: NetworkPrior, height: int, width: int) -> int:
     """Bytes that the autoencoder keeps of a view of height x width latents for the gradient, and makes."""
     asked = ghost(prior, prior.dtype)
     sides = (side * prior.views.factor for side in (height, width))
@@ -122,7 +125,7 @@ def encoded(prior: LatentPrior, height: int, width: int) -> int:
     return peak(lambda: asked.encode(image))
 
 
-def ghost(prior: LatentPrior, dtype: torch.dtype) -> Any:
+def ghost(prior: NetworkPrior, dtype: torch.dtype) -> Any:
     """The same prior in a precision, its networks on the meta device; the text "" is known to it."""
     twin: Any = copy(prior)
     twin.device, twin.dtype = META, dtype

@@ -43,6 +43,7 @@ class NetworkPrior(Prior):
 
     pipeline: ClassVar[str]  # diffusers' own of the family, whose loaders know what its LoRAs look like
     denoiser: ClassVar[str] = "unet"  # the attribute that is the network which scores
+    conditioned = 0  # channels of what `condition` returns
 
     def __init__(
         self,

@@ -19,7 +19,8 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 
 from csd_exp.errors import InputError
 from csd_exp.priors import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
-from csd_exp.priors.controlnet import Control, Controlled, control_folder
+from csd_exp.priors.controlnet import Control, Controlled
+from csd_exp.priors.folders import lone_folder
 from csd_exp.priors.latent import LatentPrior
 
 LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -134,7 +135,8 @@ class _Uncontrolled(Controlled):
     """ControlNets that are not loaded: a folder's, or of the size that goes with the UNet."""
 
     def _loaded(self, k: int, control: Control) -> Any:
-        file = (control_folder(k, control) or Path()) / "config.json"
+        folder = lone_folder(f"prior.controls[{k}].path", control.path, "ControlNet")
+        file = (folder or Path()) / "config.json"
         with torch.device("meta"):
             if file.is_file():
                 return ControlNetModel.from_config(json.loads(file.read_text(encoding="utf-8")))
@@ -143,6 +145,8 @@ class _Uncontrolled(Controlled):
 
 def _parts(cls: Any, folder: Path | None, t5: bool) -> Any:
     """The parts that a class takes, unloaded."""
+    if cls.family not in PUBLIC:
+        raise InputError(f"prior must be of a family that csd-bench knows: {', '.join(PUBLIC)}.")
     if issubclass(cls, stable_diffusion_3.StableDiffusion3):
         there = t5 and (folder is None or (folder / "text_encoder_3").is_dir())
         large = stable_diffusion_3.LARGE if there else {}
@@ -152,9 +156,7 @@ def _parts(cls: Any, folder: Path | None, t5: bool) -> Any:
     if issubclass(cls, stable_diffusion_xl.StableDiffusionXL):
         made = _made(cls.family, folder, stable_diffusion_xl.CLASSES)
         return stable_diffusion_xl.PartsXL(**made, zeros=True)
-    if issubclass(cls, stable_diffusion.StableDiffusion):
-        return stable_diffusion.Parts(**_made(cls.family, folder, stable_diffusion.CLASSES))
-    raise InputError(f"prior must be of a family that csd-bench knows: {', '.join(PUBLIC)}.")
+    return stable_diffusion.Parts(**_made(cls.family, folder, stable_diffusion.CLASSES))
 
 
 def _made(family: str, folder: Path | None, classes: Mapping[str, Any]) -> dict[str, Any]:
