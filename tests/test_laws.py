@@ -515,8 +515,9 @@ class Elsewhere:
         what.trainer = L.Trainer(
             accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
         )
-        for name in ("_require_finite", "log_dict"):
-            monkeypatch.setattr(what, name, lambda *_: None)
+        passed = torch.ones((), dtype=torch.bool, device="meta")
+        monkeypatch.setattr(what, "_require_finite", lambda *_: passed)
+        monkeypatch.setattr(what, "log_dict", lambda *_: None)
         monkeypatch.setattr(what, "optimizers", lambda: SimpleNamespace(step=lambda: None))
         self.module = what
 

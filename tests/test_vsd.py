@@ -20,7 +20,7 @@ from csd_exp.priors import (
     StableDiffusion,
     StableDiffusionXL,
     UltraEdit,
-    latent,
+    network,
 )
 from csd_exp.priors.base import Query, predict
 from csd_exp.schedules import Draw, Level, Timesteps
@@ -165,7 +165,7 @@ def test_a_run_with_a_lora_goes_on_with_the_same_bits(prior, build, fit, write_i
 
 
 def test_without_peft_it_is_said_what_brings_it(monkeypatch, write_image):
-    monkeypatch.setattr(latent, "find_spec", lambda name: None)
+    monkeypatch.setattr(network, "find_spec", lambda name: None)
     picture = f"modality.path={write_image(32, 32)}"
     with pytest.raises(
         InputError, match=r"method=vsd trains a LoRA .* by peft, .*pip install 'csd_exp\[lora\]'\.$"
@@ -181,7 +181,7 @@ def test_without_peft_it_is_said_what_brings_it(monkeypatch, write_image):
     ],
 )
 def test_what_a_lora_cannot_be_trained_with_is_refused(changes, said, monkeypatch, write_image):
-    monkeypatch.setattr(latent, "find_spec", lambda name: True)
+    monkeypatch.setattr(network, "find_spec", lambda name: True)
     picture = f"modality.path={write_image(32, 32)}"
     with pytest.raises(InputError, match=said):
         check_parts(composed(["experiment=panorama", "method=vsd", picture, "prompt=x", *changes]))

@@ -122,7 +122,7 @@ class Editing(LatentPrior):
         accept("prior.conditioning", conditioning, get_args(Conditioning))
         super().__init__(**shared)
         self.image_guidance_scale, self.conditioning = image_guidance_scale, conditioning
-        self.conditioned = self.vae.config.latent_channels
+        self.conditioned = self.views.channels
 
     def condition(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         if self.conditioning == "official":

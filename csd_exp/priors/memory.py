@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from csd_exp.files import write_whole
+from csd_exp.priors.base import Cond
 from csd_exp.priors.folders import quiet
 from csd_exp.priors.network import NetworkPrior
 
@@ -113,6 +114,9 @@ def counted(prior: NetworkPrior, height: int, width: int, dtype: torch.dtype | N
     (_, cond), *_ = asked.guidance("", image)
     x_t = torch.empty(1, views.channels, *sides, device=META)
     t = torch.zeros(1, dtype=torch.long, device=META)
+    for table in ("alphas_cumprod", "s", "times"):
+        if getattr(asked, table, None) is not None:
+            asked.at(table, t)  # it stays there from the first row on
     return peak(lambda: asked.eps(x_t, t, [cond]))
 
 
@@ -145,8 +149,17 @@ def ghost(prior: NetworkPrior, dtype: torch.dtype) -> Any:
             if name not in ("device", "dtype"):
                 setattr(twin, name, like(value))
     twin.settled()
-    twin._embeddings = {"": twin.embed("")}
+    if any(p.is_meta for encoder in prior.encoders.values() for p in encoder.parameters()):
+        twin._embeddings = {"": twin.embed("")}
+    else:  # which some text encoders cannot make on the meta device, as they look at their mask
+        known = prior.embedding("")
+        text = {name: t if t is None else _unfilled(t, dtype) for name, t in known.items()}
+        twin._embeddings = {"": Cond(**text)}
     return twin
+
+
+def _unfilled(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(tensor, device=META, dtype=dtype if tensor.is_floating_point() else None)
 
 
 def _unloaded(network: Any) -> nn.Module:
