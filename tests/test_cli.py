@@ -323,7 +323,8 @@ def test_every_experiment_takes_a_step(folder: Path, experiment: str) -> None:
     }
     result = csd_exp.edit(
         f"experiment={experiment}",
-        *("prior=analytic", "prior.window=16", "prompt=x", "trainer.fast_dev_run=true"),
+        f"prior={'analytic_clips' if experiment.startswith('video_') else 'analytic'}",
+        *("prior.window=16", "prompt=x", "trainer.fast_dev_run=true"),
         *own.get(experiment, ["modality.path=picture.png"]),
     )
     assert result.images[0].shape == (3, size[1], size[0])

@@ -12,7 +12,7 @@ from pipelines import NEGATIVE, PROMPT, T, picture, relative
 from csd_exp.errors import InputError
 from csd_exp.particles import Generated
 from csd_exp.priors import DeepFloydIF, StableDiffusion
-from csd_exp.priors.base import Query, predict
+from csd_exp.priors.base import Query, ViewShape, predict
 from csd_exp.priors.deepfloyd_if import check_folder
 from csd_exp.samplers import PerView, SamplingModule
 
@@ -81,7 +81,7 @@ def test_one_guided_estimate_equals_diffusers_own(prior, answer, monkeypatch, ne
 
 
 def test_pixels_are_latents_and_go_through_with_their_gradient(prior):
-    assert prior.views == (1, 3, 8, 2)
+    assert prior.views == ViewShape(1, 3, 8, 2)
     image = picture(8, 10).requires_grad_()
     assert torch.equal(prior.decode(prior.encode(image)), image)
     (grad,) = torch.autograd.grad(prior.encode(image).sum(), image)

@@ -15,7 +15,7 @@ from pipelines import NEGATIVE, PROMPT, T, latent, picture, relative
 from csd_exp.errors import InputError
 from csd_exp.particles import Images
 from csd_exp.priors import Flux, FluxKontext, StableDiffusion3
-from csd_exp.priors.base import Query, predict, row_count
+from csd_exp.priors.base import Query, ViewShape, predict, row_count
 from csd_exp.priors.flux import check_folder, packed, unpacked
 from csd_exp.samplers import PerView, SamplingModule
 
@@ -143,7 +143,7 @@ def test_the_source_is_tokens_at_the_same_places_of_another_picture(held):
 
 def test_geometry_and_places_are_the_folders(folder):
     dev, schnell = Flux(folder(False, True)), Flux(folder(False, False))
-    assert dev.views == (4, 4, 128, 2)
+    assert dev.views == ViewShape(4, 4, 128, 2)
     u = torch.arange(1, 1001, dtype=torch.float64) / 1000
     e = exp(calculate_shift(64 * 64))
     torch.testing.assert_close(dev.s, e / (e + 1 / u - 1))

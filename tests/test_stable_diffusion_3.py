@@ -13,7 +13,7 @@ from pipelines import NEGATIVE, PROMPT, ROWS, T, latent, picture, relative
 from csd_exp.errors import InputError
 from csd_exp.particles import Images
 from csd_exp.priors import StableDiffusion3, StableDiffusionXL, UltraEdit
-from csd_exp.priors.base import Query, predict, row_count
+from csd_exp.priors.base import Query, ViewShape, predict, row_count
 from csd_exp.priors.stable_diffusion_3 import check_folder
 from csd_exp.samplers import PerView, SamplingModule, SDEdit
 
@@ -128,7 +128,7 @@ def test_a_csd_edit_view_costs_the_fewest_rows(held, scales, negative, rows):
 
 def test_geometry_and_places_are_the_folders(held, folder):
     prior, pipe = held(False)
-    assert prior.views == (4, 16, 8, 2)
+    assert prior.views == ViewShape(4, 16, 8, 2)
     pipe.scheduler.set_timesteps(sigmas=[k / 1000 for k in range(1000, 0, -1)])
     torch.testing.assert_close(prior.s, pipe.scheduler.sigmas[:-1].flip(0).double(), rtol=1e-5, atol=0)
     straight = StableDiffusion3(folder(False, False), shift=1.0)
