@@ -443,12 +443,8 @@ def at_home(value: Any) -> Any:
 
 def is_path(key: str) -> bool:
     """Whether the value of a key is a path, or may be one."""
-    return (
-        re.search(
-            r"(^|\.)(path|motion|lora|weights|mask|prompts|controls|prompt_file|ckpt_path|dir|subdir)$", key
-        )
-        is not None
-    )
+    named = r"(^|\.)(path|mask|prompts|controls|prompt_file|ckpt_path|dir|subdir)$"
+    return re.search(rf"{named}|^prior\.(motion|lora|weights)$", key) is not None
 
 
 def prompt_of(config: DictConfig) -> str:
