@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from csd_exp.errors import InputError
 from csd_exp.priors import Flux, LucyEdit, StableDiffusion, StableDiffusion3
+from csd_exp.priors.random import RandomInstructPix2Pix
 from csd_exp.priors.weights import Weights
 
 FAMILIES = {
@@ -76,6 +77,13 @@ def test_a_file_of_something_else_is_refused(folder, tmp_path):
         InputError, match=r"prior\.weights=.*wrong.* does not hold the transformer of prior\.path"
     ):
         Flux(folder("flux"), weights=str(tmp_path / "wrong.safetensors"))
+
+
+def test_a_file_in_the_place_of_a_folder_is_told_its_key(alone):
+    with pytest.raises(InputError, match=r"is one file; give the folder.* the file as prior\.weights"):
+        Flux.check({"path": str(alone("flux")[1])})
+    with pytest.raises(InputError, match=r"prior\.quantization=int8 is no key of random weights"):
+        RandomInstructPix2Pix.check({"quantization": "int8"})
 
 
 def test_a_file_that_lacks_weights_is_refused(alone, tmp_path):

@@ -21,6 +21,7 @@ from csd_exp.priors.folders import (
     lone_folder,
 )
 from csd_exp.priors.stable_diffusion import Parts, StableDiffusion
+from csd_exp.priors.weights import Weights
 
 Betas = Literal["linear", "scaled_linear"]
 FRAMES = 16  # pictures of a clip, as many as the public adapters were trained with
@@ -53,10 +54,21 @@ class AnimateDiff(StableDiffusion):
     ):
         if beta_schedule is not None:
             accept("prior.beta_schedule", beta_schedule, get_args(Betas))
+        self.check_settings({"motion": motion} | shared)
         self.motion, self.beta_schedule = motion, beta_schedule
         super().__init__(path=path, **shared)
         _check_frames(frames, self.unet.config.motion_max_seq_length)
         self.views = self.views._replace(frames=frames)
+
+    @classmethod
+    def check_settings(cls, config: Mapping[str, Any]) -> None:
+        super().check_settings(config)
+        few = Weights(config.get("weights"), config.get("quantization")).few_bits
+        if few and config.get("motion") is not None:
+            raise InputError(
+                "prior.motion is added to weights in a floating point, and prior.quantization or a .gguf "
+                "file holds them in few bits; leave these out."
+            )
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:

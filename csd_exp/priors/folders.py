@@ -29,6 +29,8 @@ STEMS = {
     "safetensors": ("diffusion_pytorch_model", "model"),
     "bin": ("diffusion_pytorch_model", "pytorch_model"),
 }
+# What comes alone, and the key that takes it.
+ALONE = {"MotionAdapter": "prior.motion", "ControlNetModel": "prior.controls"}
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -97,6 +99,12 @@ def check_parts(
 def config_of(path: str | Path, folder: Path, file: str) -> dict:
     """A JSON file of a folder."""
     if not (folder / file).is_file():
+        alone = known(folder / "config.json").get("_class_name")
+        if alone in ALONE:
+            raise InputError(
+                f"prior.path={path} is a {alone} alone; give it as {ALONE[alone]}, beside the folder of a "
+                "pipeline."
+            )
         part = file.split("/")[0] if "/" in file else "index"
         raise InputError(
             f"prior.path={path} lacks its {part}: {file} is missing; a folder in the diffusers layout "
@@ -260,6 +268,11 @@ def _local(path: str | Path) -> Path | None:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
+    if folder.suffix in (".safetensors", ".gguf"):
+        raise InputError(
+            f"prior.path={path} is one file; give the folder of its pipeline, and the file as prior.weights, "
+            "or as prior.lora where it is a LoRA."
+        )
     if isinstance(path, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         raise InputError(
             f"prior.path={path} is no folder; give a folder in the diffusers layout or a hub id such as "

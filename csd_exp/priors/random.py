@@ -25,8 +25,9 @@ class RandomInstructPix2Pix(InstructPix2Pix):
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
         """There is no folder."""
-        if config.get("path") is not None:
-            raise InputError(f"prior.path={config['path']} is no key of random weights; leave it out.")
+        for key in ("path", "weights", "quantization"):
+            if config.get(key) is not None:
+                raise InputError(f"prior.{key}={config[key]} is no key of random weights; leave it out.")
 
 
 def sd15_parts(channels: int) -> Parts:
