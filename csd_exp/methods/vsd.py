@@ -20,8 +20,8 @@ class VSD(nn.Module):
     trained on the step's own noisy views, after they have been scored, so that a view costs one row beside
     the guided estimate; the paper draws a timestep and noise anew. Under a view's first prompt and without
     the paper's camera. Under an analytic prior it is a Gaussian of each channel.
-    rank: of the LoRA. lr: its learning rate; that of the optimizer is the particles'.
-    Raises InputError for a rank below 1.
+    rank: of the LoRA. lr: its learning rate, under the optimizer of the particles; the default is for Adam.
+    Raises InputError for a rank below 1 and a negative lr.
     """
 
     learner: Learner
