@@ -20,7 +20,7 @@ def ism(score: Score, views: Views, spacing: int = 50, stride: int = 200) -> tup
     schedule.weight=nsr, and lets spacing fall to 50 over the run. Beside the guided estimate a view costs
     1 + ceil(s / stride) baselines. Raises InputError for a spacing or a stride below 1.
     """
-    at_least_1(spacing=spacing, stride=stride)
+    _at_least_1(spacing=spacing, stride=stride)
     table, t = views.level.alphas_cumprod, views.level.t
     earlier = Level.at(max(t - spacing, 0), table)
     x_s = _inverted(score, views.x, views.baseline, _rising(earlier, stride))
@@ -42,7 +42,7 @@ def sdi(score: Score, views: Views, stride: int = 100, guidance: float = -1.0) -
     is what the public code descends. Beside the guided estimate a view costs ceil(t / stride) of inversion.
     Raises InputError for a stride below 1.
     """
-    at_least_1(stride=stride)
+    _at_least_1(stride=stride)
     level = views.level
     followed = [
         [*((guidance * w, cond) for w, cond in wanted), *(((1 - guidance) * w, cond) for w, cond in given)]
@@ -60,7 +60,7 @@ def ddim_edit(score: Score, views: Views, steps: int = 20) -> tuple[Tensor, Tens
     without a kernel, a view becomes x'. Under a text-to-image prior it is SDEdit. Timesteps go evenly from
     the step's to 0; each costs a row for every term of the guidance. Raises InputError for steps below 1.
     """
-    at_least_1(steps=steps)
+    _at_least_1(steps=steps)
     level = views.level
     x = x_t = level.noised(views.x, views.noise)
     timesteps = sorted({round(level.t * (1 - k / steps)) for k in range(steps)}, reverse=True)
@@ -84,7 +84,7 @@ def _inverted(score: Score, x: Tensor, guidance: Sequence[Guidance], levels: Seq
     return x
 
 
-def at_least_1(**keys: int) -> None:
+def _at_least_1(**keys: int) -> None:
     """Raise InputError, naming the key, for a count below 1."""
     for key, value in keys.items():
         if value < 1:
