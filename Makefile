@@ -4,16 +4,12 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE :=
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint unit soak lock
+.PHONY: demo test lint soak lock
 
 demo: $(INSTALLED)
 	$(BIN)/csd experiment=demo
 
-# mypy has one core for half a minute: the tests begin beside it.
 test: $(INSTALLED)
-	$(MAKE) --no-print-directory -j2 lint unit
-
-unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
 # What starts whole groups of processes, kills them, or trains: CI runs it as well.

@@ -115,6 +115,7 @@ def test_a_signal_while_starting_leaves_nothing(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
 
 
+@pytest.mark.soak
 def test_who_stops_reading_ends_a_run_quietly(tmp_path: Path) -> None:
     picture(tmp_path)
     task = start(tmp_path, "steps=2", "hydra.run.dir=here")

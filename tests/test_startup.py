@@ -3,10 +3,13 @@
 import subprocess
 import sys
 
+import pytest
+
 ROOMS = ("metrics", "callbacks", "loggers", "evaluate", "report")
 HEAVY = {"cv2", "diffusers", "onnxruntime", "open_clip", "timm", "tokenizers", "wandb"}
 
 
+@pytest.mark.soak
 def test_the_rooms_of_a_run_leave_heavy_packages_to_what_uses_them():
     rooms = "\n".join(f"import csd_exp.{room}" for room in ROOMS)
     # Lightning has a say of its own in what is loaded.

@@ -179,6 +179,7 @@ def config(*overrides):
         return compose("train_prior", ["model=text_to_image", "size=test", *overrides])
 
 
+@pytest.mark.soak
 def test_the_recipe_trains_exports_and_scores_and_does_nothing_twice(tmp_path, monkeypatch, text):
     pictures = [emoji(f"thing {seed}", seed=seed) for seed in range(8)]
     drawings = [emoji(f"thing {seed}", "flat drawing", seed) for seed in range(8)]
