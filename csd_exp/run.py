@@ -1,5 +1,6 @@
 """One run: check, build, fit, evaluate, report; from Python by `edit`."""
 
+import ctypes
 import re
 import shlex
 import signal
@@ -38,7 +39,9 @@ from csd_exp.launch import (
     together,
 )
 from csd_exp.loggers import Wandb
+from csd_exp.module import ParticleModule
 from csd_exp.parts import built_trainer, check_parts
+from csd_exp.ranks import alone
 from csd_exp.report import write_report
 from csd_exp.saved import FAILED
 
@@ -164,10 +167,11 @@ def _run(config: DictConfig, run_dir: Path, command: Sequence[str], signals: tup
     )
     trainer.strategy.checkpoint_io = CheckpointFiles()
     metrics = build_metrics(config.metrics) if trainer.is_global_zero else {}
-    with relaunchable(command, run_dir):
+    with relaunchable(command, run_dir), _let_go(module):
         with _together(trainer, interruption):
             trainer.fit(module, range(trainer.max_steps), ckpt_path=config.ckpt_path or None)
-        mine = entries(metrics, config.metrics, run_dir / "media") if trainer.is_global_zero else None
+        with alone() as first:
+            mine = entries(metrics, config.metrics, run_dir / "media") if first else None
         found = cast(dict[str, dict], trainer.strategy.broadcast(mine))
     values = {name: entry["value"] for name, entry in found.items() if entry["value"] is not None}
     for logger in trainer.loggers:
@@ -177,6 +181,22 @@ def _run(config: DictConfig, run_dir: Path, command: Sequence[str], signals: tup
         write_metrics(found, run_dir)
         write_report(run_dir)
     return Result(saved_pictures(run_dir / "media", "edited"), values, run_dir)
+
+
+@contextmanager
+def _let_go(module: ParticleModule) -> Iterator[None]:
+    """Free at the end what is large, so that the next run of this process finds its place.
+
+    Lightning leaves a module and its Trainer in a circle, where the prior would wait for Python's collector;
+    and glibc keeps freed memory in pieces that do not fit again.
+    """
+    try:
+        yield
+    finally:
+        for owner, name in ((module, "prior"), (module.particles, "autoencoder")):
+            vars(owner).pop(name, None)
+        with suppress(AttributeError):  # of another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
@@ -194,7 +214,9 @@ def _together(trainer: Trainer, interruption: Interruption) -> Iterator[None]:
         raise
     except Exception as e:
         if trainer.world_size > 1 and _is_lost(e):
-            raise RankLost(_which_lost(trainer)) from e
+            lost = _which_lost(trainer)
+            _end(trainer)
+            raise RankLost(lost) from e
         if not interruption.restores or isinstance(e, InputError):
             raise
         raise InputError(
@@ -202,9 +224,18 @@ def _together(trainer: Trainer, interruption: Interruption) -> Iterator[None]:
         ) from e
 
 
+def _end(trainer: Trainer) -> None:
+    """Leave no process behind that this one has started and that does not answer."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        for process in launcher.procs:
+            process.kill()
+            process.wait()
+
+
 def _is_lost(error: Exception) -> bool:
     """Whether an exception says that another process does not answer any more."""
-    lost = r"gloo|Connection (closed|reset) by peer|Broken pipe|Socket"
+    lost = r"gloo|Timed out|Connection (closed|reset) by peer|Broken pipe|Socket"
     return isinstance(error, DistError) or (
         isinstance(error, RuntimeError) and re.search(lost, str(error)) is not None
     )
@@ -219,7 +250,7 @@ def _which_lost(trainer: Trainer) -> str:
             code = process.wait(PATIENCE / len(procs))
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
             return f"The process of rank {rank} was ended {how}, and so this run is."
-    return "Another process of this run has ended, and so does this one."
+    return "Another process of this run has ended or does not answer, and so this one ends."
 
 
 def check_run(config: DictConfig) -> None:

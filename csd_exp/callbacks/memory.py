@@ -2,7 +2,7 @@
 
 # The hooks take a ParticleModule, narrower than Lightning declares.
 # mypy: disable-error-code="override"
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -26,32 +26,34 @@ class Memory(L.Callback):
     first such run, from which on the peak of the device is counted anew.
     """
 
-    prior: Any = None  # where it has networks
+    free: int | None = None  # where the prior has networks, and its device says
 
     def setup(self, trainer: L.Trainer, module: ParticleModule, stage: str) -> None:
         if not module.prior.networks:
             return
         from csd_exp.priors import memory  # diffusers takes seconds
 
-        self.memory, self.prior = memory, module.prior
-        self.device = placed(self.prior.place, trainer.strategy.root_device)
-        self.free, self.weights = memory.available(self.device), memory.weights(self.prior)
+        prior: Any = module.prior
+        self.memory = memory
+        self.device = placed(prior.place, trainer.strategy.root_device)
+        self.free, self.weights = memory.available(self.device), memory.weights(prior)
         if self.device.type == "cpu":
             self.weights = 0  # of what is free, they have their part
         elif self.free is not None and self.weights > self.free:
             raise InputError(
                 f"The weights of the prior take {_gib(self.weights)} and {self.device} has "
-                f"{_gib(self.free)} free; give {_lighter(self.prior)}."
+                f"{_gib(self.free)} free; give {_lighter(prior)}."
             )
 
     def on_train_start(self, trainer: L.Trainer, module: ParticleModule) -> None:
-        if self.prior is None or self.free is None:
+        if self.free is None:
             return
+        prior: Any = module.prior
         self._look(trainer, module)
-        row = self.memory.row(self.prior, *self.view, self._kind)
+        row = self.memory.row(prior, *self.view, self._kind)
         graphs = 0
         if module.particles.space == "pixel":
-            graphs = self.views * self.memory.encoded(self.prior, *self.view)
+            graphs = self.views * self.memory.encoded(prior, *self.view)
         left = self.free - self.weights - graphs
         if self.rows * row.size <= left:
             return
@@ -59,7 +61,7 @@ class Memory(L.Callback):
         if fitting >= 1:
             advice = f"prior.row_chunk={fitting}"
         else:
-            advice = "a smaller modality.batch" if graphs else _lighter(self.prior)
+            advice = "a smaller modality.batch" if graphs else _lighter(prior)
         how = "measured" if row.measured else "counted"
         encoder = f", {_gib(graphs)} of the encoder's graph" if graphs else ""
         notice(
@@ -75,10 +77,10 @@ class Memory(L.Callback):
         self.views = -(-len(chosen) // trainer.world_size)
         with torch.no_grad():
             height, width = particles.views(chosen[:1]).shape[-2:]
-        factor = self.prior.views.factor if particles.space == "pixel" else 1
+        factor = module.prior.views.factor if particles.space == "pixel" else 1
         self.view = (height // factor, width // factor)
         most = max(len(prompts) for prompts in particles.prompts(chosen))
-        self.rows = min(self.prior.row_chunk, self.views * QUERIES * (GUIDED + most))
+        self.rows = min(module.prior.row_chunk, self.views * QUERIES * (GUIDED + most))
 
     @property
     def _kind(self) -> str:
@@ -94,16 +96,16 @@ class Memory(L.Callback):
         if self._before is None:
             return
         allocated, rows = self._before
-        at_once = min(module.rows - rows, self.prior.row_chunk)
+        at_once = min(module.rows - rows, module.prior.row_chunk)
         if at_once > 0:
             taken = torch.cuda.max_memory_allocated(self.device) - allocated
-            self.memory.remember(self.prior, *self.view, self._kind, -(-taken // at_once))
+            self.memory.remember(cast(Any, module.prior), *self.view, self._kind, -(-taken // at_once))
 
     def _measurable(self, module: ParticleModule) -> bool:
         """Whether a GPU evaluates rows, and nothing else that takes much, whose size is not known yet."""
-        if self.prior is None or self.device.type != "cuda" or module.particles.space == "pixel":
+        if self.free is None or self.device.type != "cuda" or module.particles.space == "pixel":
             return False
-        return not self.memory.row(self.prior, *self.view, self._kind).measured
+        return not self.memory.row(cast(Any, module.prior), *self.view, self._kind).measured
 
 
 def _lighter(prior: Any) -> str:

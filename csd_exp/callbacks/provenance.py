@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, cast
@@ -127,7 +127,9 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
 def _packages() -> dict[str, str]:
+    """Of this process: Python would keep what it finds anew each time that a folder has changed."""
     records = (distribution.metadata for distribution in distributions())  # each is parsed when asked for
     found = {record["Name"]: record["Version"] for record in records if record["Name"]}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
