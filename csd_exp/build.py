@@ -92,5 +92,6 @@ def silence_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*treespec.*is deprecated")
+    warnings.filterwarnings("ignore", message=".*all_gather is deprecated")  # Lightning's own call
     # Draws are counted, so a step does not depend on where in an epoch it was resumed.
     warnings.filterwarnings("ignore", message=".*checkpoint that ended before the epoch ended")

@@ -14,14 +14,22 @@ from toys import Learned, Waves
 
 from csd_exp import methods
 from csd_exp.module import CSDModule
-from csd_exp.particles import EditedField, EditedPhotographs, GeneratedScene, Images, Panorama, Particles
+from csd_exp.particles import (
+    EditedField,
+    EditedPhotographs,
+    GeneratedScene,
+    Images,
+    Panorama,
+    Particles,
+    Video,
+)
 from csd_exp.priors.analytic import GaussianMixture
 from csd_exp.samplers import FlowEdit, MultiDiffusion, PerView, SamplingModule, StochSync, SyncTweedies
 from csd_exp.scene.voxels import Voxels
 from csd_exp.schedules import Timesteps
 from csd_exp.svgd import RBF, Kernel, NoKernel
 
-STEPS = 8
+STEPS = int(os.environ.get("CSD_TEST_STEPS", 8))
 
 
 def features(images: torch.Tensor) -> torch.Tensor:
@@ -72,6 +80,7 @@ CASES = {
     "synctweedies": lambda f, d: (panorama(f, dtype=d), SyncTweedies(steps=STEPS)),
     "flowedit": lambda f, d: (panorama(f, dtype=d), FlowEdit(steps=STEPS)),
     "stochsync": lambda f, d: (panorama(f, dtype=d), StochSync(steps=STEPS, inner=2)),
+    "video": lambda f, d: (Video(str(f / "film"), 1, 1, batch=4, prompt="red", dtype=d), RBF()),
     "panorama_one_window": lambda f, d: (panorama(f, batch=1, dtype=d), RBF()),
     "adam_batch": lambda f, d: (panorama(f, batch=3, dtype=d), RBF(), {"optimizer": torch.optim.Adam}),
     "field": lambda f, d: (Waves(3, regular=0.01, dtype=d), RBF(normalize="rms")),
@@ -147,12 +156,13 @@ def parameters(module: L.LightningModule) -> torch.Tensor:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
+    group = {"strategy": "ddp", "devices": int(os.environ["WORLD_SIZE"])}
     results = {}
     for name in sys.argv[2:]:
         case, dtype = name.split(":")
-        results[name] = fitted(case, dtype, folder, strategy="ddp", devices=2)[1]
+        results[f"{name}:start"], results[name] = fitted(case, dtype, folder, **group)
     try:
-        fitted("three_views", "float64", folder, Breaking, strategy="ddp", devices=2)
+        fitted("three_views", "float64", folder, Breaking, **group)
     except FloatingPointError as e:
         results["broken"] = str(e)
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")

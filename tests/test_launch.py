@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -261,9 +262,55 @@ def test_a_late_rank_joins_and_a_killed_one_ends_the_other_in_one_line(shared: P
     assert first.returncode == 2
     (line,) = [line for line in said.splitlines() if "is deprecated" not in line and "step " not in line]
     assert line.startswith(
-        "csd: Another process of this run has ended, and so does this one; go on with: csd "
+        "csd: Another process of this run has ended or does not answer, and so this one ends; go on with: "
     )
     assert line.endswith(f"ckpt_path={(run / 'last.ckpt').relative_to(shared)}")
+
+
+# `csd` whose processes wait five seconds for each other, and whose first measures for eight.
+IMPATIENT = """
+import sys, time
+from datetime import timedelta
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from csd_exp import cli, run
+met = DDPStrategy.setup_distributed
+DDPStrategy.setup_distributed = lambda self: (met(self), _set_pg_timeout(timedelta(seconds=5)))
+found = run.entries
+run.entries = lambda *args: time.sleep(8) or found(*args)
+cli.main()
+"""
+
+
+def impatient(folder: Path, *args: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", IMPATIENT, *RUN, *TWO, *args]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(), cwd=folder, **piped)
+
+
+@pytest.mark.soak
+def test_the_first_process_may_measure_longer_than_others_wait_for_a_rank(shared: Path) -> None:
+    run = impatient(shared, "hydra.run.dir=patient", "steps=2")
+    said, why = run.communicate(timeout=120)
+    assert run.returncode == 0, why
+    assert said == "run directory: patient\n"
+    assert (shared / "patient/metrics.json").is_file()
+
+
+@pytest.mark.soak
+def test_a_rank_that_hangs_ends_the_run_in_one_line_and_leaves_no_process(shared: Path) -> None:
+    run = impatient(shared, "hydra.run.dir=hangs", "steps=100000", "callbacks.checkpoint.every_n_steps=1")
+    until = time.monotonic() + 60
+    while not (shared / "hangs/last.ckpt").is_file() and time.monotonic() < until:
+        time.sleep(0.05)
+    (other,) = psutil.Process(run.pid).children()
+    other.suspend()
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 2
+    (line,) = [line for line in said.splitlines() if line.startswith("csd: ")]
+    assert line.startswith("csd: Another process of this run has ended or does not answer")
+    assert line.endswith("ckpt_path=hangs/last.ckpt")
+    assert not other.is_running()
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_every_command_checks_what_it_runs(folder: Path, monkeypatch) -> None:
     with pytest.raises(InputError, match=r"kernel uses the resolver oc\.create"):
         compare(theirs(f"kernel: {MADE}"))
     with pytest.raises(InputError, match=r"prior\.x\.0\.0\._target_=joblib\.load"):
-        bench([f"+prior.x=[[{LOAD}]]"])
+        bench("step", [f"+prior.x=[[{LOAD}]]"])
     for content, words in {
         f"text: {{x: [[{LOAD}]]}}": r"text\.x\.0\.0\._target_=joblib\.load",
         "text: '${oc.create:{}}'": "text uses the resolver oc.create",

@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from av.error import FFmpegError
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from csd_exp.callbacks.provenance import Provenance
@@ -25,6 +24,7 @@ from csd_exp.origin import EDITED, GENERATED, Origin, Untold
 from csd_exp.outlines import outlined
 from csd_exp.particles import Canvas
 from csd_exp.particles.base import Film
+from csd_exp.ranks import alone
 from csd_exp.videos import side_by_side, write_gif, write_mp4
 
 GAIN = 2
@@ -54,8 +54,12 @@ class Media(L.Callback):
         self.folder, self.labels = Path(dir) / "media", labels
         self.steps = Steps("pictures", every_n_steps, at)
 
-    @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: ParticleModule) -> None:
+        with alone() as first:
+            if first:
+                self._begin(trainer, module)
+
+    def _begin(self, trainer: L.Trainer, module: ParticleModule) -> None:
         self.origin = self._origin(trainer, module) if self.labels else Untold()
         self._show_areas(trainer, module)
         write_facts(module.particles, self.folder)
@@ -63,21 +67,27 @@ class Media(L.Callback):
             labels: Labels = lambda i: self.origin.of_input(module.particles.projection(i))  # noqa: E731
             self._save(trainer, module, "source", module.particles.originals(), labels)
         if trainer.global_step == 0:
-            self._on_the_way(trainer, module)
+            self._show_preview(trainer, module)
 
-    @rank_zero_only
     def on_train_batch_end(self, trainer: L.Trainer, module: ParticleModule, *_) -> None:
-        self._on_the_way(trainer, module)
+        if trainer.global_step in self.steps and trainer.global_step < trainer.estimated_stepping_batches:
+            with alone() as first:
+                if first:
+                    self._show_preview(trainer, module)
 
-    def _on_the_way(self, trainer: L.Trainer, module: ParticleModule) -> None:
+    def _show_preview(self, trainer: L.Trainer, module: ParticleModule) -> None:
         step = trainer.global_step
         if step in self.steps and step < trainer.estimated_stepping_batches:
             count = module.particles.count if module.particles.film is None else 1
             labels = self._of_made(trainer, module)
             self._show(trainer, "edited", module.preview(), labels, count, f"_{step:06d}")
 
-    @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, module: ParticleModule) -> None:
+        with alone() as first:
+            if first:
+                self._finish(trainer, module)
+
+    def _finish(self, trainer: L.Trainer, module: ParticleModule) -> None:
         self._save(trainer, module, "edited", module.images(), self._of_made(trainer, module))
         if not module.particles.has_source:
             write_facts(module.particles, self.folder)  # of what has been made, such as its depths

@@ -15,6 +15,7 @@ from csd_exp.callbacks.steps import Steps
 from csd_exp.evaluate import build_metrics, measured
 from csd_exp.images import as_saved
 from csd_exp.module import CSDModule
+from csd_exp.ranks import alone
 
 
 class Metrics(L.Callback):
@@ -34,19 +35,20 @@ class Metrics(L.Callback):
         config = cast(DictConfig, OmegaConf.load(self.dir / "config.yaml"))
         self.metrics = build_metrics(config.metrics) if self.steps else {}
 
-    @rank_zero_only
     def on_train_epoch_start(self, trainer: L.Trainer, module: CSDModule) -> None:
         if trainer.global_step == 0:  # by now every callback has written what metrics must know
             self._measure(trainer, module)
 
-    @rank_zero_only
     def on_train_batch_end(self, trainer: L.Trainer, module: CSDModule, *_) -> None:
         self._measure(trainer, module)
 
     def _measure(self, trainer: L.Trainer, module: CSDModule) -> None:
         if trainer.global_step not in self.steps:
             return
-        values = measured(self.metrics, map(as_saved, module.images()), self.dir / "media")
-        known = {f"metrics/{name}": value for name, value in values.items() if value is not None}
-        for logger in trainer.loggers:  # Lightning's own log would repeat them until the next are there
-            logger.log_metrics(known, step=trainer.global_step - 1)
+        with alone() as first:
+            if not first:
+                return
+            values = measured(self.metrics, map(as_saved, module.images()), self.dir / "media")
+            known = {f"metrics/{name}": value for name, value in values.items() if value is not None}
+            for logger in trainer.loggers:  # Lightning's own log would repeat them until the next are there
+                logger.log_metrics(known, step=trainer.global_step - 1)

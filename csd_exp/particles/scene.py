@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from csd_exp.errors import InputError
 from csd_exp.images import ImageFiles, write_png
 from csd_exp.particles.areas import Areas
 from csd_exp.particles.base import Autoencoder, Particles
 from csd_exp.particles.images import WholePictures
+from csd_exp.ranks import alone
 from csd_exp.scene.album import Album
 from csd_exp.scene.cameras import Bounds
 from csd_exp.scene.field import Field
-from csd_exp.scene.scene import FOLLOWING, Scene, Trajectory, check_scene, is_first, within
+from csd_exp.scene.scene import FOLLOWING, Scene, Trajectory, check_scene, within
 from csd_exp.schedules import Draw
 
 
@@ -194,15 +195,14 @@ class EditedPhotographs(_Filmed, WholePictures):
     def _close(self, draw: Draw) -> None:
         """The edited photographs of a round become files, which every process reads."""
         now = draw.step // self.edit_steps
-        for i in self._round(draw).tolist():
-            if is_first():
-                (image,) = self.finish(self.autoencoder.decode(self.latent[i : i + 1]).clamp(0, 1).cpu())
-                if self.areas is not None and self.areas.mask is not None:
-                    image = self.areas.composite(i, image, self.album.picture(i))
-                write_png(image, self._file(now, i))
-            self.edited[i] = now
-        if distributed.is_initialized():
-            distributed.barrier()
+        with alone() as first:
+            for i in self._round(draw).tolist():
+                if first:
+                    (image,) = self.finish(self.autoencoder.decode(self.latent[i : i + 1]).clamp(0, 1).cpu())
+                    if self.areas is not None and self.areas.mask is not None:
+                        image = self.areas.composite(i, image, self.album.picture(i))
+                    write_png(image, self._file(now, i))
+                self.edited[i] = now
 
     def _file(self, round_: int, i: int) -> Path:
         return self.folder / f"{round_:05d}_{i:05d}.png"

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from rich.console import Console
 from rich.progress import Progress as Bar
-from torch import Tensor, distributed
+from torch import Tensor
 
 from csd_exp.errors import InputError, accept, notice
 from csd_exp.files import whole
 from csd_exp.formats.timing import even
+from csd_exp.ranks import alone
 from csd_exp.scene.album import Album
 from csd_exp.scene.cameras import Bounds, Cameras, bounds, orbit
 from csd_exp.scene.field import Field
@@ -96,17 +97,16 @@ class Scene:
         field = self.make(self.bounds._replace(points=self.views.points)).to(device)
         self.reconstruction = f"{self._content(album, field)}.pt"
         file = self.cache / self.reconstruction
-        if not file.is_file() and is_first():
-            notice(
-                f"reconstructing the scene from {len(self.train)} photographs in {self.steps} steps; it is "
-                f"kept in {self.cache} and used again."
-            )
-            with _counting(self.steps) as done:
-                fit(field, album, self.steps, self.seed, done)
-            with whole(file) as partial:
-                torch.save(field.state_dict(), partial)
-        if distributed.is_initialized():
-            distributed.barrier()
+        with alone() as first:
+            if first and not file.is_file():
+                notice(
+                    f"reconstructing the scene from {len(self.train)} photographs in {self.steps} steps; it "
+                    f"is kept in {self.cache} and used again."
+                )
+                with _counting(self.steps) as done:
+                    fit(field, album, self.steps, self.seed, done)
+                with whole(file) as partial:
+                    torch.save(field.state_dict(), partial)
         field.load_state_dict(torch.load(file, map_location=device, weights_only=True))
         return field
 
@@ -159,11 +159,6 @@ def rendered(field: Field, cameras: Cameras) -> Iterator[Tensor]:
     """What cameras see of a field: images [3, H, W] in [0, 1], each when it is asked for."""
     for i in range(len(cameras)):
         yield field(cameras[[i]]).rgb[0].clamp(0, 1)
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes, of those that share the run."""
-    return not (distributed.is_initialized() and distributed.get_rank())
 
 
 @torch.no_grad()
