@@ -218,6 +218,16 @@ def test_killed_runs_go_on_to_the_bits_of_one_that_was_not() -> None:
     assert "2 of 2 runs came to the bits of the whole one" in tried.stdout
 
 
+@pytest.mark.soak
+def test_many_short_runs_leave_nothing_behind() -> None:
+    """In one process; tests/many_runs.py has more of them, and a multirun."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, str(Path(__file__).with_name("many_runs.py")), "25", "0"]
+    tried = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=900)
+    assert tried.returncode == 0, tried.stdout + tried.stderr
+    assert tried.stdout.startswith("25 runs in one process: ")
+
+
 @pytest.mark.parametrize("where", ["destructor", "callback"])
 def test_a_signal_whose_exception_python_drops_comes_again(where: str) -> None:
     said = []

@@ -267,7 +267,7 @@ def test_a_late_rank_joins_and_a_killed_one_ends_the_other_in_one_line(shared: P
     assert line.endswith(f"ckpt_path={(run / 'last.ckpt').relative_to(shared)}")
 
 
-# `csd` whose processes wait five seconds for each other, and whose first measures for eight.
+# `csd` whose processes wait ten seconds for each other, and whose first measures for fifteen.
 IMPATIENT = """
 import sys, time
 from datetime import timedelta
@@ -275,9 +275,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from csd_exp import cli, run
 met = DDPStrategy.setup_distributed
-DDPStrategy.setup_distributed = lambda self: (met(self), _set_pg_timeout(timedelta(seconds=5)))
+DDPStrategy.setup_distributed = lambda self: (met(self), _set_pg_timeout(timedelta(seconds=10)))
 found = run.entries
-run.entries = lambda *args: time.sleep(8) or found(*args)
+run.entries = lambda *args: time.sleep(15) or found(*args)
 cli.main()
 """
 
