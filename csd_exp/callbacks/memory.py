@@ -2,6 +2,7 @@
 
 # The hooks take a ParticleModule, narrower than Lightning declares.
 # mypy: disable-error-code="override"
+
 from typing import Any, cast
 
 import lightning as L
@@ -29,7 +30,8 @@ class Memory(L.Callback):
     free: int | None = None  # where the prior has networks, and its device says
 
     def setup(self, trainer: L.Trainer, module: ParticleModule, stage: str) -> None:
-        if not module.prior.networks:
+        ours = type(module.prior).__module__.startswith("csd_exp.")  # of others' networks nothing is known
+        if not (module.prior.networks and ours):
             return
         from csd_exp.priors import memory  # diffusers takes seconds
 
