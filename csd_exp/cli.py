@@ -203,7 +203,7 @@ def _multirun(overrides: Sequence[str], name: str) -> None:
         fixed += study
     handle(SIGNALS, stop)
     with made(runs, sweep_dir):
-        with _only(chosen), _searching():
+        with _only(chosen), _searching(), _forgetting():
             _hydra(["-m", *_named(name), *overrides, *fixed])
         failed = [run for run in runs if (run / FAILED).is_file()]
         reasons = [f"\n  {short(run)}: {(run / FAILED).read_text().strip()}" for run in failed]
@@ -273,6 +273,25 @@ def _only(jobs: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         sweeper.split_arguments = staticmethod(split)
+
+
+@contextmanager
+def _forgetting() -> Iterator[None]:
+    """Let Hydra keep of each job what it returned, and not both its configurations for good."""
+    launcher: Any = Plugins.instance().class_name_to_class[BasicLauncherConf._target_]  # a copy, as above
+    names = launcher.launch.__globals__
+    run_job = names["run_job"]
+
+    def forgetting(*args, **settings):
+        done = run_job(*args, **settings)
+        done.cfg = done.hydra_cfg = None
+        return done
+
+    names["run_job"] = forgetting
+    try:
+        yield
+    finally:
+        names["run_job"] = run_job
 
 
 @contextmanager

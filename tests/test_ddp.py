@@ -81,7 +81,7 @@ def test_two_processes_give_the_result_of_one(ranks, folder, name):
 def test_four_processes_give_the_result_of_one() -> None:
     """After a few steps; by itself tests/parity.py takes fifty, on two and on four."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, str(Path(__file__).with_name("parity.py")), "10", "4"]
+    script = [sys.executable, str(Path(__file__).with_name("parity.py")), "20", "4"]
     tried = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600)
     assert tried.returncode == 0, tried.stderr
     assert tried.stdout.endswith("all processes have come to the same\n")
