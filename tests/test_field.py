@@ -7,6 +7,7 @@ from toys import Learned, Waves
 
 from csd_exp import methods
 from csd_exp.priors import GaussianMixture, StableDiffusion
+from csd_exp.priors.base import Query
 from csd_exp.schedules import Draw, Level, Timesteps
 from csd_exp.svgd import RBF, NoKernel
 
@@ -148,7 +149,7 @@ def test_a_residual_may_score_under_other_texts_at_other_levels(build, fit):
         x_t, r = methods.sds(score, views)
         lower = Level.at(views.level.t // 2, views.level.alphas_cumprod)
         null = score.guidance("")
-        (eps,) = score([methods.Query(lower.noised(views.x, views.noise), lower.t, null)])
+        (eps,) = score([Query(lower.noised(views.x, views.noise), lower.t, null)])
         return x_t, r - 0.5 * eps
 
     module = field_module(build, residual=residual)

@@ -21,7 +21,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from csd_exp.priors import AnimateDiff, DeepFloydIF, LucyEdit
 from csd_exp.priors.base import Cond, Query, predict
 from csd_exp.priors.deepfloyd_if import PartsIF
-from csd_exp.priors.random import _spelling_tokenizer
+from csd_exp.priors.sizes import spelling_tokenizer
 from csd_exp.priors.stable_diffusion import Parts
 from csd_exp.priors.wan import PartsWan
 
@@ -64,7 +64,7 @@ def animatediff():
         layers_per_block=2,
     )
     moving = UNetMotionModel.from_unet2d(unet, MotionAdapter(), load_weights=False)
-    parts = Parts(vae, tiny_text_encoder(99), _spelling_tokenizer(), moving, DDIMScheduler(**LEVELS))
+    parts = Parts(vae, tiny_text_encoder(99), spelling_tokenizer(), moving, DDIMScheduler(**LEVELS))
     return AnimateDiff(parts, **HALF), (77, 768)
 
 

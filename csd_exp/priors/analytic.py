@@ -140,8 +140,9 @@ class LearnedGaussian(Learner):
         self.log_std = nn.Parameter(torch.zeros(channels, 1, 1, dtype=torch.float64))
 
     def eps(self, x_t: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
-        alpha_bar = self.alphas_cumprod.to(x_t.device)[t].to(x_t).view(-1, 1, 1, 1)
-        mean, variance = self.mean.to(x_t), self.log_std.to(x_t).exp() ** 2
+        alpha_bar = self.alphas_cumprod.to(x_t.device)[t].to(x_t).view(-1, *[1] * (x_t.ndim - 1))
+        mean, log_std = (p.to(x_t).view(-1, *[1] * (x_t.ndim - 2)) for p in (self.mean, self.log_std))
+        variance = log_std.exp() ** 2
         spread = alpha_bar * variance + 1 - alpha_bar
         return (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * mean) / spread
 
