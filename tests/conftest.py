@@ -1,4 +1,7 @@
-"""Tiny runs and images, made on the spot."""
+"""Tiny runs and images, made on the spot.
+
+Packages that take long are imported where they are needed: the process that hands out tests reads this, too.
+"""
 
 import logging
 import os
@@ -6,17 +9,9 @@ import shutil
 import sys
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from playwright.sync_api import sync_playwright
-
-from csd_exp import cli, methods
-from csd_exp.module import CSDModule
-from csd_exp.schedules import Timesteps
-from csd_exp.svgd import RBF
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,6 +45,8 @@ def browser():
     found = [path for name in names if (path := shutil.which(name))]
     if not found:
         pytest.skip("no Chromium or Chrome is installed")
+    from playwright.sync_api import sync_playwright
+
     drawn = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=found[0], args=drawn)
@@ -60,6 +57,8 @@ def browser():
 @pytest.fixture
 def here(monkeypatch, capsys):
     """`csd` in this process: its exit code, standard output and standard error."""
+    from csd_exp import cli
+
     root, before = logging.getLogger(), (logging.getLogger().handlers[:], logging.getLogger().level)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
 
@@ -96,6 +95,12 @@ def refused(monkeypatch, capsys):
 @pytest.fixture
 def build():
     """A CSD-Edit module with the settings of the public code, any changed by keyword, at its start."""
+    import torch
+
+    from csd_exp import methods
+    from csd_exp.module import CSDModule
+    from csd_exp.schedules import Timesteps
+    from csd_exp.svgd import RBF
 
     def build(prior, particles, **changes) -> CSDModule:
         settings = {
@@ -114,6 +119,7 @@ def build():
 @pytest.fixture
 def fit(tmp_path):
     """Fit a module for a number of steps on the CPU and return the trainer."""
+    import lightning as L
 
     def fit(module, steps: int, loader=range(1000), ckpt_path=None, **trainer) -> L.Trainer:
         quiet = {

@@ -15,7 +15,7 @@ from PIL import Image
 
 from csd_exp import methods
 from csd_exp.config import check, composed
-from csd_exp.figures import cache, compare, plan
+from csd_exp.figures import cache, compare, forms, plan
 from csd_exp.figures.references import references
 from csd_exp.figures.results import Equal, Record, Results
 from csd_exp.figures.strength import at_strength, table, table_row
@@ -206,7 +206,8 @@ def compared(tmp_path_factory):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The runs that are made from here on."""
+    """The runs that are made from here on; nothing is drawn."""
+    monkeypatch.setattr(forms, "rendered", lambda figure, kind="png": b"drawn")
     calls, edit = [], cache.edit
     monkeypatch.setattr(cache, "edit", lambda *overrides: calls.append(overrides) or edit(*overrides))
     return calls
@@ -330,7 +331,7 @@ class TestCommand:
         assert "seed 3 failed: The residual is not finite" in said.err
         assert "| 0.01 | SDS, lr 2 (1 of 2 seeds) |" in said.out
 
-    @pytest.mark.parametrize("methods", ["default", "all"])
+    @pytest.mark.parametrize("methods", ["default", pytest.param("all", marks=pytest.mark.soak)])
     def test_a_method_is_the_same_run_of_csd(self, methods):
         figure = composed(["figure=compare", f"figure/axes/method={methods}"], "figure").figure
         assert len(figure.seeds) >= 5

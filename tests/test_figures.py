@@ -14,7 +14,7 @@ from PIL import Image
 
 from csd_exp.config import check, composed, conf_dir
 from csd_exp.errors import InputError
-from csd_exp.figures import cache, engine, plan
+from csd_exp.figures import cache, engine, forms, plan
 from csd_exp.figures.drawing import Bars, Curves, Pictures, captioned
 from csd_exp.figures.plan import QUIET, Cell
 from csd_exp.figures.results import Equal, Record, Results, summary
@@ -345,6 +345,10 @@ class TestRuns:
         ]
 
     @pytest.fixture
+    def undrawn(self, monkeypatch):
+        monkeypatch.setattr(forms, "rendered", lambda figure, kind: b"drawn")
+
+    @pytest.fixture
     def counted(self, monkeypatch):
         calls = []
         edit = cache.edit
@@ -429,7 +433,9 @@ class TestRuns:
         with pytest.raises(InputError, match="csd-figure has written of figure=x"):
             cache.known(OmegaConf.merge(figure, {"equal": None}), names)
 
-    def test_runs_are_measured_along_their_steps_with_what_is_asked_for(self, overrides, counted, tmp_path):
+    def test_runs_are_measured_along_their_steps_with_what_is_asked_for(
+        self, overrides, counted, undrawn, tmp_path
+    ):
         along = [*overrides, ONE_METHOD, "figure.sizes.quick.seeds=[0]", "callbacks=measured", "steps=3"]
         along += ["figure.equal.strength=seam_energy", "figure.equal.along=step"]
         for others, made in (
@@ -452,7 +458,9 @@ class TestRuns:
         assert steps[0]["rows"] == 0
         assert steps[3]["rows"] == 3 * steps[1]["rows"] > 0
 
-    def test_a_run_that_fails_says_so_and_the_others_go_on(self, overrides, monkeypatch, tmp_path, capsys):
+    def test_a_run_that_fails_says_so_and_the_others_go_on(
+        self, overrides, undrawn, monkeypatch, tmp_path, capsys
+    ):
         edit = cache.edit
 
         def failing(*given):
@@ -467,7 +475,7 @@ class TestRuns:
         assert [row["ssim"] != "" for row in rows] == [True, False]
         assert "1 runs failed" in (tmp_path / "figures/fig8/fig8.tex").read_text()
 
-    def test_pictures_of_ones_own(self, overrides, counted, write_image, tmp_path):
+    def test_pictures_of_ones_own(self, overrides, counted, undrawn, write_image, tmp_path):
         mine = tmp_path / "mine"
         mine.mkdir()
         for seed in range(2):

@@ -92,6 +92,7 @@ def test_words_are_the_frequent_ones_then_those_nearest_to_a_wording():
     assert text.choose_words(teacher, 4) == ["the", "owl", "nights", "uuu"]
 
 
+@pytest.mark.soak
 def test_the_teacher_knows_which_texts_mean_the_same():
     teacher = text.load_teacher("cpu")
     car, automobile, sandwich = teacher.encode(["a car", "an automobile", "a sandwich"])
