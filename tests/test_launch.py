@@ -305,7 +305,7 @@ def test_a_rank_that_hangs_ends_the_run_in_one_line_and_leaves_no_process(shared
         time.sleep(0.05)
     (other,) = psutil.Process(run.pid).children()
     other.suspend()
-    _, said = run.communicate(timeout=60)
+    _, said = run.communicate(timeout=240)
     assert run.returncode == 2
     (line,) = [line for line in said.splitlines() if line.startswith("csd: ")]
     assert line.startswith("csd: Another process of this run has ended or does not answer")

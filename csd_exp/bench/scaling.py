@@ -156,12 +156,20 @@ def _plot(found: dict[str, Any], file: Path) -> None:
     }
     for column, (axis, title) in enumerate(AXES.items()):
         points = [p for p in found["points"] if p["axis"] == axis and "failed" not in p]
+        across = "log" if points else "linear"
         times, memory = drawn[0][column], drawn[1][column]
         for key, label in lines.items():
-            times.plot([p["at"] for p in points], [p[key] for p in points], marker="o", label=label)
+            taken = [p[key] if p[key] > 0 else float("nan") for p in points]  # too short for the clock
+            times.plot([p["at"] for p in points], taken, marker="o", label=label)
         memory.plot([p["at"] for p in points], [p["peak_memory_gib"] for p in points], marker="o", color="k")
-        times.set(xscale="log", yscale="log", title=axis, ylabel="" if column else "seconds a step")
-        memory.set(xscale="log", ylim=(0, None), ylabel="" if column else "peak memory, GiB")
+        known = any(p[key] > 0 for p in points for key in lines)
+        times.set(
+            xscale=across,
+            yscale="log" if known else "linear",
+            title=axis,
+            ylabel="" if column else "seconds a step",
+        )
+        memory.set(xscale=across, ylim=(0, None), ylabel="" if column else "peak memory, GiB")
         memory.set_xlabel(title.replace(", ", ",\n"), fontsize="small")
         ticks = [p["at"] for p in points]
         memory.set_xticks(ticks, [str(tick) for tick in ticks])
