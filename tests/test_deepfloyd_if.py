@@ -13,7 +13,6 @@ from csd_exp.errors import InputError
 from csd_exp.particles import Generated
 from csd_exp.priors import DeepFloydIF, StableDiffusion
 from csd_exp.priors.base import Query, ViewShape, predict
-from csd_exp.priors.deepfloyd_if import check_folder
 from csd_exp.samplers import PerView, SamplingModule
 
 
@@ -118,7 +117,7 @@ def test_parts_that_do_not_fit_are_named(folder, tmp_path, file, change, message
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | change))
     with pytest.raises(InputError, match=message):
-        check_folder(copy)
+        DeepFloydIF.check_folder(copy)
 
 
 @pytest.mark.parametrize("part", ["unet", "tokenizer", "text_encoder/model.safetensors"])

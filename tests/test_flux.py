@@ -16,7 +16,7 @@ from csd_exp.errors import InputError
 from csd_exp.particles import Images
 from csd_exp.priors import Flux, FluxKontext, StableDiffusion3
 from csd_exp.priors.base import Query, ViewShape, predict, row_count
-from csd_exp.priors.flux import check_folder, packed, unpacked
+from csd_exp.priors.flux import packed, unpacked
 from csd_exp.samplers import PerView, SamplingModule
 
 
@@ -184,7 +184,7 @@ def test_parts_that_do_not_fit_are_named(copy, change, message):
     config = copy / "transformer/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(InputError, match=message):
-        check_folder(copy)
+        Flux.check_folder(copy)
 
 
 @pytest.mark.parametrize("part", ["transformer", "tokenizer_2", "text_encoder_2/model.safetensors"])

@@ -19,7 +19,7 @@ from csd_exp.errors import InputError
 from csd_exp.particles import Images, Panorama
 from csd_exp.priors import InstructPix2Pix, InstructPix2PixXL, StableDiffusionXL
 from csd_exp.priors.base import Query, predict, row_count
-from csd_exp.priors.stable_diffusion_xl import check_folder, edm_sigmas
+from csd_exp.priors.stable_diffusion_xl import edm_sigmas
 from csd_exp.samplers import PerView, SamplingModule
 from csd_exp.schedules import Level
 
@@ -259,7 +259,7 @@ def test_parts_that_do_not_fit_are_named(copy, file, change, message):
     config = json.loads((copy / file).read_text())
     (copy / file).write_text(json.dumps(config | change))
     with pytest.raises(InputError, match=message) as e:
-        check_folder(copy)
+        StableDiffusionXL.check_folder(copy)
     assert str(e.value).count("\n") == 0
 
 

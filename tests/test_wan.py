@@ -14,7 +14,6 @@ from csd_exp.errors import InputError
 from csd_exp.particles import Clips
 from csd_exp.priors import LucyEdit, StableDiffusion3, Wan
 from csd_exp.priors.base import Query, predict, row_count
-from csd_exp.priors.wan import check_folder
 from csd_exp.samplers import PerView, SamplingModule
 
 
@@ -189,4 +188,4 @@ def test_parts_that_do_not_fit_are_named(folder, tmp_path, file, change, message
     copy = shutil.copytree(folder(), tmp_path / "copy")
     (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | change))
     with pytest.raises(InputError, match=message):
-        check_folder(copy)
+        Wan.check_folder(copy)

@@ -152,7 +152,7 @@ def _check_folder(
                 f"prior.path={path} has no motion of its own; give a motion adapter as prior.motion, or use "
                 "it with prior=stable_diffusion."
             )
-    stable_diffusion.check_folder(path, variant, None, allow_pickle, file)
+    StableDiffusion.check_folder(path, variant, None, allow_pickle, file)
 
 
 def _check_adapter(key: str, folder: Path, unet: Mapping[str, Any]) -> dict[str, Any]:

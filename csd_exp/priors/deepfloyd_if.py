@@ -1,8 +1,8 @@
 """DeepFloyd IF, its first stage, frozen, from a diffusers folder or the Hugging Face hub."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -66,16 +66,41 @@ class DeepFloydIF(NetworkPrior):
         if self._fill:
             self.unet.compile(dynamic=False)
 
-    @classmethod
-    def check(cls, config: Mapping[str, Any]) -> None:
-        cls.check_settings(config)
-        pickled = config.get("allow_pickle", False)
-        check_folder(config["path"], config.get("variant"), cls.family, pickled, config.get("weights"))
+    @staticmethod
+    def check_folder(
+        path: str | Path,
+        variant: str | None = None,
+        family: str | None = None,
+        allow_pickle: bool = False,
+        file: str | None = None,
+    ) -> None:
+        folder = known_folder(path)
+        if folder is None:
+            return
+        check_family(path, folder, family)
+        configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
+        unet, predicts = configs["unet"], configs["scheduler"].get("prediction_type", "epsilon")
+        takes, gives, width = (unet.get(key) for key in ("in_channels", "out_channels", "encoder_hid_dim"))
+        if takes != 3 or gives not in (3, 6):
+            raise InputError(
+                f"prior.path={path}: its UNet takes {takes} channels and returns {gives}; accepted are 3 and "
+                "6, the first stage of IF, and later ones, which enlarge pictures, are not."
+            )
+        if predicts != "epsilon":
+            raise InputError(
+                f"prior.path={path}: prediction_type in scheduler/scheduler_config.json must be epsilon, not "
+                f"{predicts!r}."
+            )
+        if width != configs["text_encoder"].get("d_model"):
+            raise InputError(
+                f"prior.path={path}: its UNet reads text {width} wide, and its text encoder's is "
+                f"{configs['text_encoder'].get('d_model')}; accepted is DeepFloyd IF."
+            )
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsIF:
         """The parts of a folder or hub id."""
         folder = fetched_folder(path, variant)
-        check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
+        self.check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
         return PartsIF(**load_parts(path, folder, CLASSES, variant, self.dtype, self.weights))
 
     def described(self) -> object:
@@ -99,35 +124,3 @@ class DeepFloydIF(NetworkPrior):
         tokens = tokenized(self.tokenizer, prompt.lower().strip(), T5_TOKENS).to(self.device)
         text = self.t5(tokens.input_ids, attention_mask=tokens.attention_mask)[0][0]
         return Cond(text=text.to(self.dtype))
-
-
-def check_folder(
-    path: str | Path,
-    variant: str | None = None,
-    family: str | None = None,
-    allow_pickle: bool = False,
-    file: str | None = None,
-) -> None:
-    """As `csd_exp.priors.stable_diffusion.check_folder`, for DeepFloyd IF; families: `family_of`."""
-    folder = known_folder(path)
-    if folder is None:
-        return
-    check_family(path, folder, family)
-    configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
-    unet, predicts = configs["unet"], configs["scheduler"].get("prediction_type", "epsilon")
-    takes, gives, width = (unet.get(key) for key in ("in_channels", "out_channels", "encoder_hid_dim"))
-    if takes != 3 or gives not in (3, 6):
-        raise InputError(
-            f"prior.path={path}: its UNet takes {takes} channels and returns {gives}; accepted are 3 and 6, "
-            "the first stage of IF, and later ones, which enlarge pictures, are not."
-        )
-    if predicts != "epsilon":
-        raise InputError(
-            f"prior.path={path}: prediction_type in scheduler/scheduler_config.json must be epsilon, not "
-            f"{predicts!r}."
-        )
-    if width != configs["text_encoder"].get("d_model"):
-        raise InputError(
-            f"prior.path={path}: its UNet reads text {width} wide, and its text encoder's is "
-            f"{configs['text_encoder'].get('d_model')}; accepted is DeepFloyd IF."
-        )

@@ -1,6 +1,6 @@
 """FLUX.1 and its Kontext, frozen, from a diffusers folder or the Hugging Face hub."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import exp
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -81,16 +81,38 @@ class Flux(LatentFlow):
         if self._fill:
             compile_blocks(self.transformer)
 
-    @classmethod
-    def check(cls, config: Mapping[str, Any]) -> None:
-        cls.check_settings(config)
-        pickled = config.get("allow_pickle", False)
-        check_folder(config["path"], config.get("variant"), cls.family, pickled, config.get("weights"))
+    @staticmethod
+    def check_folder(
+        path: str | Path,
+        variant: str | None = None,
+        family: str | None = None,
+        allow_pickle: bool = False,
+        file: str | None = None,
+    ) -> None:
+        folder = known_folder(path)
+        if folder is None:
+            return
+        check_family(path, folder, family)
+        configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
+        transformer, channels = configs["transformer"], configs["vae"].get("latent_channels", 4)
+        if transformer.get("in_channels", 64) != 4 * channels:
+            raise InputError(
+                f"prior.path={path}: its transformer takes tokens of {transformer.get('in_channels', 64)} "
+                f"channels, and those of its latents have {4 * channels}; accepted are FLUX.1 and "
+                "its Kontext."
+            )
+        reads = transformer.get("joint_attention_dim", 4096), transformer.get("pooled_projection_dim", 768)
+        wide = configs["text_encoder_2"].get("d_model"), configs["text_encoder"].get("hidden_size")
+        if reads != wide:
+            raise InputError(
+                f"prior.path={path}: its transformer reads text {reads[0]} and pooled text {reads[1]} wide, "
+                f"and its text encoders' are {wide[0]} and {wide[1]}; accepted are FLUX.1 and its Kontext."
+            )
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsFlux:
         """The parts of a folder or hub id."""
         folder = fetched_folder(path, variant)
-        check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
+        self.check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
         return PartsFlux(**load_parts(path, folder, CLASSES, variant, self.dtype, self.weights))
 
     def described(self) -> object:
@@ -200,31 +222,3 @@ def token_places(x: Tensor, which: int) -> Tensor:
     rows, columns = (torch.arange(side // 2, device=x.device) for side in x.shape[-2:])
     grid = torch.cartesian_prod(rows, columns)
     return torch.cat([grid.new_full((len(grid), 1), which), grid], dim=1).float()
-
-
-def check_folder(
-    path: str | Path,
-    variant: str | None = None,
-    family: str | None = None,
-    allow_pickle: bool = False,
-    file: str | None = None,
-) -> None:
-    """As `csd_exp.priors.stable_diffusion.check_folder`, for FLUX.1; families are those of `family_of`."""
-    folder = known_folder(path)
-    if folder is None:
-        return
-    check_family(path, folder, family)
-    configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
-    transformer, channels = configs["transformer"], configs["vae"].get("latent_channels", 4)
-    if transformer.get("in_channels", 64) != 4 * channels:
-        raise InputError(
-            f"prior.path={path}: its transformer takes tokens of {transformer.get('in_channels', 64)} "
-            f"channels, and those of its latents have {4 * channels}; accepted are FLUX.1 and its Kontext."
-        )
-    reads = transformer.get("joint_attention_dim", 4096), transformer.get("pooled_projection_dim", 768)
-    wide = configs["text_encoder_2"].get("d_model"), configs["text_encoder"].get("hidden_size")
-    if reads != wide:
-        raise InputError(
-            f"prior.path={path}: its transformer reads text {reads[0]} and pooled text {reads[1]} wide, and "
-            f"its text encoders' are {wide[0]} and {wide[1]}; accepted are FLUX.1 and its Kontext."
-        )

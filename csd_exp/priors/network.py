@@ -41,6 +41,7 @@ class NetworkPrior(Prior):
     Raises InputError, naming the key, for a setting out of range.
     """
 
+    family: ClassVar[str]  # see `csd_exp.families.family_of`
     pipeline: ClassVar[str]  # diffusers' own of the family, whose loaders know what its LoRAs look like
     denoiser: ClassVar[str] = "unet"  # the attribute that is the network which scores
     conditioned = 0  # channels of what `condition` returns
@@ -78,6 +79,27 @@ class NetworkPrior(Prior):
         self.lora, self.lora_scale = lora, lora_scale
         if lora is not None:
             check_lora(lora)
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any]) -> None:
+        cls.check_settings(config)
+        pickled = config.get("allow_pickle", False)
+        cls.check_folder(config["path"], config.get("variant"), cls.family, pickled, config.get("weights"))
+
+    @staticmethod
+    @abstractmethod
+    def check_folder(
+        path: str | Path,
+        variant: str | None = None,
+        family: str | None = None,
+        allow_pickle: bool = False,
+        file: str | None = None,
+    ) -> None:
+        """Raise InputError unless `path` is a usable prior; reads configurations, never weights.
+
+        A hub id passes when the hub, or its local cache, has it. family: one of `csd_exp.families.family_of`;
+        None accepts all that the class can be. file: the denoiser's weights, where not in the folder.
+        """
 
     @classmethod
     def check_settings(cls, config: Mapping[str, Any]) -> None:

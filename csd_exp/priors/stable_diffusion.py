@@ -1,6 +1,6 @@
 """Stable Diffusion and InstructPix2Pix, frozen, from a diffusers folder or the Hugging Face hub."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -76,11 +76,21 @@ class StableDiffusion(LatentPrior):
         if self._fill:
             self.unet.compile(dynamic=False)
 
-    @classmethod
-    def check(cls, config: Mapping[str, Any]) -> None:
-        cls.check_settings(config)
-        pickled = config.get("allow_pickle", False)
-        check_folder(config["path"], config.get("variant"), cls.family, pickled, config.get("weights"))
+    @staticmethod
+    def check_folder(
+        path: str | Path,
+        variant: str | None = None,
+        family: str | None = None,
+        allow_pickle: bool = False,
+        file: str | None = None,
+    ) -> None:
+        folder = known_folder(path)
+        if folder is None:
+            return
+        check_family(path, folder, family)
+        configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
+        check_prediction(path, configs["scheduler"])
+        _check_fit(path, configs["vae"], configs["text_encoder"], configs["unet"])
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> Any:
         """The parts of a folder or hub id."""
@@ -152,27 +162,6 @@ def noise_levels(scheduler: Any) -> Tensor:
     return scheduler.alphas_cumprod.double().clamp_min(2**-24)
 
 
-def check_folder(
-    path: str | Path,
-    variant: str | None = None,
-    family: str | None = None,
-    allow_pickle: bool = False,
-    file: str | None = None,
-) -> None:
-    """Raise InputError unless `path` is a usable prior; reads configurations, never weights.
-
-    A hub id passes when the hub, or its local cache, has it. family: `stable_diffusion` or
-    `instruct_pix2pix`; None accepts both.
-    """
-    folder = known_folder(path)
-    if folder is None:
-        return
-    check_family(path, folder, family)
-    configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
-    check_prediction(path, configs["scheduler"])
-    _check_fit(path, configs["vae"], configs["text_encoder"], configs["unet"])
-
-
 def load(
     path: str | Path,
     variant: str | None = None,
@@ -181,12 +170,12 @@ def load(
     dtype: torch.dtype = torch.float32,
     weights: Weights = OF_FOLDER,
 ) -> Parts:
-    """The components of a folder or hub id, checked as by `check_folder`; only a hub id downloads.
+    """The components of a folder or hub id, checked by the class's `check_folder`; only a hub id downloads.
 
     dtype, weights: as of `csd_exp.priors.folders.load_parts`.
     """
     folder = fetched_folder(path, variant)
-    check_folder(folder, variant, family, allow_pickle, weights.file)
+    StableDiffusion.check_folder(folder, variant, family, allow_pickle, weights.file)
     return Parts(**load_parts(path, folder, CLASSES, variant, dtype, weights))
 
 

@@ -93,12 +93,35 @@ class StableDiffusion3(LatentFlow):
     def check(cls, config: Mapping[str, Any]) -> None:
         cls.check_settings(config)
         pickled, t5 = config.get("allow_pickle", False), config.get("t5", True)
-        check_folder(config["path"], config.get("variant"), cls.family, pickled, t5, config.get("weights"))
+        cls.check_folder(
+            config["path"], config.get("variant"), cls.family, pickled, config.get("weights"), t5
+        )
+
+    @staticmethod
+    def check_folder(
+        path: str | Path,
+        variant: str | None = None,
+        family: str | None = None,
+        allow_pickle: bool = False,
+        file: str | None = None,
+        t5: bool = True,
+    ) -> None:
+        folder = known_folder(path)
+        if folder is None:
+            return
+        check_family(path, folder, family)
+        classes = _classes(path, folder, t5)
+        if "text_encoder_3" in classes and not (folder / "text_encoder_3").is_dir():
+            raise InputError(
+                f"prior.path={path} lacks its text_encoder_3, the large one; add it, or prior.t5=false."
+            )
+        configs = check_parts(path, folder, classes, variant, allow_pickle, file)
+        _check_fit(path, configs)
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool, t5: bool) -> Parts3:
         """The parts of a folder or hub id."""
         folder = fetched_folder(path, variant)
-        check_folder(folder, variant, self.family, allow_pickle, t5, self.weights.file)
+        self.check_folder(folder, variant, self.family, allow_pickle, self.weights.file, t5)
         classes = _classes(path, folder, t5)
         return Parts3(**load_parts(path, folder, classes, variant, self.dtype, self.weights))
 
@@ -166,28 +189,6 @@ def _classes(path: str | Path, folder: Path, t5: bool) -> dict[str, type]:
     """The parts of a folder that are used."""
     index = config_of(path, folder, "model_index.json")
     return CLASSES | (LARGE if t5 and index.get("text_encoder_3", [None])[0] is not None else {})
-
-
-def check_folder(
-    path: str | Path,
-    variant: str | None = None,
-    family: str | None = None,
-    allow_pickle: bool = False,
-    t5: bool = True,
-    file: str | None = None,
-) -> None:
-    """As `csd_exp.priors.stable_diffusion.check_folder`, for Stable Diffusion 3; families: `family_of`."""
-    folder = known_folder(path)
-    if folder is None:
-        return
-    check_family(path, folder, family)
-    classes = _classes(path, folder, t5)
-    if "text_encoder_3" in classes and not (folder / "text_encoder_3").is_dir():
-        raise InputError(
-            f"prior.path={path} lacks its text_encoder_3, the large one; add it, or prior.t5=false."
-        )
-    configs = check_parts(path, folder, classes, variant, allow_pickle, file)
-    _check_fit(path, configs)
 
 
 def _check_fit(path: str | Path, configs: Mapping[str, dict]) -> None:

@@ -1,6 +1,6 @@
 """SDXL, its InstructPix2Pix and CosXL, frozen, from a diffusers folder or the Hugging Face hub."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,15 +71,32 @@ class StableDiffusionXL(StableDiffusion):
     side = 128
     times: Tensor | None
 
-    @classmethod
-    def check(cls, config: Mapping[str, Any]) -> None:
-        cls.check_settings(config)
-        pickled = config.get("allow_pickle", False)
-        check_folder(config["path"], config.get("variant"), cls.family, pickled, config.get("weights"))
+    @staticmethod
+    def check_folder(
+        path: str | Path,
+        variant: str | None = None,
+        family: str | None = None,
+        allow_pickle: bool = False,
+        file: str | None = None,
+    ) -> None:
+        folder = known_folder(path)
+        if folder is None:
+            return
+        check_family(path, folder, family)
+        index = config_of(path, folder, "model_index.json")
+        if index.get("requires_aesthetics_score"):
+            raise InputError(
+                f"prior.path={path} is a refiner of SDXL, which only finishes pictures of its base model; "
+                "give a folder of the base model."
+            )
+        configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
+        check_prediction(path, configs["scheduler"])
+        _check_edm(path, configs["scheduler"])
+        _check_fit(path, configs["text_encoder"], configs["text_encoder_2"], configs["unet"])
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsXL:
         folder = fetched_folder(path, variant)
-        check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
+        self.check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
         edm = is_edm(config_of(path, folder, "scheduler/scheduler_config.json"))
         classes = CLASSES | ({"scheduler": EDMEulerScheduler} if edm else {})
         zeros = config_of(path, folder, "model_index.json").get("force_zeros_for_empty_prompt", True)
@@ -163,30 +180,6 @@ def edm_sigmas(config: Any) -> Tensor:
         return torch.exp(log(lowest) + place * (log(highest) - log(lowest)))
     low, high = lowest ** (1 / config.rho), highest ** (1 / config.rho)
     return (low + place * (high - low)) ** config.rho
-
-
-def check_folder(
-    path: str | Path,
-    variant: str | None = None,
-    family: str | None = None,
-    allow_pickle: bool = False,
-    file: str | None = None,
-) -> None:
-    """As `csd_exp.priors.stable_diffusion.check_folder`, for SDXL; families are those of `family_of`."""
-    folder = known_folder(path)
-    if folder is None:
-        return
-    check_family(path, folder, family)
-    index = config_of(path, folder, "model_index.json")
-    if index.get("requires_aesthetics_score"):
-        raise InputError(
-            f"prior.path={path} is a refiner of SDXL, which only finishes pictures of its base model; "
-            "give a folder of the base model."
-        )
-    configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
-    check_prediction(path, configs["scheduler"])
-    _check_edm(path, configs["scheduler"])
-    _check_fit(path, configs["text_encoder"], configs["text_encoder_2"], configs["unet"])
 
 
 def _check_edm(path: str | Path, scheduler: dict) -> None:

@@ -85,16 +85,51 @@ class Wan(LatentFlow):
         if self._fill:
             compile_blocks(self.transformer)
 
-    @classmethod
-    def check(cls, config: Mapping[str, Any]) -> None:
-        cls.check_settings(config)
-        pickled = config.get("allow_pickle", False)
-        check_folder(config["path"], config.get("variant"), cls.family, pickled, config.get("weights"))
+    @staticmethod
+    def check_folder(
+        path: str | Path,
+        variant: str | None = None,
+        family: str | None = None,
+        allow_pickle: bool = False,
+        file: str | None = None,
+    ) -> None:
+        folder = known_folder(path)
+        if folder is None:
+            return
+        check_family(path, folder, family)
+        if config_of(path, folder, "model_index.json").get("transformer_2", [None])[0] is not None:
+            raise InputError(
+                f"prior.path={path} has two experts, transformer and transformer_2; accepted is Wan of one "
+                "network, such as 2.1 and 2.2 TI2V-5B, and Lucy-Edit on it."
+            )
+        configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
+        scheduler, transformer = configs["scheduler"], configs["transformer"]
+        flows = scheduler.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__
+        if not flows and scheduler.get("prediction_type") != "flow_prediction":
+            raise InputError(
+                f"prior.path={path}: scheduler/scheduler_config.json is of {scheduler.get('_class_name')} "
+                f"for {scheduler.get('prediction_type', 'epsilon')}; accepted are flows, as of "
+                "Wan and Lucy-Edit."
+            )
+        channels = configs["vae"].get("z_dim", 16)
+        takes, gives = transformer.get("in_channels", 16), transformer.get("out_channels", 16)
+        if takes not in (channels, 2 * channels) or gives != channels:
+            raise InputError(
+                f"prior.path={path}: its transformer takes {takes} channels for latents of {channels} and "
+                f"returns {gives}; accepted are {channels} or {2 * channels} and {channels}, Wan from text "
+                "or Lucy-Edit."
+            )
+        reads, wide = transformer.get("text_dim", 4096), configs["text_encoder"].get("d_model")
+        if reads != wide:
+            raise InputError(
+                f"prior.path={path}: its transformer reads text {reads} wide, and its text encoder's is "
+                f"{wide}; accepted are Wan and Lucy-Edit."
+            )
 
     def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsWan:
         """The parts of a folder or hub id."""
         folder = fetched_folder(path, variant)
-        check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
+        self.check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
         shift = own_shift(config_of(path, folder, "scheduler/scheduler_config.json"))
         return PartsWan(**load_parts(path, folder, CLASSES, variant, self.dtype, self.weights), shift=shift)
 
@@ -177,44 +212,3 @@ class LucyEdit(Editing, Wan):
 def own_shift(scheduler: Mapping[str, Any]) -> float:
     """The shift of a scheduler's configuration, Euler's or UniPC's."""
     return float(scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
-
-
-def check_folder(
-    path: str | Path,
-    variant: str | None = None,
-    family: str | None = None,
-    allow_pickle: bool = False,
-    file: str | None = None,
-) -> None:
-    """As `csd_exp.priors.stable_diffusion.check_folder`, for Wan; families are those of `family_of`."""
-    folder = known_folder(path)
-    if folder is None:
-        return
-    check_family(path, folder, family)
-    if config_of(path, folder, "model_index.json").get("transformer_2", [None])[0] is not None:
-        raise InputError(
-            f"prior.path={path} has two experts, transformer and transformer_2; accepted is Wan of one "
-            "network, such as 2.1 and 2.2 TI2V-5B, and Lucy-Edit on it."
-        )
-    configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
-    scheduler, transformer = configs["scheduler"], configs["transformer"]
-    flows = scheduler.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__
-    if not flows and scheduler.get("prediction_type") != "flow_prediction":
-        raise InputError(
-            f"prior.path={path}: scheduler/scheduler_config.json is of {scheduler.get('_class_name')} for "
-            f"{scheduler.get('prediction_type', 'epsilon')}; accepted are flows, as of Wan and Lucy-Edit."
-        )
-    channels = configs["vae"].get("z_dim", 16)
-    takes, gives = transformer.get("in_channels", 16), transformer.get("out_channels", 16)
-    if takes not in (channels, 2 * channels) or gives != channels:
-        raise InputError(
-            f"prior.path={path}: its transformer takes {takes} channels for latents of {channels} and "
-            f"returns {gives}; accepted are {channels} or {2 * channels} and {channels}, Wan from text or "
-            "Lucy-Edit."
-        )
-    reads, wide = transformer.get("text_dim", 4096), configs["text_encoder"].get("d_model")
-    if reads != wide:
-        raise InputError(
-            f"prior.path={path}: its transformer reads text {reads} wide, and its text encoder's is {wide}; "
-            "accepted are Wan and Lucy-Edit."
-        )
