@@ -93,7 +93,7 @@ def test_what_it_is_written_as(tmp_path):
         place = {"edit": "season", "method": method}
         records.append(Record(place, number, {"strength": 1.0}, run=run))
     figure = OmegaConf.create(
-        {"name": "bias", "size": "quick", "columns": {"strength": "strength"}}
+        {"name": "bias", "size": "quick", "scale": "embedded", "columns": {"strength": "strength"}}
         | {"draw": {"_target_": "csd_exp.figures.bias.Shares"}}
     )
     files = FORM(figure, Results(records, ["edit", "method"]), OmegaConf.create(), "About it.")

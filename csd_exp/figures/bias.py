@@ -16,7 +16,7 @@ from csd_exp.build import constructed
 from csd_exp.errors import InputError
 from csd_exp.facts import read_facts
 from csd_exp.figures.drawing import captioned, rendered
-from csd_exp.figures.forms import Files
+from csd_exp.figures.forms import Files, file_name
 from csd_exp.figures.plan import Cell
 from csd_exp.figures.results import Key, Results
 from csd_exp.figures.tables import written
@@ -93,7 +93,7 @@ class Bias:
                     lines.append(
                         _line(edit, method, of) | {k: v and round(v.mean, 4) for k, v in measured.items()}
                     )
-        name = figure.name if figure.size == "quick" else f"{figure.name}_{figure.size}"
+        name = file_name(figure)
         drawn = captioned(constructed(figure.draw)(found), about)
         keys = dict.fromkeys(key for run in runs for key in run)
         return {

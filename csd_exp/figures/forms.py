@@ -30,6 +30,12 @@ Files = dict[str, str | bytes]
 """Contents by name."""
 
 
+def file_name(figure: DictConfig) -> str:
+    """What the files of a figure begin with; another size or scale than the usual is told."""
+    other = [what for what in (figure.size, figure.scale) if what not in ("quick", "embedded")]
+    return "_".join([figure.name, *other])
+
+
 class Paper:
     """PNG and PDF with a caption, every run as CSV, the table as CSV and LaTeX, the paper's numbers beside.
 
@@ -44,8 +50,7 @@ class Paper:
         columns = {str(name): title for name, title in figure.columns.items()}
         found = lines(results, list(columns), list(figure.paper))
         drawn = captioned(constructed(figure.draw)(results, found, columns), about)
-        other = [what for what in (figure.size, figure.scale) if what not in ("quick", "embedded")]
-        name = "_".join([figure.name, *other])
+        name = file_name(figure)
         return {
             f"{name}.png": rendered(drawn, "png"),
             f"{name}.pdf": rendered(drawn, "pdf"),
