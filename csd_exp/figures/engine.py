@@ -120,6 +120,7 @@ def _records(
     columns: Sequence[str],
 ) -> tuple[list[Record], list[str]]:
     """Every run, made where it is missing, and why those that failed did; runs.csv grows with each."""
+    runs = folder.parent / figure.runs if figure.runs else folder
     remembered, shows = known(figure, columns), getattr(get_class(figure.draw._target_), "of_runs", False)
     records: list[Record] = []
     reasons = []
@@ -127,7 +128,7 @@ def _records(
         began, progress = monotonic(), f"[{number}/{len(cells)}] {figure.name}: {cell}"
         drawn = shows and cell.seed == cells[0].seed
         try:
-            records.append(record(cell, config, folder, columns, {} if drawn else remembered))
+            records.append(record(cell, config, runs, columns, {} if drawn else remembered))
             write_whole(folder / "runs.csv", records_csv(records, columns))
             print(f"{progress}: {monotonic() - began:.0f} s", flush=True)
         except DIVERGED as e:

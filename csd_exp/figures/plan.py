@@ -56,8 +56,8 @@ class FigureConfig:
     `csd_exp.figures.results.Equal`; null compares at the end only. paper: the paper's numbers, a list of rows
     by axis and metric, and their source. draw: one of `csd_exp.figures.drawing`. form: one of
     `csd_exp.figures.forms`, what files it is written as. known: a runs.csv that the figure has written on
-    another machine, whose numbers count where a run is not here. parts: figures to make one by one in place
-    of this.
+    another machine, whose numbers count where a run is not here. runs: another figure, in whose folder the
+    runs are, so that both draw the same. parts: figures to make one by one in place of this.
     """
 
     name: str = MISSING
@@ -77,12 +77,13 @@ class FigureConfig:
     draw: Any = None
     form: Any = field(default_factory=lambda: {"_target_": "csd_exp.figures.forms.Paper"})
     known: str | None = None
+    runs: str | None = None
     parts: list[str] = field(default_factory=list)
 
 
 @dataclass
 class FigureRoot:
-    """dir: the folder of all figures. folder: of this one and of its runs."""
+    """dir: the folder of all figures. folder: of this one, and of its runs unless `figure.runs` names another."""
 
     figure: FigureConfig = MISSING
     dir: str = "outputs/figures"
