@@ -184,7 +184,7 @@ def test_parts_that_do_not_fit_are_named(copy, change, message):
     config = copy / "transformer/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(InputError, match=message):
-        Flux.check_folder(copy)
+        FluxKontext.check_folder(copy)
 
 
 @pytest.mark.parametrize("part", ["transformer", "tokenizer_2", "text_encoder_2/model.safetensors"])

@@ -355,7 +355,7 @@ def test_the_older_public_layout_loads_to_the_same_prior(folder, copy):
         )
     )
     with pytest.raises(InputError, match=r"vae/diffusion_pytorch_model\.bin.*prior\.allow_pickle=true"):
-        StableDiffusion.check_folder(copy)
+        InstructPix2Pix.check_folder(copy)
     assert InstructPix2Pix(copy, allow_pickle=True).fingerprint == InstructPix2Pix(folder()).fingerprint
 
 
@@ -400,14 +400,14 @@ def test_shards_are_those_that_the_index_names(folder, copy):
     with pytest.raises(
         InputError, match=r"text_encoder/pytorch_model-00001-of-00002\.bin.*allow_pickle=true"
     ):
-        StableDiffusion.check_folder(copy, "fp16")
+        InstructPix2Pix.check_folder(copy, "fp16")
     prior = InstructPix2Pix(copy, variant="fp16", allow_pickle=True)
     assert prior.fingerprint == InstructPix2Pix(folder()).fingerprint
     with pytest.raises(InputError, match=r"prior\.variant=bf16 names no weights"):
-        StableDiffusion.check_folder(copy, "bf16", allow_pickle=True)
+        InstructPix2Pix.check_folder(copy, "bf16", allow_pickle=True)
     (copy / "unet" / shards[1]).unlink()
     with pytest.raises(InputError, match=r"unet/other\.safetensors, or \.bin, is missing"):
-        StableDiffusion.check_folder(copy, "fp16", allow_pickle=True)
+        InstructPix2Pix.check_folder(copy, "fp16", allow_pickle=True)
 
 
 def test_a_variant_names_the_weight_files(folder, copy):
@@ -418,8 +418,8 @@ def test_a_variant_names_the_weight_files(folder, copy):
     with pytest.raises(
         InputError, match=r"vae: vae/diffusion_pytorch_model.safetensors.*prior\.variant=null"
     ):
-        StableDiffusion.check_folder(copy)
-    StableDiffusion.check_folder(copy, "fp16")
+        InstructPix2Pix.check_folder(copy)
+    InstructPix2Pix.check_folder(copy, "fp16")
     prior, exact = InstructPix2Pix(copy, variant="fp16"), InstructPix2Pix(folder())
     assert torch.equal(prior.unet.conv_in.weight, exact.unet.conv_in.weight.half().float())
 
@@ -456,7 +456,7 @@ def test_a_missing_part_is_named_before_weights_are_read(copy, missing, monkeypa
     for cls in (AutoencoderKL, CLIPTextModel, UNet2DConditionModel):
         monkeypatch.setattr(cls, "from_pretrained", None)
     message = path.name if path.suffix else f"its {missing}"
-    for attempt in (StableDiffusion.check_folder, InstructPix2Pix):
+    for attempt in (InstructPix2Pix.check_folder, InstructPix2Pix):
         with pytest.raises(InputError, match=message) as error:
             attempt(copy)
         assert str(copy) in str(error.value)
@@ -469,7 +469,7 @@ def test_damaged_weights_are_named(copy, part):
     weights = load_file(file)
     removed = sorted(weights)[3]
     save_file({k: w for k, w in weights.items() if k != removed}, file, metadata={"format": "pt"})
-    StableDiffusion.check_folder(copy)
+    InstructPix2Pix.check_folder(copy)
     with pytest.raises(InputError, match=f"the weights of its {part} lack 1 tensors, {removed} for one"):
         InstructPix2Pix(copy)
     file.write_bytes(file.read_bytes()[:1000])
@@ -501,17 +501,17 @@ def test_parts_that_do_not_fit_are_named(copy, file, key, value, message):
     config = copy / file / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
     with pytest.raises(InputError, match=message):
-        StableDiffusion.check_folder(copy)
+        InstructPix2Pix.check_folder(copy)
     config.write_text("{")
     with pytest.raises(InputError, match=f"{file}/config.json is not valid JSON"):
-        StableDiffusion.check_folder(copy)
+        InstructPix2Pix.check_folder(copy)
 
 
 def test_a_prediction_type_other_than_epsilon_and_v_is_refused(copy):
     config = copy / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
     with pytest.raises(InputError, match=r"prediction_type.*epsilon, v_prediction.*'sample'"):
-        StableDiffusion.check_folder(copy)
+        InstructPix2Pix.check_folder(copy)
 
 
 def test_what_cannot_be_found_is_one_sentence(monkeypatch, tmp_path):
@@ -519,12 +519,12 @@ def test_what_cannot_be_found_is_one_sentence(monkeypatch, tmp_path):
         raise OSError("no route")
 
     for path in ("/nope", tmp_path / "nope", "nope"):
-        for attempt in (StableDiffusion.check_folder, InstructPix2Pix):
+        for attempt in (InstructPix2Pix.check_folder, InstructPix2Pix):
             with pytest.raises(InputError, match=r"is no folder; give a folder in the diffusers layout"):
                 attempt(path)
     monkeypatch.setattr(folders, "model_info", offline)
     monkeypatch.setattr(folders.DiffusionPipeline, "download", offline)
-    for attempt in (StableDiffusion.check_folder, InstructPix2Pix):
+    for attempt in (InstructPix2Pix.check_folder, InstructPix2Pix):
         with pytest.raises(
             InputError, match=r"prior\.path=nobody/nothing is no folder here.*cannot be reached"
         ):
@@ -539,7 +539,7 @@ def test_a_hub_id_is_downloaded_without_what_is_not_needed(folder, monkeypatch):
         "download",
         lambda name, **options: asked.update(options, name=name) or str(folder()),
     )
-    StableDiffusion.check_folder("some/model")
+    InstructPix2Pix.check_folder("some/model")
     prior = InstructPix2Pix("some/model")
     assert prior.fingerprint == InstructPix2Pix(folder()).fingerprint
     assert asked["info"] == asked["name"] == "some/model"

@@ -234,14 +234,14 @@ def test_parts_that_do_not_fit_are_named(copy, change, message):
     config = copy / "transformer/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(InputError, match=message):
-        StableDiffusion3.check_folder(copy)
+        UltraEdit.check_folder(copy)
 
 
 def test_a_large_text_encoder_that_is_missing_may_be_left_out(copy):
     shutil.rmtree(copy / "text_encoder_3")
     with pytest.raises(InputError, match=r"lacks its text_encoder_3.*or prior\.t5=false"):
-        StableDiffusion3.check_folder(copy)
-    StableDiffusion3.check_folder(copy, t5=False)
+        UltraEdit.check_folder(copy)
+    UltraEdit.check_folder(copy, t5=False)
 
 
 @pytest.mark.parametrize("part", ["transformer", "tokenizer_3", "text_encoder_3/model.safetensors"])

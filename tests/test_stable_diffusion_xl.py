@@ -259,7 +259,7 @@ def test_parts_that_do_not_fit_are_named(copy, file, change, message):
     config = json.loads((copy / file).read_text())
     (copy / file).write_text(json.dumps(config | change))
     with pytest.raises(InputError, match=message) as e:
-        StableDiffusionXL.check_folder(copy)
+        InstructPix2PixXL.check_folder(copy)
     assert str(e.value).count("\n") == 0
 
 

@@ -188,4 +188,4 @@ def test_parts_that_do_not_fit_are_named(folder, tmp_path, file, change, message
     copy = shutil.copytree(folder(), tmp_path / "copy")
     (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | change))
     with pytest.raises(InputError, match=message):
-        Wan.check_folder(copy)
+        LucyEdit.check_folder(copy)

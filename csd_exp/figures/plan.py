@@ -83,7 +83,7 @@ class FigureConfig:
 
 @dataclass
 class FigureRoot:
-    """dir: the folder of all figures. folder: of this one, and of its runs unless `figure.runs` names another."""
+    """dir: the folder of all figures. folder: of this one; and of its runs, but for `figure.runs`."""
 
     figure: FigureConfig = MISSING
     dir: str = "outputs/figures"

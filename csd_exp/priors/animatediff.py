@@ -9,17 +9,8 @@ from torch import Tensor
 
 from csd_exp.errors import InputError, accept
 from csd_exp.families import family_of, known
-from csd_exp.priors import stable_diffusion
 from csd_exp.priors.base import Cond
-from csd_exp.priors.folders import (
-    check_family,
-    check_lone,
-    fetched_folder,
-    known_folder,
-    load_lone,
-    load_parts,
-    lone_folder,
-)
+from csd_exp.priors.folders import check_family, check_lone, classes_of, known_folder, load_lone, lone_folder
 from csd_exp.priors.stable_diffusion import Parts, StableDiffusion
 from csd_exp.priors.weights import Weights
 
@@ -40,6 +31,7 @@ class AnimateDiff(StableDiffusion):
     The rest is as for StableDiffusion.
     """
 
+    folder_keys = (*StableDiffusion.folder_keys, "motion")
     family = "animatediff"
     pipeline = "AnimateDiffPipeline"
     clips = True
@@ -72,27 +64,37 @@ class AnimateDiff(StableDiffusion):
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
-        cls.check_settings(config)
-        path, motion = config["path"], config.get("motion")
-        folder = known_folder(path)
-        if folder is None:
+        super().check(config)
+        folder, motion = known_folder(config["path"]), config.get("motion")
+        if folder is None or motion is None:
             return
-        pickled, file = config.get("allow_pickle", False), config.get("weights")
-        _check_folder(path, folder, motion, config.get("variant"), pickled, file)
-        adapter = None if motion is None else lone_folder("prior.motion", motion, "motion adapter")
+        adapter = lone_folder("prior.motion", motion, "motion adapter")
         if adapter is not None:
             unet = known(folder / "unet/config.json")
             told = _check_adapter(f"prior.motion={motion}", adapter, unet)
             _check_frames(config.get("frames", FRAMES), told.get("motion_max_seq_length", 32))
 
-    def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> Parts:
-        folder = fetched_folder(path, variant)
-        _check_folder(path, folder, self.motion, variant, allow_pickle, self.weights.file)
-        own = {"unet": UNetMotionModel} if self.motion is None else {}
-        parts = Parts(
-            **load_parts(path, folder, stable_diffusion.CLASSES | own, variant, self.dtype, self.weights)
-        )
-        if self.motion is None:
+    @classmethod
+    def needed(cls, path: str | Path, folder: Path, motion: str | None = None) -> dict[str, type]:
+        whole = family_of(folder)[0] == cls.family
+        if whole and motion is not None:
+            raise InputError(
+                f"prior.path={path} is an AnimateDiff pipeline with motion of its own; leave out "
+                f"prior.motion={motion}, or give the folder of Stable Diffusion 1.5."
+            )
+        if whole:
+            return classes_of(cls.parts) | {"unet": UNetMotionModel}
+        check_family(path, folder, StableDiffusion.family)
+        if motion is None:
+            raise InputError(
+                f"prior.path={path} has no motion of its own; give a motion adapter as prior.motion, or use "
+                "it with prior=stable_diffusion."
+            )
+        return classes_of(cls.parts)
+
+    def found(self, path: str | Path | tuple, **own) -> Parts:
+        parts = super().found(path, motion=self.motion, **own)
+        if self.motion is None or isinstance(path, tuple):
             return parts
         unet = parts.unet
 
@@ -129,30 +131,6 @@ def _folded(clips: Tensor) -> Tensor:
 def _unfolded(pictures: Tensor, count: int) -> Tensor:
     """Clips of `count` pictures, the inverse of `_folded`."""
     return pictures.unflatten(0, (-1, count)).transpose(1, 2)
-
-
-def _check_folder(
-    path: str | Path,
-    folder: Path,
-    motion: str | None,
-    variant: str | None,
-    allow_pickle: bool,
-    file: str | None,
-) -> None:
-    whole = family_of(folder)[0] == "animatediff"
-    if whole and motion is not None:
-        raise InputError(
-            f"prior.path={path} is an AnimateDiff pipeline with motion of its own; leave out "
-            f"prior.motion={motion}, or give the folder of Stable Diffusion 1.5."
-        )
-    if not whole:
-        check_family(path, folder, "stable_diffusion")
-        if motion is None:
-            raise InputError(
-                f"prior.path={path} has no motion of its own; give a motion adapter as prior.motion, or use "
-                "it with prior=stable_diffusion."
-            )
-    StableDiffusion.check_folder(path, variant, None, allow_pickle, file)
 
 
 def _check_adapter(key: str, folder: Path, unet: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """DeepFloyd IF, its first stage, frozen, from a diffusers folder or the Hugging Face hub."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -11,16 +11,9 @@ from transformers import T5EncoderModel, T5TokenizerFast
 
 from csd_exp.errors import InputError
 from csd_exp.priors.base import Cond, ViewShape
-from csd_exp.priors.folders import check_family, check_parts, fetched_folder, known_folder, load_parts
 from csd_exp.priors.network import NetworkPrior, settings, tokenized
 from csd_exp.priors.stable_diffusion import noise_levels
 
-CLASSES: dict[str, type] = {
-    "text_encoder": T5EncoderModel,
-    "tokenizer": T5TokenizerFast,
-    "unet": UNet2DConditionModel,
-    "scheduler": DDPMScheduler,
-}
 T5_TOKENS = 77  # as many as it was trained with
 
 
@@ -42,20 +35,17 @@ class DeepFloydIF(NetworkPrior):
     which is no weighted sum of rows, and no residual asks for it. So `method=per_view` is the pipeline's DDIM
     with `thresholding` and `clip_sample` off. Prompts are put in lower case, as there.
 
-    path, variant, allow_pickle: as for StableDiffusion. The text encoder is held in bfloat16 where `dtype` is
-        float16, in which it overflows.
-    The rest is as for NetworkPrior.
-    Raises InputError, naming the key or the file, for parts that are missing, damaged or do not fit.
+    The text encoder is held in bfloat16 where `dtype` is float16, in which it overflows.
+    The keys are those of NetworkPrior.
     """
 
-    family: ClassVar[str] = "deepfloyd_if"
+    parts = PartsIF
+    family = "deepfloyd_if"
     pipeline = "IFPipeline"
 
-    def __init__(
-        self, path: str | Path | PartsIF, variant: str | None = None, allow_pickle: bool = False, **shared
-    ):
+    def __init__(self, path: str | Path | PartsIF, **shared):
         super().__init__(**shared)
-        parts = path if isinstance(path, PartsIF) else self.load(path, variant, allow_pickle)
+        parts = self.found(path)
         self.t5, self.tokenizer, self.unet = parts.text_encoder, parts.tokenizer, parts.unet
         self.keep({"unet": parts.unet}, {"text_encoder": parts.text_encoder})
         self.alphas_cumprod = noise_levels(parts.scheduler)
@@ -67,18 +57,7 @@ class DeepFloydIF(NetworkPrior):
             self.unet.compile(dynamic=False)
 
     @staticmethod
-    def check_folder(
-        path: str | Path,
-        variant: str | None = None,
-        family: str | None = None,
-        allow_pickle: bool = False,
-        file: str | None = None,
-    ) -> None:
-        folder = known_folder(path)
-        if folder is None:
-            return
-        check_family(path, folder, family)
-        configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
+    def check_fit(path: str | Path, configs: Mapping[str, dict]) -> None:
         unet, predicts = configs["unet"], configs["scheduler"].get("prediction_type", "epsilon")
         takes, gives, width = (unet.get(key) for key in ("in_channels", "out_channels", "encoder_hid_dim"))
         if takes != 3 or gives not in (3, 6):
@@ -96,12 +75,6 @@ class DeepFloydIF(NetworkPrior):
                 f"prior.path={path}: its UNet reads text {width} wide, and its text encoder's is "
                 f"{configs['text_encoder'].get('d_model')}; accepted is DeepFloyd IF."
             )
-
-    def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsIF:
-        """The parts of a folder or hub id."""
-        folder = fetched_folder(path, variant)
-        self.check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
-        return PartsIF(**load_parts(path, folder, CLASSES, variant, self.dtype, self.weights))
 
     def described(self) -> object:
         return settings(self.unet), sorted(self.tokenizer.get_vocab().items())

@@ -1,9 +1,9 @@
 """FLUX.1 and its Kontext, frozen, from a diffusers folder or the Hugging Face hub."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import exp
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
@@ -12,19 +12,9 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from csd_exp.errors import InputError
 from csd_exp.priors.base import Cond, Guidance, ViewShape
-from csd_exp.priors.folders import check_family, check_parts, fetched_folder, known_folder, load_parts
 from csd_exp.priors.latent import LatentFlow
 from csd_exp.priors.network import compile_blocks, settings, tokenized
 
-CLASSES: dict[str, type] = {
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": T5EncoderModel,
-    "tokenizer": CLIPTokenizer,
-    "tokenizer_2": T5TokenizerFast,
-    "transformer": FluxTransformer2DModel,
-    "scheduler": FlowMatchEulerDiscreteScheduler,
-}
 T5_TOKENS = 512  # as in diffusers' pipelines
 WINDOW = 128  # latents, of the 1024 px that it was trained at
 
@@ -44,24 +34,21 @@ class PartsFlux(NamedTuple):
 class Flux(LatentFlow):
     """FLUX.1 (Black Forest Labs 2024), a rectified flow whose guidance is distilled: one row a view.
 
-    path, variant, allow_pickle: as for StableDiffusion.
     guidance_scale: what the network is told, not a weight of rows; a schnell takes none.
     true_cfg_scale: above 1, the weight of the prompt's estimate over the negative prompt's, at a second row.
     shift: as for LatentFlow; the folder's own is what its scheduler makes of windows of 1024 px.
     The rest is as for LatentFlow. Latents are packed to tokens of 2 x 2 at the network's door; elsewhere they
     are as of any other prior. The large text encoder is held in bfloat16 where `dtype` is float16.
-    Raises InputError, naming the key or the file, for parts that are missing, damaged or do not fit.
     """
 
-    family: ClassVar[str] = "flux"
+    parts = PartsFlux
+    family = "flux"
     pipeline = "FluxPipeline"
     denoiser = "transformer"
 
     def __init__(
         self,
         path: str | Path | PartsFlux,
-        variant: str | None = None,
-        allow_pickle: bool = False,
         guidance_scale: float = 3.5,
         true_cfg_scale: float = 1.0,
         **shared,
@@ -70,7 +57,7 @@ class Flux(LatentFlow):
         if true_cfg_scale < 1:
             raise InputError(f"prior.true_cfg_scale must be at least 1, not {true_cfg_scale}.")
         self.true_cfg_scale = true_cfg_scale
-        parts = path if isinstance(path, PartsFlux) else self.load(path, variant, allow_pickle)
+        parts = self.found(path)
         self.clip, self.t5, self.transformer = parts.text_encoder, parts.text_encoder_2, parts.transformer
         self.tokenizer, self.tokenizer_2 = parts.tokenizer, parts.tokenizer_2
         encoders = {"text_encoder": self.clip, "text_encoder_2": self.t5}
@@ -82,18 +69,7 @@ class Flux(LatentFlow):
             compile_blocks(self.transformer)
 
     @staticmethod
-    def check_folder(
-        path: str | Path,
-        variant: str | None = None,
-        family: str | None = None,
-        allow_pickle: bool = False,
-        file: str | None = None,
-    ) -> None:
-        folder = known_folder(path)
-        if folder is None:
-            return
-        check_family(path, folder, family)
-        configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
+    def check_fit(path: str | Path, configs: Mapping[str, dict]) -> None:
         transformer, channels = configs["transformer"], configs["vae"].get("latent_channels", 4)
         if transformer.get("in_channels", 64) != 4 * channels:
             raise InputError(
@@ -108,12 +84,6 @@ class Flux(LatentFlow):
                 f"prior.path={path}: its transformer reads text {reads[0]} and pooled text {reads[1]} wide, "
                 f"and its text encoders' are {wide[0]} and {wide[1]}; accepted are FLUX.1 and its Kontext."
             )
-
-    def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsFlux:
-        """The parts of a folder or hub id."""
-        folder = fetched_folder(path, variant)
-        self.check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
-        return PartsFlux(**load_parts(path, folder, CLASSES, variant, self.dtype, self.weights))
 
     def described(self) -> object:
         vocabularies = [sorted(words.get_vocab().items()) for words in (self.tokenizer, self.tokenizer_2)]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import diffusers
 import torch
@@ -55,11 +55,16 @@ def fetched_folder(path: str | Path, variant: str | None = None) -> Path:
     return folder
 
 
-def check_family(path: str | Path, folder: Path, family: str | None) -> None:
+def check_family(path: str | Path, folder: Path, family: str) -> None:
     """Refuse a folder of another family than this, with the name of the prior that it is for."""
     found, why = family_of(folder)
-    if family is not None and found not in (family, None):
+    if found not in (family, None):
         raise InputError(f"prior.path={path}: {why}, as of {found}; use it with prior={found}.")
+
+
+def classes_of(parts: type) -> dict[str, type]:
+    """The classes of a pipeline's components by name, as they stand in the NamedTuple that holds them."""
+    return {name: cls for name, cls in get_type_hints(parts).items() if hasattr(cls, "from_pretrained")}
 
 
 def check_parts(

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from csd_exp.errors import InputError, accept
 from csd_exp.priors.base import Cond, Guidance, Learner, Prior, check_place
-from csd_exp.priors.folders import in_precision, quiet
+from csd_exp.priors.folders import (
+    check_family,
+    check_parts,
+    classes_of,
+    fetched_folder,
+    in_precision,
+    known_folder,
+    load_parts,
+    quiet,
+)
 from csd_exp.priors.lora import add_lora, check_lora
 from csd_exp.priors.weights import Quantization, Weights, plain_tensors
 from csd_exp.schedules import Draw
@@ -26,6 +35,9 @@ T5 = ("t5", "umt5")  # text encoders that overflow in float16
 class NetworkPrior(Prior):
     """A frozen network under texts; subclasses `hold` their parts, give `embed`, `network` and the rest.
 
+    path: a folder in the diffusers layout, a hub id, or loaded `parts`; the first key of every subclass.
+    variant: which weight files of it, such as `fp16`, where a part has them. allow_pickle: whether weights
+        may be .bin files.
     guidance_scale: w_y of CSD Eq. 2.
     dtype: what the weights are held in. Inputs are cast to it; outputs are float32 on the caller's
         device, float64 where caller and weights are.
@@ -38,9 +50,12 @@ class NetworkPrior(Prior):
         that a row costs what it costs without, but beside them where these are held in few bits.
     weights, quantization: the denoiser's weights from one file, and in few bits; see
         `csd_exp.priors.weights.Weights`.
-    Raises InputError, naming the key, for a setting out of range.
+    Raises InputError, naming the key or the file, for a setting out of range, and for parts that are missing,
+    damaged or do not fit.
     """
 
+    parts: ClassVar[Any]  # the NamedTuple of a pipeline's components
+    folder_keys: ClassVar[tuple[str, ...]] = ("variant", "allow_pickle", "weights")  # of `check_folder`
     family: ClassVar[str]  # see `csd_exp.families.family_of`
     pipeline: ClassVar[str]  # diffusers' own of the family, whose loaders know what its LoRAs look like
     denoiser: ClassVar[str] = "unet"  # the attribute that is the network which scores
@@ -48,6 +63,8 @@ class NetworkPrior(Prior):
 
     def __init__(
         self,
+        variant: str | None = None,
+        allow_pickle: bool = False,
         guidance_scale: float = 7.5,
         dtype: Dtype = "float32",
         device: str | None = None,
@@ -66,6 +83,7 @@ class NetworkPrior(Prior):
         if compile and offload:
             raise InputError("prior.compile and prior.offload do not go together; choose one of them.")
         check_place(device)
+        self.variant, self.allow_pickle = variant, allow_pickle
         self.dtype, self.place = getattr(torch, dtype), device
         self.guidance_scale, self.row_chunk, self._fill = guidance_scale, row_chunk, compile
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -83,23 +101,51 @@ class NetworkPrior(Prior):
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
         cls.check_settings(config)
-        pickled = config.get("allow_pickle", False)
-        cls.check_folder(config["path"], config.get("variant"), cls.family, pickled, config.get("weights"))
+        cls.check_folder(config["path"], **{key: config[key] for key in cls.folder_keys if key in config})
 
-    @staticmethod
-    @abstractmethod
+    @classmethod
     def check_folder(
+        cls,
         path: str | Path,
         variant: str | None = None,
-        family: str | None = None,
         allow_pickle: bool = False,
-        file: str | None = None,
+        weights: str | None = None,
+        **own,
     ) -> None:
         """Raise InputError unless `path` is a usable prior; reads configurations, never weights.
 
-        A hub id passes when the hub, or its local cache, has it. family: one of `csd_exp.families.family_of`;
-        None accepts all that the class can be. file: the denoiser's weights, where not in the folder.
+        A hub id passes when the hub, or its local cache, has it. own: what else `needed` takes.
         """
+        folder = known_folder(path)
+        if folder is not None:
+            needed = cls.needed(path, folder, **own)
+            cls.check_fit(path, check_parts(path, folder, needed, variant, allow_pickle, weights))
+
+    @classmethod
+    def needed(cls, path: str | Path, folder: Path) -> dict[str, type]:
+        """The parts of a folder that are used, with their classes; refuses a folder of another family."""
+        check_family(path, folder, cls.family)
+        return classes_of(cls.parts)
+
+    @staticmethod
+    @abstractmethod
+    def check_fit(path: str | Path, configs: Mapping[str, dict]) -> None:
+        """Raise InputError unless parts with these configurations fit the family and each other."""
+
+    def found(self, path: str | Path | tuple, **own) -> Any:
+        """The `parts` that are given, or those of a folder or hub id; own: what else `needed` takes."""
+        if isinstance(path, tuple):
+            return path
+        folder = fetched_folder(path, self.variant)
+        self.check_folder(folder, self.variant, self.allow_pickle, self.weights.file, **own)
+        needed = self.needed(path, folder, **own)
+        loaded = load_parts(path, folder, needed, self.variant, self.dtype, self.weights)
+        return self.parts(**loaded, **self.beside(path, folder))
+
+    @staticmethod
+    def beside(path: str | Path, folder: Path) -> dict[str, Any]:
+        """What `parts` hold of a folder beside its components."""
+        return {}
 
     @classmethod
     def check_settings(cls, config: Mapping[str, Any]) -> None:

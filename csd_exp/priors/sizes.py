@@ -18,10 +18,11 @@ from torch import nn
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from csd_exp.errors import InputError
-from csd_exp.priors import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from csd_exp.priors.controlnet import Control, Controlled
-from csd_exp.priors.folders import lone_folder
+from csd_exp.priors.folders import classes_of, lone_folder
 from csd_exp.priors.latent import LatentPrior
+from csd_exp.priors.stable_diffusion_3 import LARGE, StableDiffusion3
+from csd_exp.priors.stable_diffusion_xl import StableDiffusionXL
 
 LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 AUTOENCODER: dict[str, Any] = {
@@ -147,20 +148,10 @@ def _parts(cls: Any, folder: Path | None, t5: bool) -> Any:
     """The parts that a class takes, unloaded."""
     if cls.family not in PUBLIC:
         raise InputError(f"prior must be of a family that csd-bench knows: {', '.join(PUBLIC)}.")
-    if issubclass(cls, stable_diffusion_3.StableDiffusion3):
-        there = t5 and (folder is None or (folder / "text_encoder_3").is_dir())
-        large = stable_diffusion_3.LARGE if there else {}
-        return stable_diffusion_3.Parts3(**_made(cls.family, folder, stable_diffusion_3.CLASSES | large))
-    if issubclass(cls, flux.Flux):
-        return flux.PartsFlux(**_made(cls.family, folder, flux.CLASSES))
-    if issubclass(cls, stable_diffusion_xl.StableDiffusionXL):
-        made = _made(cls.family, folder, stable_diffusion_xl.CLASSES)
-        return stable_diffusion_xl.PartsXL(**made, zeros=True)
-    return stable_diffusion.Parts(**_made(cls.family, folder, stable_diffusion.CLASSES))
-
-
-def _made(family: str, folder: Path | None, classes: Mapping[str, Any]) -> dict[str, Any]:
-    return {part: _part(family, folder, part, cls) for part, cls in classes.items()}
+    large = t5 and (folder is None or (folder / "text_encoder_3").is_dir())
+    classes = classes_of(cls.parts) | (LARGE if issubclass(cls, StableDiffusion3) and large else {})
+    made = {part: _part(cls.family, folder, part, kind) for part, kind in classes.items()}
+    return cls.parts(**made, **({"zeros": True} if issubclass(cls, StableDiffusionXL) else {}))
 
 
 def _part(family: str, folder: Path | None, part: str, cls: Any) -> Any:

@@ -1,6 +1,6 @@
 """Stable Diffusion and InstructPix2Pix, frozen, from a diffusers folder or the Hugging Face hub."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -12,23 +12,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from csd_exp.errors import InputError
 from csd_exp.files import ASSETS
 from csd_exp.priors.base import Cond, ViewShape
-from csd_exp.priors.folders import check_family, check_parts, fetched_folder, known_folder, load_parts
 from csd_exp.priors.latent import Editing, LatentPrior
 from csd_exp.priors.network import settings, tokenized
-from csd_exp.priors.weights import OF_FOLDER, Weights
 
 EMBEDDED = ASSETS / "instruct_pix2pix"
 
 Prediction = Literal["epsilon", "v_prediction"]
-
-
-CLASSES: dict[str, type] = {
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "tokenizer": CLIPTokenizer,
-    "unet": UNet2DConditionModel,
-    "scheduler": DDIMScheduler,
-}
 
 
 class Parts(NamedTuple):
@@ -38,32 +27,23 @@ class Parts(NamedTuple):
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     unet: UNet2DConditionModel
-    scheduler: Any
+    scheduler: DDIMScheduler
 
 
 class StableDiffusion(LatentPrior):
     """Stable Diffusion (Rombach et al. 2022) with classifier-free guidance: 1.5, 2.1 and their fine-tunes.
 
-    path: a folder in the diffusers layout, a hub id, or loaded Parts. variant: which weight files of it,
-        such as `fp16`, where a part has them. allow_pickle: whether weights may be .bin files.
-    The rest is as for LatentPrior.
-    Raises InputError, naming the key or the file, for parts that are missing, damaged or do not fit.
+    The keys are those of LatentPrior.
     """
 
-    family: ClassVar[str] = "stable_diffusion"
+    parts: ClassVar[Any] = Parts
+    family = "stable_diffusion"
     pipeline = "StableDiffusionPipeline"
     side: ClassVar[int] = 64  # of a window in latents, where a folder does not say
 
-    def __init__(
-        self,
-        path: str | Path | tuple,
-        variant: str | None = None,
-        allow_pickle: bool = False,
-        **shared,
-    ):
+    def __init__(self, path: str | Path | tuple, **shared):
         super().__init__(**shared)
-        parts = path if isinstance(path, tuple) else self.load(path, variant, allow_pickle)
-        self.take(parts)
+        self.take(self.found(path))
         side = self.unet.config.sample_size or self.side
         self.views = ViewShape(
             self.factor,
@@ -77,24 +57,21 @@ class StableDiffusion(LatentPrior):
             self.unet.compile(dynamic=False)
 
     @staticmethod
-    def check_folder(
-        path: str | Path,
-        variant: str | None = None,
-        family: str | None = None,
-        allow_pickle: bool = False,
-        file: str | None = None,
-    ) -> None:
-        folder = known_folder(path)
-        if folder is None:
-            return
-        check_family(path, folder, family)
-        configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
+    def check_fit(path: str | Path, configs: Mapping[str, dict]) -> None:
         check_prediction(path, configs["scheduler"])
-        _check_fit(path, configs["vae"], configs["text_encoder"], configs["unet"])
-
-    def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> Any:
-        """The parts of a folder or hub id."""
-        return load(path, variant, self.family, allow_pickle, self.dtype, self.weights)
+        vae, unet, width = configs["vae"], configs["unet"], configs["text_encoder"].get("hidden_size")
+        channels, takes = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+        if takes not in (channels, 2 * channels) or unet.get("out_channels", 4) != channels:
+            raise InputError(
+                f"prior.path={path}: its UNet takes {takes} channels for latents of {channels} and returns "
+                f"{unet.get('out_channels', 4)}; accepted are {channels} or {2 * channels} and {channels}, "
+                "Stable Diffusion or InstructPix2Pix."
+            )
+        if unet.get("cross_attention_dim") != width:
+            raise InputError(
+                f"prior.path={path}: its UNet reads text {unet.get('cross_attention_dim')} wide, and its "
+                f"text encoder's is {width}; accepted are Stable Diffusion 1 and 2 and InstructPix2Pix."
+            )
 
     def take(self, parts: Any) -> None:
         """Hold the parts of a family, with their noise levels."""
@@ -162,23 +139,6 @@ def noise_levels(scheduler: Any) -> Tensor:
     return scheduler.alphas_cumprod.double().clamp_min(2**-24)
 
 
-def load(
-    path: str | Path,
-    variant: str | None = None,
-    family: str | None = None,
-    allow_pickle: bool = False,
-    dtype: torch.dtype = torch.float32,
-    weights: Weights = OF_FOLDER,
-) -> Parts:
-    """The components of a folder or hub id, checked by the class's `check_folder`; only a hub id downloads.
-
-    dtype, weights: as of `csd_exp.priors.folders.load_parts`.
-    """
-    folder = fetched_folder(path, variant)
-    StableDiffusion.check_folder(folder, variant, family, allow_pickle, weights.file)
-    return Parts(**load_parts(path, folder, CLASSES, variant, dtype, weights))
-
-
 def check_prediction(path: str | Path, scheduler: dict) -> None:
     """Refuse a network that predicts anything but the noise or v."""
     predicts = scheduler.get("prediction_type", "epsilon")
@@ -186,23 +146,4 @@ def check_prediction(path: str | Path, scheduler: dict) -> None:
         raise InputError(
             f"prior.path={path}: prediction_type in scheduler/scheduler_config.json must be one of "
             f"{', '.join(get_args(Prediction))}, not {predicts!r}."
-        )
-
-
-def _check_fit(path: str | Path, vae: dict, text: dict, unet: dict) -> None:
-    channels, takes, width = (
-        vae.get("latent_channels", 4),
-        unet.get("in_channels", 4),
-        text.get("hidden_size"),
-    )
-    if takes not in (channels, 2 * channels) or unet.get("out_channels", 4) != channels:
-        raise InputError(
-            f"prior.path={path}: its UNet takes {takes} channels for latents of {channels} and returns "
-            f"{unet.get('out_channels', 4)}; accepted are {channels} or {2 * channels} and {channels}, "
-            "Stable Diffusion or InstructPix2Pix."
-        )
-    if unet.get("cross_attention_dim") != width:
-        raise InputError(
-            f"prior.path={path}: its UNet reads text {unet.get('cross_attention_dim')} wide, and its text "
-            f"encoder's is {width}; accepted are Stable Diffusion 1 and 2 and InstructPix2Pix."
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -12,14 +12,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from csd_exp.errors import InputError, accept
 from csd_exp.priors.base import Cond, ViewShape
-from csd_exp.priors.folders import (
-    check_family,
-    check_parts,
-    config_of,
-    fetched_folder,
-    known_folder,
-    load_parts,
-)
+from csd_exp.priors.folders import config_of
 from csd_exp.priors.latent import Conditioning, Editing, LatentFlow
 from csd_exp.priors.network import compile_blocks, settings, tokenized
 
@@ -27,15 +20,6 @@ Recipe = Literal["ultraedit", "diffusers"]
 T5_TOKENS = 256  # as in diffusers' pipeline
 
 
-CLASSES: dict[str, type] = {
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModelWithProjection,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "tokenizer": CLIPTokenizer,
-    "tokenizer_2": CLIPTokenizer,
-    "transformer": SD3Transformer2DModel,
-    "scheduler": FlowMatchEulerDiscreteScheduler,
-}
 LARGE: dict[str, type] = {"text_encoder_3": T5EncoderModel, "tokenizer_3": T5TokenizerFast}
 
 
@@ -56,27 +40,20 @@ class Parts3(NamedTuple):
 class StableDiffusion3(LatentFlow):
     """Stable Diffusion 3 and 3.5 (Esser et al. 2024), a rectified flow with classifier-free guidance.
 
-    path, variant, allow_pickle: as for StableDiffusion.
     t5: whether the large one of the three text encoders is used; a folder may lack it. Without it its tokens
         are zeros, as in diffusers' pipeline. Where `dtype` is float16 it is held in bfloat16.
     The rest is as for LatentFlow.
-    Raises InputError, naming the key or the file, for parts that are missing, damaged or do not fit.
     """
 
-    family: ClassVar[str] = "sd3"
+    parts = Parts3
+    folder_keys = (*LatentFlow.folder_keys, "t5")
+    family = "sd3"
     pipeline = "StableDiffusion3Pipeline"
     denoiser = "transformer"
 
-    def __init__(
-        self,
-        path: str | Path | Parts3,
-        variant: str | None = None,
-        allow_pickle: bool = False,
-        t5: bool = True,
-        **shared,
-    ):
+    def __init__(self, path: str | Path | Parts3, t5: bool = True, **shared):
         super().__init__(**shared)
-        parts = path if isinstance(path, Parts3) else self.load(path, variant, allow_pickle, t5)
+        parts = self.found(path, t5=t5)
         clips = {"text_encoder": parts.text_encoder, "text_encoder_2": parts.text_encoder_2}
         large = {} if parts.text_encoder_3 is None else {"text_encoder_3": parts.text_encoder_3}
         self.hold(parts.vae, clips | large, transformer=parts.transformer)
@@ -90,40 +67,35 @@ class StableDiffusion3(LatentFlow):
             compile_blocks(self.transformer)
 
     @classmethod
-    def check(cls, config: Mapping[str, Any]) -> None:
-        cls.check_settings(config)
-        pickled, t5 = config.get("allow_pickle", False), config.get("t5", True)
-        cls.check_folder(
-            config["path"], config.get("variant"), cls.family, pickled, config.get("weights"), t5
-        )
-
-    @staticmethod
-    def check_folder(
-        path: str | Path,
-        variant: str | None = None,
-        family: str | None = None,
-        allow_pickle: bool = False,
-        file: str | None = None,
-        t5: bool = True,
-    ) -> None:
-        folder = known_folder(path)
-        if folder is None:
-            return
-        check_family(path, folder, family)
-        classes = _classes(path, folder, t5)
-        if "text_encoder_3" in classes and not (folder / "text_encoder_3").is_dir():
+    def needed(cls, path: str | Path, folder: Path, t5: bool = True) -> dict[str, type]:
+        classes, index = super().needed(path, folder), config_of(path, folder, "model_index.json")
+        if not t5 or index.get("text_encoder_3", [None])[0] is None:
+            return classes
+        if not (folder / "text_encoder_3").is_dir():
             raise InputError(
                 f"prior.path={path} lacks its text_encoder_3, the large one; add it, or prior.t5=false."
             )
-        configs = check_parts(path, folder, classes, variant, allow_pickle, file)
-        _check_fit(path, configs)
+        return classes | LARGE
 
-    def load(self, path: str | Path, variant: str | None, allow_pickle: bool, t5: bool) -> Parts3:
-        """The parts of a folder or hub id."""
-        folder = fetched_folder(path, variant)
-        self.check_folder(folder, variant, self.family, allow_pickle, self.weights.file, t5)
-        classes = _classes(path, folder, t5)
-        return Parts3(**load_parts(path, folder, classes, variant, self.dtype, self.weights))
+    @staticmethod
+    def check_fit(path: str | Path, configs: Mapping[str, dict]) -> None:
+        transformer, channels = configs["transformer"], configs["vae"].get("latent_channels", 4)
+        takes, gives = transformer.get("in_channels", 16), transformer.get("out_channels", 16)
+        if takes not in (channels, 2 * channels) or gives != channels:
+            raise InputError(
+                f"prior.path={path}: its transformer takes {takes} channels for latents of {channels} and "
+                f"returns {gives}; accepted are {channels} or {2 * channels} and {channels}, Stable "
+                "Diffusion 3 or UltraEdit without masks."
+            )
+        clips = [configs[part] for part in ("text_encoder", "text_encoder_2")]
+        pooled, width = sum(c.get("projection_dim", 0) for c in clips), transformer.get("joint_attention_dim")
+        wide = configs.get("text_encoder_3", {}).get("d_model", width)
+        if transformer.get("pooled_projection_dim") != pooled or wide != width:
+            raise InputError(
+                f"prior.path={path}: its transformer reads text {width} and pooled text "
+                f"{transformer.get('pooled_projection_dim')} wide, and its text encoders' are {wide} and "
+                f"{pooled}; accepted are Stable Diffusion 3 and 3.5 and UltraEdit."
+            )
 
     def described(self) -> object:
         vocabularies = [sorted(tokenizer.get_vocab().items()) for tokenizer in self.tokenizers if tokenizer]
@@ -183,29 +155,3 @@ class UltraEdit(Editing, StableDiffusion3):
     @property
     def latent_shift(self) -> float:
         return 0.0 if self.recipe == "ultraedit" else super().latent_shift
-
-
-def _classes(path: str | Path, folder: Path, t5: bool) -> dict[str, type]:
-    """The parts of a folder that are used."""
-    index = config_of(path, folder, "model_index.json")
-    return CLASSES | (LARGE if t5 and index.get("text_encoder_3", [None])[0] is not None else {})
-
-
-def _check_fit(path: str | Path, configs: Mapping[str, dict]) -> None:
-    transformer, channels = configs["transformer"], configs["vae"].get("latent_channels", 4)
-    takes, gives = transformer.get("in_channels", 16), transformer.get("out_channels", 16)
-    if takes not in (channels, 2 * channels) or gives != channels:
-        raise InputError(
-            f"prior.path={path}: its transformer takes {takes} channels for latents of {channels} and "
-            f"returns {gives}; accepted are {channels} or {2 * channels} and {channels}, Stable Diffusion 3 "
-            "or UltraEdit without masks."
-        )
-    clips = [configs[part] for part in ("text_encoder", "text_encoder_2")]
-    pooled, width = sum(c.get("projection_dim", 0) for c in clips), transformer.get("joint_attention_dim")
-    wide = configs.get("text_encoder_3", {}).get("d_model", width)
-    if transformer.get("pooled_projection_dim") != pooled or wide != width:
-        raise InputError(
-            f"prior.path={path}: its transformer reads text {width} and pooled text "
-            f"{transformer.get('pooled_projection_dim')} wide, and its text encoders' are {wide} and "
-            f"{pooled}; accepted are Stable Diffusion 3 and 3.5 and UltraEdit."
-        )

@@ -1,6 +1,6 @@
 """SDXL, its InstructPix2Pix and CosXL, frozen, from a diffusers folder or the Hugging Face hub."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,27 +13,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from csd_exp.devices import sent
 from csd_exp.errors import InputError
 from csd_exp.priors.base import Cond, Guidance
-from csd_exp.priors.folders import (
-    check_family,
-    check_parts,
-    config_of,
-    fetched_folder,
-    known_folder,
-    load_parts,
-)
+from csd_exp.priors.folders import config_of
 from csd_exp.priors.latent import Conditioning, Editing
 from csd_exp.priors.network import settings, tokenized
 from csd_exp.priors.stable_diffusion import StableDiffusion, check_prediction, noise_levels
-
-CLASSES: dict[str, type] = {
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "tokenizer": CLIPTokenizer,
-    "tokenizer_2": CLIPTokenizer,
-    "unet": UNet2DConditionModel,
-    "scheduler": DDIMScheduler,
-}
 
 
 class PartsXL(NamedTuple):
@@ -48,7 +31,7 @@ class PartsXL(NamedTuple):
     tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer
     unet: UNet2DConditionModel
-    scheduler: Any
+    scheduler: DDIMScheduler  # of EDM for CosXL
     zeros: bool
 
 
@@ -66,41 +49,33 @@ class StableDiffusionXL(StableDiffusion):
     The keys are those of StableDiffusion.
     """
 
+    parts = PartsXL
     family = "sdxl"
     pipeline = "StableDiffusionXLPipeline"
     side = 128
     times: Tensor | None
 
-    @staticmethod
-    def check_folder(
-        path: str | Path,
-        variant: str | None = None,
-        family: str | None = None,
-        allow_pickle: bool = False,
-        file: str | None = None,
-    ) -> None:
-        folder = known_folder(path)
-        if folder is None:
-            return
-        check_family(path, folder, family)
-        index = config_of(path, folder, "model_index.json")
-        if index.get("requires_aesthetics_score"):
+    @classmethod
+    def needed(cls, path: str | Path, folder: Path) -> dict[str, type]:
+        classes = super().needed(path, folder)
+        if config_of(path, folder, "model_index.json").get("requires_aesthetics_score"):
             raise InputError(
                 f"prior.path={path} is a refiner of SDXL, which only finishes pictures of its base model; "
                 "give a folder of the base model."
             )
-        configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
+        edm = is_edm(config_of(path, folder, "scheduler/scheduler_config.json"))
+        return classes | ({"scheduler": EDMEulerScheduler} if edm else {})
+
+    @staticmethod
+    def check_fit(path: str | Path, configs: Mapping[str, dict]) -> None:
         check_prediction(path, configs["scheduler"])
         _check_edm(path, configs["scheduler"])
         _check_fit(path, configs["text_encoder"], configs["text_encoder_2"], configs["unet"])
 
-    def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsXL:
-        folder = fetched_folder(path, variant)
-        self.check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
-        edm = is_edm(config_of(path, folder, "scheduler/scheduler_config.json"))
-        classes = CLASSES | ({"scheduler": EDMEulerScheduler} if edm else {})
-        zeros = config_of(path, folder, "model_index.json").get("force_zeros_for_empty_prompt", True)
-        return PartsXL(**load_parts(path, folder, classes, variant, self.dtype, self.weights), zeros=zeros)
+    @staticmethod
+    def beside(path: str | Path, folder: Path) -> dict[str, Any]:
+        index = config_of(path, folder, "model_index.json")
+        return {"zeros": index.get("force_zeros_for_empty_prompt", True)}
 
     def take(self, parts: PartsXL) -> None:
         self.tokenizers = parts.tokenizer, parts.tokenizer_2

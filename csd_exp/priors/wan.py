@@ -3,7 +3,7 @@
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -12,23 +12,10 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from csd_exp.errors import InputError
 from csd_exp.priors.base import Cond, ViewShape
-from csd_exp.priors.folders import (
-    check_family,
-    check_parts,
-    config_of,
-    fetched_folder,
-    known_folder,
-    load_parts,
-)
+from csd_exp.priors.folders import config_of
 from csd_exp.priors.latent import Conditioning, Editing, LatentFlow
 from csd_exp.priors.network import compile_blocks, settings, tokenized
 
-CLASSES: dict[str, type] = {
-    "vae": AutoencoderKLWan,
-    "text_encoder": UMT5EncoderModel,
-    "tokenizer": T5TokenizerFast,
-    "transformer": WanTransformer3DModel,
-}
 TOKENS = 512  # as in diffusers' pipelines
 SIDE = 832  # pixels, the longer one that it was trained at
 FRAMES = 81  # pictures of a clip, as many as it was trained with
@@ -51,13 +38,13 @@ class Wan(LatentFlow):
     and depend on where the clip begins. It is held in float32 where `dtype` is half a precision, the text
     encoder in bfloat16 where that is float16, and what diffusers itself keeps in float32 stays there.
 
-    path, variant, allow_pickle: as for StableDiffusion; one network, not the two experts of Wan 2.2 A14B.
+    path: of one network, not the two experts of Wan 2.2 A14B.
     frames: pictures of a clip. tile: as for LatentPrior; null by default, as few pictures go through at once.
     The rest is as for LatentFlow.
-    Raises InputError, naming the key or the file, for parts that are missing, damaged or do not fit.
     """
 
-    family: ClassVar[str] = "wan"
+    parts = PartsWan
+    family = "wan"
     pipeline = "WanPipeline"
     denoiser = "transformer"
     clips = True
@@ -65,15 +52,13 @@ class Wan(LatentFlow):
     def __init__(
         self,
         path: str | Path | PartsWan,
-        variant: str | None = None,
-        allow_pickle: bool = False,
         frames: int = FRAMES,
         guidance_scale: float = 5.0,
         tile: int | None = None,
         **shared,
     ):
         super().__init__(guidance_scale=guidance_scale, tile=tile, **shared)
-        parts = path if isinstance(path, PartsWan) else self.load(path, variant, allow_pickle)
+        parts = self.found(path)
         period = parts.vae.config.scale_factor_temporal
         if frames < 1 or (frames - 1) % period:
             raise InputError(f"prior.frames must be 1 and a multiple of {period}, not {frames}.")
@@ -85,24 +70,18 @@ class Wan(LatentFlow):
         if self._fill:
             compile_blocks(self.transformer)
 
-    @staticmethod
-    def check_folder(
-        path: str | Path,
-        variant: str | None = None,
-        family: str | None = None,
-        allow_pickle: bool = False,
-        file: str | None = None,
-    ) -> None:
-        folder = known_folder(path)
-        if folder is None:
-            return
-        check_family(path, folder, family)
+    @classmethod
+    def needed(cls, path: str | Path, folder: Path) -> dict[str, type]:
+        classes = super().needed(path, folder)
         if config_of(path, folder, "model_index.json").get("transformer_2", [None])[0] is not None:
             raise InputError(
                 f"prior.path={path} has two experts, transformer and transformer_2; accepted is Wan of one "
                 "network, such as 2.1 and 2.2 TI2V-5B, and Lucy-Edit on it."
             )
-        configs = check_parts(path, folder, CLASSES, variant, allow_pickle, file)
+        return classes
+
+    @staticmethod
+    def check_fit(path: str | Path, configs: Mapping[str, dict]) -> None:
         scheduler, transformer = configs["scheduler"], configs["transformer"]
         flows = scheduler.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__
         if not flows and scheduler.get("prediction_type") != "flow_prediction":
@@ -126,12 +105,9 @@ class Wan(LatentFlow):
                 f"{wide}; accepted are Wan and Lucy-Edit."
             )
 
-    def load(self, path: str | Path, variant: str | None, allow_pickle: bool) -> PartsWan:
-        """The parts of a folder or hub id."""
-        folder = fetched_folder(path, variant)
-        self.check_folder(folder, variant, self.family, allow_pickle, self.weights.file)
-        shift = own_shift(config_of(path, folder, "scheduler/scheduler_config.json"))
-        return PartsWan(**load_parts(path, folder, CLASSES, variant, self.dtype, self.weights), shift=shift)
+    @staticmethod
+    def beside(path: str | Path, folder: Path) -> dict[str, Any]:
+        return {"shift": own_shift(config_of(path, folder, "scheduler/scheduler_config.json"))}
 
     def hold(self, vae: Any, encoders: dict[str, Any], **networks: Any) -> None:
         self.keep({"vae": vae, **networks}, encoders)
