@@ -196,6 +196,18 @@ def pad_to(images: Tensor, height: int, width: int, circular: bool = False) -> T
     return images[..., rows[:, None], columns]
 
 
+def resampled_round(images: Tensor, width: int) -> Tensor:
+    """Pictures [..., W] whose left and right border meet, at `width` columns, by their Fourier series.
+
+    To more columns and back they are what they were, but for rounding.
+    """
+    if images.shape[-1] == width:
+        return images
+    from scipy.signal import resample
+
+    return torch.from_numpy(resample(images.detach().cpu().numpy(), width, axis=-1)).to(images)
+
+
 def _reflected(side: int, padded: int) -> Tensor:
     """Indices into a side that continue it by reflection, as often as needed."""
     period = max(2 * side - 2, 1)

@@ -98,6 +98,9 @@ def test_the_weights_of_a_window_are_the_areas_in_it_and_sum_to_one(write_image,
     pixels = np.concatenate([claims / np.maximum(count, 1), (count == 0)[None]])
     factor, side = case["factor"], case["window"] * case["factor"]
     down, right = (n * factor for n in panorama.grid)
+    if case["wrap"]:  # what goes round has whole latents, each pixel the nearest of the mask
+        whole = -(-width // factor) * factor
+        pixels = pixels[..., [column * width // whole for column in range(whole)]]
     padded = pad_to(torch.from_numpy(pixels), down, right, circular=case["wrap"]).numpy()
     names = [*(prompt for prompt, _ in regions), case["prompt"] or None]
     for (top, left), found in zip(panorama.corners(ids), panorama.prompts(ids), strict=True):

@@ -138,7 +138,7 @@ def test_what_hydra_writes_is_in_the_runs_folder_too(folder: Path, override: str
         ("+callbacks.x={_target_: csd_exp.report.write_report, run_dir: .}", "may construct only"),
         ("+metrics.x={_target_: csd_exp.evaluate.evaluate, run_dir: .}", "may construct only"),
         ("+metrics.x={_target_: csd_exp.files.write_whole, path: x, content: x}", "may construct only"),
-        ("+metrics.x={_target_: csd_exp.priors.stable_diffusion.noise_levels, scheduler: x}", "is a function"),
+        ("+metrics.x={_target_: csd_exp.priors.stable_diffusion.noise_levels}", "is a function"),
         ("+callbacks.x={_target_: csd_exp.metrics.pixels, _partial_: true}", "is no Callback"),
         ("+logger.x={_target_: csd_exp.callbacks.Progress}", "is no Logger"),
         (

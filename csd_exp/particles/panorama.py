@@ -10,7 +10,7 @@ from torch import Tensor
 from csd_exp.devices import sent
 from csd_exp.errors import InputError, accept, notice
 from csd_exp.formats.spheres import goes_round, read_sphere
-from csd_exp.images import MAX_PIXELS, pad_to, read_image
+from csd_exp.images import MAX_PIXELS, pad_to, read_image, resampled_round
 from csd_exp.particles.areas import Areas, Box, check_areas
 from csd_exp.particles.base import Place
 from csd_exp.particles.canvas import Canvas, Windows
@@ -22,7 +22,8 @@ from csd_exp.schedules import Draw
 class Panorama(Canvas):
     """An image of any size and aspect as windows in latent space; overlaps are averaged.
 
-    The image is padded by reflection to whole latents and at least one window, and cropped back. A
+    The image is padded by reflection to whole latents and at least one window, and cropped back; what goes
+    round is resampled to whole latents, since any column too many would stand in the way of its two sides. A
     window's id is top * width + left in latents, so its noise stays with its place.
 
     path: the image file. factor: pixels per latent. window: side of a window in latents; null in a
@@ -95,12 +96,21 @@ class Panorama(Canvas):
             )
         # With wrap, the encoder and the decoder must see past the border what lies beyond it.
         self.margin = min(window // 2, self.grid[1]) if wrap else 0
+        self.columns = -(-sides[1] // factor) * factor if wrap else sides[1]
         pad = partial(pad_to, height=height, width=width, circular=wrap)
-        self.pixels = self._with_margin(pad(image[None]), self.margin * factor)
-        self.controls = read_controls(
-            controls, _one, self.size, lambda one: self._with_margin(pad(one[None]), self.margin * factor)[0]
+
+        def picture(image: Tensor) -> Tensor:
+            return self._with_margin(pad(resampled_round(image[None], self.columns)), self.margin * factor)
+
+        def area(one: Tensor) -> Tensor:
+            nearest = torch.arange(self.columns) * sides[1] // self.columns
+            return pad(one[..., nearest])
+
+        self.pixels = picture(image)
+        self.controls = read_controls(controls, _one, self.size, lambda one: picture(one)[0])
+        self.areas = Areas(
+            self.size, area, factor, regions, mask, feather, wrap=wrap, background=bool(prompt)
         )
-        self.areas = Areas(self.size, pad, factor, regions, mask, feather, wrap=wrap, background=bool(prompt))
         self.expected = self._expected() if coverage == "expected" else None
 
     def start(self, latent: Tensor, condition: Tensor | None) -> None:
@@ -187,6 +197,7 @@ class Panorama(Canvas):
             for along, of in zip(starts, self.grid, strict=True)
         )
         height, width = self.size
+        columns = {round(column * width / self.columns) for column in columns}
         return Windows(
             self.window * self.factor,
             sorted(row for row in rows if 0 < row < height),
@@ -217,7 +228,7 @@ class Panorama(Canvas):
     def finish(self, images: Tensor) -> list[Tensor]:
         left = self.margin * self.factor
         height, width = self.size
-        return [images[0, :, :height, left : left + width]]
+        return [resampled_round(images[0, :, :height, left : left + self.columns], width)]
 
     def _starts(self, axis: int, shift: int) -> list[int]:
         """Where windows begin along rows (0) or columns (1): every stride, shifted by an offset.
