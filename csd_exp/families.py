@@ -46,6 +46,10 @@ def family_of(folder: Path) -> tuple[str | None, str]:
         )
     if not unet or takes not in (channels, 2 * channels):
         return None, ""
+    scheduler = str(known(folder / "scheduler/scheduler_config.json").get("_class_name"))
+    if scheduler.startswith("FlowMatch"):
+        edits = takes > channels
+        return "instruct_pix2pix_flow" if edits else None, f"its scheduler is a {scheduler} of flows"
     large = unet.get("addition_embed_type") == "text_time"
     names = ("sdxl", "sdxl_instruct_pix2pix") if large else ("stable_diffusion", "instruct_pix2pix")
     told = " and the sizes of pictures" if large else ""

@@ -65,6 +65,15 @@ def save_pipeline(path: Path, editing=True, prediction_type="epsilon", channels=
     return saved(pipe, path, "tokenizer")
 
 
+def save_flow(path: Path, editing=True) -> Path:
+    """The same of an InstructPix2Pix that is a rectified flow, which is told by its scheduler."""
+    save_pipeline(path, editing)
+    FlowMatchEulerDiscreteScheduler(shift=1.5).save_pretrained(path / "scheduler")
+    index = path / "model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", "FlowMatchEulerDiscreteScheduler"))
+    return path
+
+
 def save_xl(path: Path, editing=True, edm=False) -> Path:
     """The same of SDXL, its InstructPix2Pix, and CosXL under EDM."""
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ import torch
 from diffusers_folder import (
     save_3,
     save_animatediff,
+    save_flow,
     save_flux,
     save_if,
     save_pipeline,
@@ -24,6 +25,7 @@ from csd_exp.families import family_of, named
 from csd_exp.priors import (
     AnimateDiff,
     DeepFloydIF,
+    FlowInstructPix2Pix,
     Flux,
     FluxKontext,
     InstructPix2Pix,
@@ -40,6 +42,7 @@ from csd_exp.priors.base import Cond, Query, predict, row_count
 SAVED = {
     "stable_diffusion": lambda path: save_pipeline(path, False),
     "instruct_pix2pix": save_pipeline,
+    "instruct_pix2pix_flow": save_flow,
     "sdxl": lambda path: save_xl(path, False),
     "sdxl_instruct_pix2pix": save_xl,
     "cosxl_edit": lambda path: save_xl(path, True, True),
@@ -55,6 +58,7 @@ SAVED = {
 CLASSES = {
     "stable_diffusion": StableDiffusion,
     "instruct_pix2pix": InstructPix2Pix,
+    "instruct_pix2pix_flow": FlowInstructPix2Pix,
     "sdxl": StableDiffusionXL,
     "sdxl_instruct_pix2pix": InstructPix2PixXL,
     "sd3": StableDiffusion3,

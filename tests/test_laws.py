@@ -16,6 +16,7 @@ import torch
 from diffusers_folder import (
     save_3,
     save_control,
+    save_flow,
     save_flux,
     save_if,
     save_motion,
@@ -47,6 +48,7 @@ from csd_exp.priors import (
     AnimateDiff,
     ControlNet,
     DeepFloydIF,
+    FlowInstructPix2Pix,
     Flux,
     FluxKontext,
     GaussianClips,
@@ -60,6 +62,7 @@ from csd_exp.priors import (
     StableDiffusion3,
     StableDiffusionXL,
     UltraEdit,
+    Wan,
 )
 from csd_exp.samplers import (
     Downscaled,
@@ -102,6 +105,8 @@ PRIORS: dict[str, Callable[[], Prior]] = {
     "animatediff": lambda: AnimateDiff(
         folder(False), motion=folder(False, save_adapter), frames=2, dtype="float64"
     ),
+    "instruct_pix2pix_flow": lambda: FlowInstructPix2Pix(folder(True, save_flow), dtype="float64"),
+    "wan": lambda: Wan(folder(False, save_wan), frames=5, dtype="float64"),
     "lucy_edit": lambda: LucyEdit(folder(True, save_wan), frames=5, dtype="float64"),
 }
 # What each of the other families is tried with, making pictures or editing them.
@@ -117,6 +122,8 @@ FAMILIES = {
     "controlnet": ("panorama",),
     "deepfloyd_if": ("generated", "field"),
     "animatediff": ("clips",),
+    "instruct_pix2pix_flow": ("panorama",),
+    "wan": ("clips",),
     "lucy_edit": ("clips",),
 }
 ONCE = {

@@ -1,5 +1,6 @@
 """The embedded editing model: its edits, its data, its recipe and the shipped weights."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -19,6 +20,7 @@ from csd_exp.answers.paintings import board, paint
 from csd_exp.answers.photos import CLIP_ONLY, DATA, HELD_OUT, load, picture_files
 from csd_exp.config import conf_dir
 from csd_exp.errors import InputError
+from csd_exp.priors import FlowInstructPix2Pix
 from csd_exp.tiny import instruct_pix2pix as recipe
 from csd_exp.tiny import models, training
 from csd_exp.tiny.pairs import Pairs, View
@@ -316,6 +318,48 @@ def test_a_run_stopped_half_way_ends_with_the_same_weights(tmp_path, monkeypatch
     assert len((tmp_path / "whole.csv").read_text().splitlines()) == 7
 
 
+def test_the_loss_of_a_flow_is_zero_for_its_velocity_only():
+    """noise - x_0, in float64, of x_0 that is known, and of the mean of answers at one place."""
+    rng = torch.Generator().manual_seed(0)
+    clean = torch.randn(6, 2, 3, 3, generator=rng, dtype=torch.float64)
+    answers = torch.stack([clean, torch.randn(6, 2, 3, 3, generator=rng, dtype=torch.float64)], 1)
+
+    def true(noisy, s, off=0.0):
+        assert torch.all((s > 0) & (s <= 1))
+        s = s.double()[:, None, None, None]
+        return (noisy - (1 - s) * clean) / s - clean + off
+
+    def bayes(noisy, s):
+        rows = []
+        for x, place, known in zip(noisy, s.double(), answers, strict=True):
+            log = [-((x - (1 - place) * a) ** 2).sum() / (2 * place**2) for a in known]
+            weights = torch.stack(log).softmax(0)
+            rows.append((x - sum(w * a for w, a in zip(weights, known, strict=True))) / place)
+        return torch.stack(rows)
+
+    def loss(model, *given):
+        return training.flow_loss(model, clean, training.torch_generator(0, 7), *given).item()
+
+    assert loss(true) < 1e-9
+    assert loss(lambda noisy, s: true(noisy, s, 0.5)) == pytest.approx(0.25, abs=1e-4)
+    assert loss(bayes, answers) < 1e-9
+    assert loss(true, answers) > 1e-3
+
+
+def test_a_denoiser_is_told_places_as_it_was_told_timesteps(pipe):
+    unet, scheduler = copy.deepcopy(pipe.unet), pipe.scheduler
+    alpha, sigma = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
+    wanted = unet.time_embedding(unet.time_proj(torch.arange(1000))).detach()
+
+    def off():
+        told = unet.time_embedding(unet.time_proj(1000 * sigma / (sigma + alpha))).detach()
+        return float((told - wanted).square().mean() / wanted.var(0).mean())
+
+    before = off()
+    models.retime(unet, scheduler, steps=100)
+    assert off() < 0.1 * before
+
+
 def test_timesteps_cover_all_noise_levels_and_none_beyond():
     seen = []
 
@@ -421,6 +465,18 @@ def test_the_recipe_trains_exports_and_scores_and_does_nothing_twice(tmp_path, m
     )
     assert all(map(torch.equal, before.vae.state_dict().values(), parts[0].state_dict().values()))
     assert tuple(fresh.config.block_out_channels) == (16, 32)
+    flow = recipe.train(
+        compose_test(f"run_dir={tmp_path / 'flow'}", f"start={given}", "flow=true"), tmp_path / "flow"
+    )
+    models.export(flow, tmp_path / "flow" / "exported")
+    assert FlowInstructPix2Pix(tmp_path / "flow" / "exported").s[-1] == 1
+    assert (
+        Sampler(models.load_pipeline(tmp_path / "flow" / "exported"), 1, 3.0, 1.2)(
+            torch.rand(1, 3, 128, 128), "make it night"
+        )
+        .isfinite()
+        .all()
+    )
     models.export(after, tmp_path / "on" / "exported")
     assert not any(
         str(tmp_path) in file.read_text() for file in (tmp_path / "on" / "exported").rglob("*.json")
@@ -447,8 +503,9 @@ def test_the_shipped_folder_is_small_safe_and_in_the_public_layout(pipe):
     assert all(pipe.tokenizer.unk_token_id not in row[1:-1] for row in tokens)
 
 
-def test_the_shipped_model_follows_instructions_on_a_picture_it_never_saw(pipe, picture):
-    patch = picture[None, :, 16:144, 60:188]
+@pytest.mark.parametrize("name", ["instruct_pix2pix", "instruct_pix2pix_flow"])
+def test_the_shipped_models_follow_instructions_on_a_picture_they_never_saw(name, picture):
+    patch, pipe = picture[None, :, 16:144, 60:188], models.load_pipeline(SHIPPED.with_name(name))
     sampler = Sampler(pipe, steps=10, text=4.0, image=1.3)
     assert psnr(models.reconstruct(pipe.vae, patch), patch) > 22
     names = ("night", "negative", "sepia", "fog")

@@ -94,8 +94,8 @@ class LatentFlow(RectifiedFlow, LatentPrior):
     def __init__(self, shift: float | None = None, **shared):
         if shift is not None and not shift > 0:
             raise InputError(f"prior.shift must be above 0, not {shift}.")
-        super().__init__(**shared)
         self.shift = shift
+        super().__init__(**shared)
 
     def places(self, timesteps: int, own: float) -> Tensor:
         """The table of alphas_cumprod [T]; own: the folder's shift."""

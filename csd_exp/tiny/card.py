@@ -1,5 +1,7 @@
 """The model card that travels with an exported prior: what it was made from and how it scored."""
 
+from pathlib import Path
+
 from omegaconf import DictConfig
 
 from csd_exp.answers.edits import EDITS
@@ -13,7 +15,7 @@ license: apache-2.0
 pipeline_tag: image-to-image
 ---
 
-# A small InstructPix2Pix for csd_exp
+# {title} for csd_exp
 
 Edits photographs of 128 x 128 px, and larger ones window by window, by one of the instructions below. It
 exists so that csd_exp runs, is tested and shows its effects on a CPU and without a download. It is no
@@ -21,9 +23,8 @@ open-vocabulary editor: it changes appearance in the ways it was shown, and othe
 arbitrary.
 
 - AutoencoderKL, {channels} latent channels at 1/8 of the side; CLIPTextModel with a BPE tokenizer of its
-  own, distilled from a sentence encoder and then frozen; UNet2DConditionModel with v-prediction on Stable
-  Diffusion's 1000 noise levels{levels}, scaled and shifted by the pooled text. Half
-  precision, safetensors.
+  own, distilled from a sentence encoder and then frozen; UNet2DConditionModel {predicts}, scaled
+  and shifted by the pooled text. Half precision, safetensors.
 - Conditioned like the public InstructPix2Pix: noisy latent first, then the unscaled mode of the source's
   latent; 5 % of rows lost the text (painters never), 5 % the image, 5 % both.
 
@@ -41,13 +42,11 @@ wordings and on the labels of `emojibase-data` (MIT).
 
 ## Training
 
-`csd-train-prior`: {vae_steps} steps of {vae_batch} crops for the autoencoder, which starts at principal
-components, {text_steps} steps of distillation for the text encoder, {unet_steps} steps of {unet_batch} rows
-for the UNet; moving averages of the weights.{history}
+{training}{history}
 
 ## Scores
 
-On {images} patches of held-out pictures, {steps} DDIM steps, guidance {text} (text) and {image} (image),
+On {images} patches of held-out pictures, {steps} {method} steps, guidance {text} (text) and {image} (image),
 one seed. PSNR in dB against the exact answer. *Autoencoder* is the answer encoded and decoded: no edit
 can exceed it by much. *Unedited* is the source itself. *Recognised*: share of answers that are nearer to
 the exact answer to their instruction than to that of any other of the {exact}, by squared error, or for
@@ -76,8 +75,10 @@ red things are not understood.
 def card(cfg: DictConfig, scores: dict) -> str:
     """The model card of a run configured by `cfg`, with the `scores` that `score` returns."""
     return CARD.format(
+        title="A small InstructPix2Pix" + (" that is a rectified flow" if cfg.flow else ""),
         channels=cfg.vae.channels,
-        levels=", rescaled to end in pure noise" if cfg.zero_terminal_snr else "",
+        predicts=predicts(cfg),
+        method="Euler" if cfg.flow else "DDIM",
         trained=len(picture_files("prior")),
         clip=len(picture_files("clip")),
         held_out=len(HELD_OUT),
@@ -85,11 +86,7 @@ def card(cfg: DictConfig, scores: dict) -> str:
         crops=cfg.pairs.crops,
         edits=cfg.pairs.edits,
         styles=", ".join(map(str, PAINTING_STYLES)),
-        vae_steps=cfg.vae.steps,
-        vae_batch=cfg.vae.batch,
-        text_steps=cfg.text.steps,
-        unet_steps=cfg.unet.steps,
-        unet_batch=cfg.unet.batch,
+        training=training(cfg),
         history=f" {cfg.history}" if cfg.history else "",
         images=cfg.scores.images,
         draws=cfg.scores.draws,
@@ -110,6 +107,29 @@ def card(cfg: DictConfig, scores: dict) -> str:
         number=len(PAINTING_STYLES),
         hue=scores["tint_hue_variance"],
     )
+
+
+def training(cfg: DictConfig) -> str:
+    """How long the parts of a recipe were trained, in words."""
+    rows = f"{cfg.unet.steps} steps of {cfg.unet.batch} rows"
+    if cfg.start:
+        return (
+            f"`csd-train-prior model={cfg.name}`: the parts of the editing model "
+            f"`{Path(cfg.start).name}`,\nits UNet tuned on for {rows}; a moving average of the weights."
+        )
+    return (
+        f"`csd-train-prior`: {cfg.vae.steps} steps of {cfg.vae.batch} crops for the autoencoder, which "
+        f"starts at principal\ncomponents, {cfg.text.steps} steps of distillation for the text encoder, "
+        f"{rows}\nfor the UNet; moving averages of the weights."
+    )
+
+
+def predicts(cfg: DictConfig) -> str:
+    """What the denoiser of a recipe predicts, in words."""
+    if cfg.flow:
+        return "that predicts the\n  velocity of a rectified flow"
+    rescaled = ", rescaled to end in pure noise" if cfg.zero_terminal_snr else ""
+    return f"with v-prediction on Stable\n  Diffusion's 1000 noise levels{rescaled}"
 
 
 def span(values: list[int]) -> str:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -24,11 +24,12 @@ from csd_exp.tiny.pairs import Pairs, View, build_views
 from csd_exp.tiny.principal import start_at_principal_components
 from csd_exp.tiny.scores import EXACT, Sampler, score
 from csd_exp.tiny.text import tokenize, train_text
-from csd_exp.tiny.training import fit, generator, run_folder, save, torch_generator, velocity_loss
+from csd_exp.tiny.training import fit, flow_loss, generator, run_folder, save, torch_generator, velocity_loss
 
 COLUMNS = 10
 DRAWS = 8  # of an ambiguous edit in a row
-TRAINED = ["seed", "bf16", "start", "fresh_unet", "zero_terminal_snr", "data", "text", "vae", "pairs", "unet"]
+TRAINED = ["seed", "bf16", "start", "fresh_unet", "zero_terminal_snr", "flow", "data", "text", "vae", "pairs"]
+TRAINED += ["unet"]
 
 
 class Batches(Dataset):
@@ -173,19 +174,28 @@ def prepare_latents(cfg: DictConfig, run: Path, vae: AutoencoderKL, views: list[
 
 
 def denoiser_loss(
-    unet: nn.Module, batch: tuple[Tensor, ...], scheduler: DDIMScheduler, rng: torch.Generator
+    unet: nn.Module,
+    batch: tuple[Tensor, ...],
+    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler,
+    rng: torch.Generator,
 ) -> Tensor:
-    """Squared error of the velocity of noised edits."""
+    """Squared error of the velocity of noised edits, a flow's or that of v-prediction."""
     edits, sources, texts, answers = batch
 
     def denoise(noisy: Tensor, t: Tensor) -> Tensor:
         return unet(torch.cat([noisy, sources], 1), t, encoder_hidden_states=texts).sample
 
-    return velocity_loss(denoise, edits, scheduler, rng, answers)
+    if isinstance(scheduler, DDIMScheduler):
+        return velocity_loss(denoise, edits, scheduler, rng, answers)
+    return flow_loss(lambda noisy, s: denoise(noisy, 1000 * s), edits, rng, answers)
 
 
 def train_unet(
-    cfg: DictConfig, run: Path, latents: Latents, scheduler: DDIMScheduler, unet: nn.Module
+    cfg: DictConfig,
+    run: Path,
+    latents: Latents,
+    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler,
+    unet: nn.Module,
 ) -> UNet2DConditionModel:
     """The denoiser `unet`, trained on encoded pairs."""
 
@@ -229,6 +239,8 @@ def given_parts(cfg: DictConfig) -> tuple:
     for part in (given.vae, given.text_encoder):
         part.requires_grad_(False)
     unet = fresh_unet(cfg, given.vae, given.text_encoder) if cfg.fresh_unet else given.unet
+    if cfg.flow and unet is given.unet and isinstance(given.scheduler, DDIMScheduler):
+        models.retime(unet, given.scheduler)
     return given.vae, given.tokenizer, given.text_encoder, unet
 
 
@@ -237,7 +249,9 @@ def train(cfg: DictConfig, run: Path):
     views = prepare_views(cfg, run)
     parts = given_parts(cfg) if cfg.start else fresh_parts(cfg, run, views)
     vae, tokenizer, text_encoder, unet = parts
-    scheduler = models.build_scheduler(cfg.zero_terminal_snr)
+    scheduler = (
+        FlowMatchEulerDiscreteScheduler() if cfg.flow else models.build_scheduler(cfg.zero_terminal_snr)
+    )
     encoded = prepare_latents(cfg, run, vae, views)
     sources, edits, paintings = (encoded[name].to(cfg.device) for name in ("sources", "edits", "paintings"))
 

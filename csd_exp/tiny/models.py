@@ -8,6 +8,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
@@ -15,6 +16,19 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from csd_exp.files import write_sums
+
+
+class Euler(FlowMatchEulerDiscreteScheduler):
+    """Euler's method in even steps from pure noise, as pipelines of Stable Diffusion ask for it."""
+
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        return sample
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None, **_) -> None:  # type: ignore[override]
+        sigmas = [1 - step / num_inference_steps for step in range(num_inference_steps)]
+        super().set_timesteps(sigmas=sigmas, device=device)
 
 
 def build_vae(widths: list[int], channels: int, groups: int) -> AutoencoderKL:
@@ -91,6 +105,27 @@ def build_scheduler(zero_terminal_snr: bool) -> DDIMScheduler:
     )
 
 
+def retime(unet: UNet2DConditionModel, scheduler: DDIMScheduler, steps: int = 2000) -> None:
+    """Tell a denoiser places of a flow in the place of timesteps.
+
+    Its time embedding is fitted so that at 1000 s it is what it was at the timestep of as much noise, s to
+    1 - s of the picture.
+    """
+    alpha_bar = scheduler.alphas_cumprod.double()
+    sigma, alpha = (1 - alpha_bar).sqrt(), alpha_bar.sqrt()
+    places = (sigma / (sigma + alpha)).float()
+    with torch.no_grad():
+        wanted = unet.time_embedding(unet.time_proj(torch.arange(len(places))))
+        given = unet.time_proj(1000 * places)
+    optimizer = torch.optim.Adam(unet.time_embedding.parameters(), 1e-3)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 - step / steps)
+        optimizer.zero_grad()
+        (unet.time_embedding(given) - wanted).square().mean().backward()
+        optimizer.step()
+
+
 @torch.no_grad()
 def centre_latents(vae: AutoencoderKL, latents: Tensor) -> None:
     """Makes latents of `vae` zero-mean per channel and, scaled, of unit variance, from a sample [n, C, h, w].
@@ -108,7 +143,7 @@ def pipeline(
     text_encoder: nn.Module,
     tokenizer: CLIPTokenizer,
     unet: nn.Module,
-    scheduler: DDIMScheduler,
+    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler,
     kind: Any = StableDiffusionInstructPix2PixPipeline,
 ):
     """The parts as a pipeline of diffusers, without a safety checker."""
@@ -144,4 +179,6 @@ def load_pipeline(folder: Path, device: str = "cpu") -> Any:
         part.float()
     for part in (pipe.vae, pipe.unet):
         part.to(memory_format=torch.channels_last)  # a third faster on CPUs
+    if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+        pipe.scheduler = Euler.from_config(pipe.scheduler.config)
     return pipe.to(device)

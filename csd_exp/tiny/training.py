@@ -79,16 +79,42 @@ def velocity_loss(
     (the stable targets of Xu et al. 2023, over all answers to one instruction). `rng` is on the device of
     `clean`.
     """
-    size, last = len(clean), scheduler.config.num_train_timesteps - 1
-    jitter = torch.rand(size, generator=rng, device=clean.device)
-    spread = 1 - (1 - (torch.arange(size, device=clean.device) + jitter) / size) ** 1.5
-    t = (spread * (last + 1)).long().clamp(max=last)  # in single precision the spread may round to 1
+    last = scheduler.config.num_train_timesteps - 1
+    # In single precision the spread may round to 1.
+    t = (_spread(len(clean), rng) * (last + 1)).long().clamp(max=last)
     noise = torch.randn(clean.shape, generator=rng, device=clean.device)
     noisy = scheduler.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)
     alpha_bar = scheduler.alphas_cumprod.to(clean)[t][:, None, None, None]
     x_0 = clean if answers is None else posterior_mean(noisy, alpha_bar, answers)
     velocity = (alpha_bar.sqrt() * noisy - x_0) / (1 - alpha_bar).sqrt()
     return F.mse_loss(denoise(noisy, t).float(), velocity)
+
+
+def flow_loss(
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    clean: Tensor,
+    rng: torch.Generator,
+    answers: Tensor | None = None,
+) -> Tensor:
+    """Squared error of the velocity noise - x_0 of a rectified flow (Liu et al. 2023), as `velocity_loss`.
+
+    `denoise(x_s, s)` estimates it at x_s = (1 - s) x_0 + s noise; places s [n] are spread as timesteps are.
+    """
+    places = _spread(len(clean), rng).clamp(min=1e-3)
+    noise = torch.randn(clean.shape, generator=rng, device=clean.device)
+    s = places[:, None, None, None]
+    noisy = ((1 - s) * clean + s * noise).contiguous(memory_format=torch.channels_last)
+    length = ((1 - s).square() + s.square()).sqrt()
+    x_0 = clean
+    if answers is not None:
+        x_0 = posterior_mean(noisy / length, ((1 - s) / length).square(), answers)
+    return F.mse_loss(denoise(noisy, places).float(), (noisy - x_0) / s)
+
+
+def _spread(size: int, rng: torch.Generator) -> Tensor:
+    """[size] in [0, 1], on the device of `rng`: stratified, and denser towards 1, which is all noise."""
+    jitter = torch.rand(size, generator=rng, device=rng.device)
+    return 1 - (1 - (torch.arange(size, device=rng.device) + jitter) / size) ** 1.5
 
 
 def fit(
