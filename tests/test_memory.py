@@ -16,6 +16,7 @@ from csd_exp.particles import Images
 from csd_exp.priors import (
     ControlNet,
     ControlNetXL,
+    FlowInstructPix2Pix,
     Flux,
     FluxKontext,
     InstructPix2Pix,
@@ -35,6 +36,7 @@ VAE, VAE_16, CLIP_L, CLIP_G, T5 = 83653863, 83819683, 123060480, 694659840, 4762
 PUBLIC = {
     StableDiffusion: {"vae": VAE, "unet": 859520964, "text_encoder": CLIP_L},
     InstructPix2Pix: {"vae": VAE, "unet": 859532484, "text_encoder": CLIP_L},
+    FlowInstructPix2Pix: {"vae": VAE, "unet": 859532484, "text_encoder": CLIP_L},
     ControlNet: {"vae": VAE, "unet": 859520964, "control_0": 361279120, "text_encoder": CLIP_L},
     StableDiffusionXL: {"vae": VAE, "unet": 2567463684, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
     InstructPix2PixXL: {"vae": VAE, "unet": 2567475204, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G},

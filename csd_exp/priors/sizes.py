@@ -106,6 +106,7 @@ FLUX_PARTS = {"vae": AUTOENCODER_16, "text_encoder": CLIP_L, "text_encoder_2": T
 PUBLIC: dict[str, dict[str, dict[str, Any]]] = {
     "stable_diffusion": SD_PARTS,
     "instruct_pix2pix": SD_PARTS | {"unet": UNET | {"in_channels": 8}},
+    "instruct_pix2pix_flow": SD_PARTS | {"unet": UNET | {"in_channels": 8}, "scheduler": {}},
     "sdxl": XL_PARTS,
     "sdxl_instruct_pix2pix": XL_PARTS | {"unet": UNET_XL | {"in_channels": 8}},
     "sd3": SD3_PARTS,

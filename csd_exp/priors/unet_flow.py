@@ -2,15 +2,26 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from csd_exp.priors.base import Cond
 from csd_exp.priors.latent import Editing, LatentFlow
 from csd_exp.priors.network import settings
-from csd_exp.priors.stable_diffusion import Parts, StableDiffusion
+from csd_exp.priors.stable_diffusion import StableDiffusion
+
+
+class PartsFlow(NamedTuple):
+    """The components of the pipeline; the scheduler only for its timesteps and their shift."""
+
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    unet: UNet2DConditionModel
+    scheduler: FlowMatchEulerDiscreteScheduler
 
 
 class FlowInstructPix2Pix(Editing, LatentFlow, StableDiffusion):
@@ -22,16 +33,13 @@ class FlowInstructPix2Pix(Editing, LatentFlow, StableDiffusion):
     The keys are those of Editing and LatentFlow.
     """
 
+    parts = PartsFlow
     family = "instruct_pix2pix_flow"
 
     def __init__(self, path: str | Path | tuple, **shared):
         super().__init__(path=path, **shared)
 
-    @classmethod
-    def needed(cls, path: str | Path, folder: Path) -> dict[str, type]:
-        return super().needed(path, folder) | {"scheduler": FlowMatchEulerDiscreteScheduler}
-
-    def take(self, parts: Parts) -> None:
+    def take(self, parts: PartsFlow) -> None:
         self.tokenizer, self.text_encoder, self.unet = parts.tokenizer, parts.text_encoder, parts.unet
         self.hold(parts.vae, {"text_encoder": parts.text_encoder}, unet=parts.unet)
         scheduler = parts.scheduler.config
