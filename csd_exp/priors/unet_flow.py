@@ -25,7 +25,7 @@ class PartsFlow(NamedTuple):
 
 
 class FlowInstructPix2Pix(Editing, LatentFlow, StableDiffusion):
-    """An InstructPix2Pix whose UNet was tuned on to a rectified flow, as InstaFlow's (Liu et al. 2024) was.
+    """InstructPix2Pix (Brooks et al. 2023) tuned on to a rectified flow, as InstaFlow (Liu et al. 2024) was.
 
     Its folder is that of an InstructPix2Pix, but for a FlowMatchEulerDiscreteScheduler, by which it is told;
     the UNet is given x_s = (1 - s) x_0 + s noise at time 1000 s. `csd-train-prior

@@ -113,9 +113,9 @@ def retime(unet: UNet2DConditionModel, scheduler: DDIMScheduler, steps: int = 20
     """
     alpha_bar = scheduler.alphas_cumprod.double()
     sigma, alpha = (1 - alpha_bar).sqrt(), alpha_bar.sqrt()
-    places = (sigma / (sigma + alpha)).float()
+    places = (sigma / (sigma + alpha)).float().to(unet.device)
     with torch.no_grad():
-        wanted = unet.time_embedding(unet.time_proj(torch.arange(len(places))))
+        wanted = unet.time_embedding(unet.time_proj(torch.arange(len(places), device=unet.device)))
         given = unet.time_proj(1000 * places)
     optimizer = torch.optim.Adam(unet.time_embedding.parameters(), 1e-3)
     for step in range(steps):
