@@ -8,6 +8,8 @@ from itertools import product
 from typing import ClassVar
 
 import numpy as np
+from cycler import cycler
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -120,7 +122,9 @@ class Bands:
     def __call__(self, results: Results, lines: Sequence[Line], titles: Mapping[str, str]) -> Figure:
         figure = Figure(figsize=(13, 4.2), layout="constrained")
         drawn = figure.subplots(1, len(self.y), squeeze=False)[0]
+        kinds = cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"]  # more than it has colours
         for axes, metric in zip(drawn, self.y, strict=True):
+            axes.set_prop_cycle(kinds)
             for name, records in results.groups(methods(results)).items():
                 self._band(axes, ", ".join(name), results.curves(records), metric)
             axes.set(xlabel="edit strength", ylabel=titles.get(metric, metric))
