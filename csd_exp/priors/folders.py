@@ -101,6 +101,21 @@ def check_parts(
     return configs
 
 
+def check_channels(
+    path: str | Path, part: str, config: dict, channels: int, usual: int, accepted: str
+) -> None:
+    """Refuse a denoiser that does not take latents, alone or with an image's, and return latents.
+
+    usual: channels where its configuration does not say.
+    """
+    takes, gives = config.get("in_channels", usual), config.get("out_channels", usual)
+    if takes not in (channels, 2 * channels) or gives != channels:
+        raise InputError(
+            f"prior.path={path}: its {part} takes {takes} channels for latents of {channels} and returns "
+            f"{gives}; accepted are {channels} or {2 * channels} and {channels}, {accepted}."
+        )
+
+
 def config_of(path: str | Path, folder: Path, file: str) -> dict:
     """A JSON file of a folder."""
     if not (folder / file).is_file():

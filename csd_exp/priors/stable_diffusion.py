@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from csd_exp.errors import InputError
 from csd_exp.files import ASSETS
 from csd_exp.priors.base import Cond, ViewShape
+from csd_exp.priors.folders import check_channels
 from csd_exp.priors.latent import Editing, LatentPrior
 from csd_exp.priors.network import settings, tokenized
 
@@ -60,13 +61,8 @@ class StableDiffusion(LatentPrior):
     def check_fit(path: str | Path, configs: Mapping[str, dict]) -> None:
         check_prediction(path, configs["scheduler"])
         vae, unet, width = configs["vae"], configs["unet"], configs["text_encoder"].get("hidden_size")
-        channels, takes = vae.get("latent_channels", 4), unet.get("in_channels", 4)
-        if takes not in (channels, 2 * channels) or unet.get("out_channels", 4) != channels:
-            raise InputError(
-                f"prior.path={path}: its UNet takes {takes} channels for latents of {channels} and returns "
-                f"{unet.get('out_channels', 4)}; accepted are {channels} or {2 * channels} and {channels}, "
-                "Stable Diffusion or InstructPix2Pix."
-            )
+        accepted = "Stable Diffusion or InstructPix2Pix"
+        check_channels(path, "UNet", unet, vae.get("latent_channels", 4), 4, accepted)
         if unet.get("cross_attention_dim") != width:
             raise InputError(
                 f"prior.path={path}: its UNet reads text {unet.get('cross_attention_dim')} wide, and its "

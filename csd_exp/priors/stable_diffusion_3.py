@@ -12,7 +12,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from csd_exp.errors import InputError, accept
 from csd_exp.priors.base import Cond, ViewShape
-from csd_exp.priors.folders import config_of
+from csd_exp.priors.folders import check_channels, config_of
 from csd_exp.priors.latent import Conditioning, Editing, LatentFlow
 from csd_exp.priors.network import compile_blocks, settings, tokenized
 
@@ -80,13 +80,8 @@ class StableDiffusion3(LatentFlow):
     @staticmethod
     def check_fit(path: str | Path, configs: Mapping[str, dict]) -> None:
         transformer, channels = configs["transformer"], configs["vae"].get("latent_channels", 4)
-        takes, gives = transformer.get("in_channels", 16), transformer.get("out_channels", 16)
-        if takes not in (channels, 2 * channels) or gives != channels:
-            raise InputError(
-                f"prior.path={path}: its transformer takes {takes} channels for latents of {channels} and "
-                f"returns {gives}; accepted are {channels} or {2 * channels} and {channels}, Stable "
-                "Diffusion 3 or UltraEdit without masks."
-            )
+        accepted = "Stable Diffusion 3 or UltraEdit without masks"
+        check_channels(path, "transformer", transformer, channels, 16, accepted)
         clips = [configs[part] for part in ("text_encoder", "text_encoder_2")]
         pooled, width = sum(c.get("projection_dim", 0) for c in clips), transformer.get("joint_attention_dim")
         wide = configs.get("text_encoder_3", {}).get("d_model", width)

@@ -12,7 +12,7 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from csd_exp.errors import InputError
 from csd_exp.priors.base import Cond, ViewShape
-from csd_exp.priors.folders import config_of
+from csd_exp.priors.folders import check_channels, config_of
 from csd_exp.priors.latent import Conditioning, Editing, LatentFlow
 from csd_exp.priors.network import compile_blocks, settings, tokenized
 
@@ -90,14 +90,8 @@ class Wan(LatentFlow):
                 f"for {scheduler.get('prediction_type', 'epsilon')}; accepted are flows, as of "
                 "Wan and Lucy-Edit."
             )
-        channels = configs["vae"].get("z_dim", 16)
-        takes, gives = transformer.get("in_channels", 16), transformer.get("out_channels", 16)
-        if takes not in (channels, 2 * channels) or gives != channels:
-            raise InputError(
-                f"prior.path={path}: its transformer takes {takes} channels for latents of {channels} and "
-                f"returns {gives}; accepted are {channels} or {2 * channels} and {channels}, Wan from text "
-                "or Lucy-Edit."
-            )
+        accepted = "Wan from text or Lucy-Edit"
+        check_channels(path, "transformer", transformer, configs["vae"].get("z_dim", 16), 16, accepted)
         reads, wide = transformer.get("text_dim", 4096), configs["text_encoder"].get("d_model")
         if reads != wide:
             raise InputError(

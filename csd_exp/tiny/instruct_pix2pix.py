@@ -28,8 +28,10 @@ from csd_exp.tiny.training import fit, flow_loss, generator, run_folder, save, t
 
 COLUMNS = 10
 DRAWS = 8  # of an ambiguous edit in a row
-TRAINED = ["seed", "bf16", "start", "fresh_unet", "zero_terminal_snr", "flow", "data", "text", "vae", "pairs"]
-TRAINED += ["unet"]
+TRAINED = [
+    *("seed", "bf16", "start", "fresh_unet", "zero_terminal_snr", "flow"),
+    *("data", "text", "vae", "pairs", "unet"),
+]
 
 
 class Batches(Dataset):
@@ -176,7 +178,7 @@ def prepare_latents(cfg: DictConfig, run: Path, vae: AutoencoderKL, views: list[
 def denoiser_loss(
     unet: nn.Module,
     batch: tuple[Tensor, ...],
-    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler,
+    scheduler: models.Scheduler,
     rng: torch.Generator,
 ) -> Tensor:
     """Squared error of the velocity of noised edits, a flow's or that of v-prediction."""
@@ -194,7 +196,7 @@ def train_unet(
     cfg: DictConfig,
     run: Path,
     latents: Latents,
-    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler,
+    scheduler: models.Scheduler,
     unet: nn.Module,
 ) -> UNet2DConditionModel:
     """The denoiser `unet`, trained on encoded pairs."""

@@ -1,7 +1,7 @@
 """The parts of the embedded InstructPix2Pix of diffusers and transformers, and their exported folder."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import (
@@ -17,6 +17,8 @@ from transformers import CLIPTokenizer
 
 from csd_exp.files import write_sums
 
+Scheduler: TypeAlias = DDIMScheduler | FlowMatchEulerDiscreteScheduler
+
 
 class Euler(FlowMatchEulerDiscreteScheduler):
     """Euler's method in even steps from pure noise, as pipelines of Stable Diffusion ask for it."""
@@ -26,7 +28,7 @@ class Euler(FlowMatchEulerDiscreteScheduler):
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         return sample
 
-    def set_timesteps(self, num_inference_steps: int, device: Any = None, **_) -> None:  # type: ignore[override]
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:  # type: ignore[override]
         sigmas = [1 - step / num_inference_steps for step in range(num_inference_steps)]
         super().set_timesteps(sigmas=sigmas, device=device)
 
@@ -143,7 +145,7 @@ def pipeline(
     text_encoder: nn.Module,
     tokenizer: CLIPTokenizer,
     unet: nn.Module,
-    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler,
+    scheduler: Scheduler,
     kind: Any = StableDiffusionInstructPix2PixPipeline,
 ):
     """The parts as a pipeline of diffusers, without a safety checker."""

@@ -45,11 +45,7 @@ nearer to the exact answer to its instruction than to that of any other, by squa
 painters by the style statistics of an ImageNet network. Local edits are recognised on all held-out patches
 of which their region covers at least {covered}. *Held out* is a wording that training never used.
 
-| | training wordings | held-out wordings |
-| --- | --- | --- |
-| recognised, mean over instructions | {recognised_wordings:.1%} | {recognised_held_out:.1%} |
-| painters alone, by palette and texture of fixed filters | {painted:.1%} | {painted_held_out:.1%} |
-| PSNR to the exact answer, computed edits | {psnr_wordings:.2f} dB | {psnr_held_out:.2f} dB |
+{headline}
 
 The autoencoder alone: {autoencoder:.2f} dB on photographs.
 
@@ -77,11 +73,7 @@ the source in the answer's place; *outside* a local edit against the source wher
 The same autoencoder and text encoder; the UNet was tuned on to predict the velocity of a flow. By Euler's
 method, {steps} steps, judged as above:
 
-| | training wordings | held-out wordings |
-| --- | --- | --- |
-| recognised, mean over instructions | {flow_wordings:.1%} | {flow_held_out:.1%} |
-| painters alone, by palette and texture of fixed filters | {flow_painted:.1%} | {flow_painted_held_out:.1%} |
-| PSNR to the exact answer, computed edits | {flow_psnr:.2f} dB | {flow_psnr_held_out:.2f} dB |
+{flow_headline}
 
 {draws} draws of "turn it into a painting" show {flow_drawn} of the {styles} styles, by the
 network's style statistics, and {draws} of "tint it" have a hue variance of {flow_hue:.2f}.
@@ -107,6 +99,11 @@ Which of {exact} instructions made an edit, told by the angle between image diff
 of {captions} captions is that of a photograph: {caption:.1%}; which photograph that of a caption:
 {picture:.1%} (chance {luck:.1%}).
 """
+HEADLINE = """| | training wordings | held-out wordings |
+| --- | --- | --- |
+| recognised, mean over instructions | {recognised_wordings:.1%} | {recognised_held_out:.1%} |
+| painters alone, by palette and texture of fixed filters | {painted:.1%} | {painted_held_out:.1%} |
+| PSNR to the exact answer, computed edits | {psnr_wordings:.2f} dB | {psnr_held_out:.2f} dB |"""
 USAGE = """csd-score-models [KEY=VALUE ...]
 
 Scores the models that the package ships on held-out pictures and writes docs/models.md, its pictures and
@@ -140,12 +137,7 @@ def _page(cfg: DictConfig, scores: dict[str, dict[str, Any]], assets: Path) -> s
         exact=len(EXACT),
         ambiguous=len(EDITS) - len(EXACT),
         covered=f"{COVERED:.0%}",
-        recognised_wordings=edit["mean_recognised_wordings"],
-        recognised_held_out=edit["mean_recognised_held_out"],
-        psnr_wordings=edit["mean_edit_psnr_wordings"],
-        psnr_held_out=edit["mean_edit_psnr_held_out"],
-        painted=edit["painters_wordings"],
-        painted_held_out=edit["painters_held_out"],
+        headline=_headline(edit),
         autoencoder=edit["autoencoder_psnr"],
         drawn=span(edit["styles_drawn"]),
         drawn_by_palette=span(edit["styles_drawn_by_palette"]),
@@ -155,12 +147,7 @@ def _page(cfg: DictConfig, scores: dict[str, dict[str, Any]], assets: Path) -> s
         draws=cfg.scores.draws,
         hue=edit["tint_hue_variance"],
         steps=cfg.scores.steps,
-        flow_wordings=flow["mean_recognised_wordings"],
-        flow_held_out=flow["mean_recognised_held_out"],
-        flow_psnr=flow["mean_edit_psnr_wordings"],
-        flow_psnr_held_out=flow["mean_edit_psnr_held_out"],
-        flow_painted=flow["painters_wordings"],
-        flow_painted_held_out=flow["painters_held_out"],
+        flow_headline=_headline(flow),
         flow_drawn=span(flow["styles_drawn"]),
         flow_hue=flow["tint_hue_variance"],
         rows="\n".join(row(name, edit) for name in EXACT),
@@ -173,6 +160,18 @@ def _page(cfg: DictConfig, scores: dict[str, dict[str, Any]], assets: Path) -> s
         luck=1 / clip["captions"],
         table=TABLE.format(**scores["text_to_image"]),
         **{key: clip[key] for key in ("edit_training", "edit_held_out", "captions", "caption", "picture")},
+    )
+
+
+def _headline(scores: dict[str, Any]) -> str:
+    """The means of an editing model."""
+    return HEADLINE.format(
+        recognised_wordings=scores["mean_recognised_wordings"],
+        recognised_held_out=scores["mean_recognised_held_out"],
+        psnr_wordings=scores["mean_edit_psnr_wordings"],
+        psnr_held_out=scores["mean_edit_psnr_held_out"],
+        painted=scores["painters_wordings"],
+        painted_held_out=scores["painters_held_out"],
     )
 
 
