@@ -276,11 +276,9 @@ def relaunchable(command: Sequence[str], run_dir: Path) -> Iterator[None]:
     """Let Lightning start DDP's other processes as this very run, and leave no trace for the next one.
 
     Lightning relaunches `sys.argv`, which in a multirun names every job, in a folder of its own. Processes
-    that something else has started go on, and so does their process group.
+    that something else has started go on, and so does their process group, up to their end.
     command: the words after `csd`.
     """
-    from torch import distributed
-
     started = group(lambda: 1)
     relaunches = started is None or started.by == "NODE_RANK"
     main_module = sys.modules["__main__"]
@@ -298,7 +296,17 @@ def relaunchable(command: Sequence[str], run_dir: Path) -> Iterator[None]:
     finally:
         sys.argv, main_module.__spec__ = argv, spec
         HydraConfig.instance().cfg = hydra_config
-        if relaunches and distributed.is_initialized():
-            distributed.destroy_process_group()
+        if relaunches:
+            _part()
+        else:
+            atexit.register(_part)
         os.environ.clear()
         os.environ.update(environ)
+
+
+def _part() -> None:
+    """End the process group: a thread of Gloo that outlives Python aborts a process whose work is done."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

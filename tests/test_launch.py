@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from torch import distributed
 
 import csd_exp
 from csd_exp import launch
@@ -142,6 +143,25 @@ def test_lightnings_children_get_the_very_words(monkeypatch, tmp_path: Path) -> 
         assert launch.is_child()
         assert os.environ["PYTHONPATH"].split(os.pathsep)[0] == "/of/mine"
     assert (sys.argv, sys.modules["__main__"].__spec__, dict(os.environ)) == before
+
+
+@pytest.mark.parametrize("started", [{}, torchrun(0, 1)], ids=["by Lightning", "by torchrun"])
+def test_a_process_group_ends_with_the_run_or_before_python_does(alone, tmp_path, started) -> None:
+    for name, value in started.items():
+        alone.setenv(name, value)
+    at_exit: list = []
+    alone.setattr(launch.atexit, "register", at_exit.append)
+    overrides = [*RUN, f"hydra.run.dir={tmp_path}"]
+    try:
+        with relaunchable(overrides, tmp_path):
+            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        assert distributed.is_initialized() == bool(started)
+        for ends in at_exit:
+            ends()
+        assert not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def free_port() -> str:
