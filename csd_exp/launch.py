@@ -279,6 +279,8 @@ def relaunchable(command: Sequence[str], run_dir: Path) -> Iterator[None]:
     that something else has started go on, and so does their process group, up to their end.
     command: the words after `csd`.
     """
+    from csd_exp.ranks import part  # takes seconds
+
     started = group(lambda: 1)
     relaunches = started is None or started.by == "NODE_RANK"
     main_module = sys.modules["__main__"]
@@ -297,16 +299,8 @@ def relaunchable(command: Sequence[str], run_dir: Path) -> Iterator[None]:
         sys.argv, main_module.__spec__ = argv, spec
         HydraConfig.instance().cfg = hydra_config
         if relaunches:
-            _part()
+            part()
         else:
-            atexit.register(_part)
+            atexit.register(part)
         os.environ.clear()
         os.environ.update(environ)
-
-
-def _part() -> None:
-    """End the process group: a thread of Gloo that outlives Python aborts a process whose work is done."""
-    from torch import distributed
-
-    if distributed.is_initialized():
-        distributed.destroy_process_group()

@@ -1,5 +1,6 @@
-"""What one process of a run does while the others wait."""
+"""What one process of a run does while the others wait, and how they part."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,3 +32,11 @@ def _waiting() -> Any:
     if not _patient or _patient[0][0] is not world:
         _patient[:] = [(world, distributed.new_group(backend="gloo", timeout=FOREVER))]
     return _patient[0][1]
+
+
+def part() -> None:
+    """End the process group with its threads: one of Gloo's that outlives Python may abort the process."""
+    if distributed.is_initialized():
+        _patient.clear()
+        distributed.destroy_process_group()
+        gc.collect()  # a module under DDP is a circle that holds the group

@@ -15,6 +15,7 @@ from toys import Learned, Waves
 from csd_exp import methods
 from csd_exp.module import CSDModule
 from csd_exp.particles import (
+    Clips,
     EditedField,
     EditedPhotographs,
     GeneratedScene,
@@ -23,7 +24,8 @@ from csd_exp.particles import (
     Particles,
     Video,
 )
-from csd_exp.priors.analytic import GaussianMixture
+from csd_exp.priors.analytic import GaussianClips, GaussianMixture
+from csd_exp.ranks import part
 from csd_exp.samplers import FlowEdit, MultiDiffusion, PerView, SamplingModule, StochSync, SyncTweedies
 from csd_exp.scene.voxels import Voxels
 from csd_exp.schedules import Timesteps
@@ -42,6 +44,13 @@ def frames(folder: Path, n: int, **settings) -> Images:
 
 def panorama(folder: Path, **settings) -> Panorama:
     return Panorama(folder / "wide.png", 1, 6, stride=3, prompt="red", **settings)
+
+
+def clips(folder: Path, dtype: str) -> Clips:
+    """Five pictures as two clips of three, in windows."""
+    return Clips(
+        str(folder / "film"), 1, 1, 4, 3, period=2, hop=2, batch=3, stop=5, prompt="red", dtype=dtype
+    )
 
 
 def scene(folder: Path, kind: type[Particles], dtype: str, **settings) -> Particles:
@@ -81,6 +90,11 @@ CASES = {
     "flowedit": lambda f, d: (panorama(f, dtype=d), FlowEdit(steps=STEPS)),
     "stochsync": lambda f, d: (panorama(f, dtype=d), StochSync(steps=STEPS, inner=2)),
     "video": lambda f, d: (Video(str(f / "film"), 1, 1, batch=4, prompt="red", dtype=d), RBF()),
+    "clips": lambda f, d: (
+        clips(f, d),
+        RBF(normalize="rms"),
+        {"prior": partial(GaussianClips, frames=3, period=2)},
+    ),
     "panorama_one_window": lambda f, d: (panorama(f, batch=1, dtype=d), RBF()),
     "adam_batch": lambda f, d: (panorama(f, batch=3, dtype=d), RBF(), {"optimizer": torch.optim.Adam}),
     "field": lambda f, d: (Waves(3, regular=0.01, dtype=d), RBF(normalize="rms")),
@@ -89,6 +103,7 @@ CASES = {
     "scene": lambda f, d: (rounds(f, d), RBF(normalize="rms")),
     "scene_field": lambda f, d: (scene(f, EditedField, d, batch=3), RBF(normalize="rms")),
     "rendered": lambda f, d: (made(f, d), RBF(space="features", normalize="rms"), {"residual": methods.sds}),
+    "broken": lambda f, d: (frames(f, 3, dtype=d), RBF(), {"prior": Breaking}),
     "learned_field": lambda f, d: (Waves(3, batch=1, dtype=d), RBF(), {"residual": Learned()}),
 }
 PRIOR = {"prompts": {"red": [0.2, 3.0]}, "std": 0.4, "image_std": 0.7}
@@ -125,16 +140,15 @@ def csd(
     )
 
 
-def fitted(
-    case: str, dtype: str, folder: Path, prior=GaussianMixture, **trainer
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fitted(case: str, dtype: str, folder: Path, **trainer) -> tuple[torch.Tensor, torch.Tensor]:
     """All parameters before the first step and after the last."""
-    particles, how, *settings = CASES[case](folder, dtype)
-    model = prior(**PRIOR, guidance_scale=7.5, image_guidance_scale=5.0)
+    particles, how, *rest = CASES[case](folder, dtype)
+    settings = rest[0] if rest else {}
+    model = settings.pop("prior", GaussianMixture)(**PRIOR, guidance_scale=7.5, image_guidance_scale=5.0)
     if isinstance(how, PerView):
         module = SamplingModule(model, particles, how)
     else:
-        module = csd(model, particles, how, **(settings[0] if settings else {}))
+        module = csd(model, particles, how, **settings)
     module.begin()
     start = parameters(module)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -162,7 +176,8 @@ if __name__ == "__main__":
         case, dtype = name.split(":")
         results[f"{name}:start"], results[name] = fitted(case, dtype, folder, **group)
     try:
-        fitted("three_views", "float64", folder, Breaking, **group)
+        fitted("broken", "float64", folder, **group)
     except FloatingPointError as e:
         results["broken"] = str(e)
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
+    part()

@@ -2,8 +2,8 @@
 
 python tests/parity.py [STEPS] [PROCESSES ...]
 
-Images, a panorama, a video and a scene, in float64 to 1e-9 of what they moved and in float32 to 1e-5, by
-gloo; media and metrics are written once. The cases are those of tests/ddp_worker.py.
+Images, a panorama, a video, clips of it and a scene, in float64 to 1e-9 of what they moved and in float32 to
+1e-5, by gloo; media and metrics are written once. The cases are those of tests/ddp_worker.py.
 """
 
 import os
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from scenes import write_scene
 
-CASES = ("four_views", "panorama_batch", "video", "scene", "scene_field")
+CASES = ("four_views", "panorama_batch", "video", "clips", "scene", "scene_field")
 TOLERANCES = {"float64": 1e-9, "float32": 1e-5}
 
 

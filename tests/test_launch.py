@@ -16,7 +16,7 @@ from PIL import Image
 from torch import distributed
 
 import csd_exp
-from csd_exp import launch
+from csd_exp import launch, ranks
 from csd_exp.config import composed, plain, quoted
 from csd_exp.errors import InputError
 from csd_exp.launch import Group, Place, group, is_first, made, relaunchable, together
@@ -152,13 +152,21 @@ def test_a_process_group_ends_with_the_run_or_before_python_does(alone, tmp_path
     at_exit: list = []
     alone.setattr(launch.atexit, "register", at_exit.append)
     overrides = [*RUN, f"hydra.run.dir={tmp_path}"]
+    threads = psutil.Process().num_threads
+    before = threads()
     try:
         with relaunchable(overrides, tmp_path):
             distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+            ranks._waiting()
+            circle: list = [distributed.group.WORLD]
+            circle.append(circle)
+            assert threads() > before
+            del circle
         assert distributed.is_initialized() == bool(started)
         for ends in at_exit:
             ends()
         assert not distributed.is_initialized()
+        assert threads() == before
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
