@@ -29,6 +29,7 @@ from csd_exp.errors import InputError
 from csd_exp.files import write_whole
 from csd_exp.module import CSDModule
 from csd_exp.priors import Prior
+from csd_exp.ranks import part
 
 SIDE = 2048  # of the matrices whose product shows what the machine can do
 
@@ -132,6 +133,7 @@ def fitted(config: DictConfig, module: CSDModule, clock: L.Callback) -> L.Traine
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = constructed(config.trainer, callbacks=[clock], **quiet)
     trainer.fit(module, range(config.steps))
+    part()
     return trainer
 
 
