@@ -1,14 +1,28 @@
-"""Between host and GPU without waiting: what is sent, and what is asked for once it is known.
+"""What a device is called; between host and GPU without waiting: what is sent, and what is asked for.
 
 A plain copy from the host, and any question about a number on a GPU, waits until the GPU has done all that
 it was given; meanwhile the host cannot give it more.
 """
 
+import platform
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def name_of(device: torch.device) -> str:
+    """What a GPU, or the processor, calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

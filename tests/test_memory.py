@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers_folder import save_3, save_control, save_flux, save_pipeline, save_xl
+from diffusers_folder import save_3, save_control, save_flux, save_pipeline, save_wan, save_xl
 from torch.nn.functional import scaled_dot_product_attention
 
 from csd_exp import bench, errors, methods
@@ -21,6 +21,7 @@ from csd_exp.priors import (
     FluxKontext,
     InstructPix2Pix,
     InstructPix2PixXL,
+    LucyEdit,
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
@@ -106,35 +107,48 @@ def test_what_is_counted_for_a_row_is_what_rows_hold(tmp_path):
             memory.peak(lambda p=prior, x=x, c=cond, n=n: p.eps(x[:n], torch.full((n,), 5), [c] * n))
             for n in (1, 3)
         )
-        counted = memory.counted(prior, 8, 8)
+        counted = memory.counted(prior, (8, 8))
         assert counted == pytest.approx(one, abs=8010), type(prior)  # and a table of levels
         assert 0.9 * 3 * counted < three < 1.001 * 3 * counted  # places of tokens are there once
-        assert 0.5 <= memory.counted(prior, 8, 8, torch.bfloat16) / counted < 0.8
+        assert 0.5 <= memory.counted(prior, (8, 8), torch.bfloat16) / counted < 0.8
+
+
+@torch.no_grad()
+def test_a_clip_is_counted_as_long_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("CSD_EXP_CACHE", str(tmp_path / "cache"))
+    prior = LucyEdit(save_wan(tmp_path / "wan"), frames=9)
+    channels, factor, period = prior.views.channels, prior.views.factor, prior.views.period
+    for length in (1, 2, 3):
+        image = torch.rand(1, 3, 1 + (length - 1) * period, 8 * factor, 8 * factor)
+        (_, cond), *_ = prior.guidance("", prior.condition(image)[0])
+        x = torch.randn(1, channels, length, 8, 8)
+        held = memory.peak(lambda x=x, c=cond: prior.eps(x, torch.full((1,), 5), [c]))
+        assert memory.row(prior, (length, 8, 8), "cpu").size == pytest.approx(held, abs=8010)
 
 
 def test_the_encoders_graph_is_counted(tmp_path):
     prior = InstructPix2Pix(save_pipeline(tmp_path / "prior"))
     image = torch.rand(1, 3, 8 * prior.factor, 8 * prior.factor, requires_grad=True)
-    assert memory.encoded(prior, 8, 8) == memory.peak(lambda: prior.encode(image))
+    assert memory.encoded(prior, (8, 8)) == memory.peak(lambda: prior.encode(image))
     with torch.no_grad():
-        assert memory.peak(lambda: prior.encode(image)) < memory.encoded(prior, 8, 8)
+        assert memory.peak(lambda: prior.encode(image)) < memory.encoded(prior, (8, 8))
 
 
 def test_a_row_is_counted_once_for_what_it_depends_on(tmp_path, monkeypatch):
     monkeypatch.setenv("CSD_EXP_CACHE", str(tmp_path / "cache"))
     prior = InstructPix2Pix(save_pipeline(tmp_path / "prior"))
-    found = memory.row(prior, 8, 8, "cpu")
+    found = memory.row(prior, (8, 8), "cpu")
     counted = memory.counted
     monkeypatch.setattr(memory, "counted", lambda *_: 7)
-    assert memory.row(prior, 8, 8, "cpu") == found == (counted(prior, 8, 8), False)
+    assert memory.row(prior, (8, 8), "cpu") == found == (counted(prior, (8, 8)), False)
     half = InstructPix2Pix(tmp_path / "prior", dtype="bfloat16")
-    for other in ((prior, 8, 16, "cpu"), (prior, 8, 8, "a GPU"), (half, 8, 8, "cpu")):
+    for other in ((prior, (8, 16), "cpu"), (prior, (8, 8), "a GPU"), (half, (8, 8), "cpu")):
         assert memory.row(*other) == (7, False)
-    memory.remember(prior, 8, 8, "a GPU", 12345)
-    assert memory.row(prior, 8, 8, "a GPU") == (12345, True)
+    memory.remember(prior, (8, 8), "a GPU", 12345)
+    assert memory.row(prior, (8, 8), "a GPU") == (12345, True)
     for file in (tmp_path / "cache/memory").iterdir():
         file.write_text("{")
-    assert memory.row(prior, 8, 8, "cpu") == (7, False)
+    assert memory.row(prior, (8, 8), "cpu") == (7, False)
 
 
 def test_weights_are_those_on_the_device(tmp_path):
@@ -162,7 +176,7 @@ def test_every_family_in_its_public_size_composes_and_is_counted(cls):
     upcast = VAE if issubclass(cls, StableDiffusionXL) else 0
     assert memory.weights(prior) == 2 * (sum(map(size, prior.networks.values())) + places + upcast)
     side = prior.views.window
-    assert 0.04 * 2**30 < memory.counted(prior, side, side) < 2**30
+    assert 0.04 * 2**30 < memory.counted(prior, (side, side)) < 2**30
 
 
 def test_csd_bench_memory_writes_what_a_folder_takes(tmp_path, capsys):
@@ -176,7 +190,7 @@ def test_csd_bench_memory_writes_what_a_folder_takes(tmp_path, capsys):
         assert need["together"] == need["weights"] + need["rows"]
         assert need["rows"] == found["row_chunk"] * need["row"]
     wide, narrow, _ = found["needs"]
-    assert wide["row"] == memory.counted(loaded, *[loaded.views.window] * 2)
+    assert wide["row"] == memory.counted(loaded, [loaded.views.window] * 2)
     assert wide["weights"] == memory.weights(loaded) == 2 * narrow["weights"]
     assert "prior.dtype" in capsys.readouterr().out
     with pytest.raises(InputError, match="prior must be a latent diffusion model"):
@@ -227,7 +241,7 @@ def test_rows_that_may_not_fit_are_said_with_the_chunk_that_does(begun, capsys):
     callback, _, module = begun(2**40)
     assert (callback.view, callback.views, callback.rows) == ((8, 8), 2, 12)
     assert capsys.readouterr().err == ""
-    row, weights = memory.row(module.prior, 8, 8, "a GPU").size, memory.weights(module.prior)
+    row, weights = memory.row(module.prior, (8, 8), "a GPU").size, memory.weights(module.prior)
     begun(weights + 5 * row + 1)
     said = capsys.readouterr().err
     assert said.startswith("csd: this run may not fit in memory: 12 rows at once take 0.0 GiB (counted)")
@@ -249,6 +263,6 @@ def test_a_gpu_measures_its_second_step(begun, monkeypatch):
         module.rows += 10
         callback.on_train_batch_end(trainer, module, None, None, i)
     assert calls == [GPU]
-    assert memory.row(module.prior, 8, 8, "a GPU") == (300, True)
+    assert memory.row(module.prior, (8, 8), "a GPU") == (300, True)
     callback.on_train_batch_start(trainer, module, None, 1)
     assert calls == [GPU]  # known by now

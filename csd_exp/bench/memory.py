@@ -64,7 +64,7 @@ def _size(network: torch.nn.Module) -> int:
 
 
 def _need(prior: LatentPrior, side: int) -> Need:
-    weights, row = memory.weights(prior), memory.counted(prior, side, side)
+    weights, row = memory.weights(prior), memory.counted(prior, (side, side))
     texts = max(memory.held(encoder) for encoder in prior.encoders.values())
     rows = prior.row_chunk * row
     return Need(str(prior.dtype).removeprefix("torch."), weights, texts, row, rows, weights + rows)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from csd_exp.bench.step import built, fitted, name_of, now, write
+from csd_exp.bench.step import built, fitted, machine, now, write
 from csd_exp.errors import InputError
 from csd_exp.module import CSDModule
 from csd_exp.particles.images import WholePictures
@@ -63,7 +63,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
         "ways": [asdict(way) for way in ways],
         "views": rounds.views,
         "difference": rounds.difference,
-        "device": name_of(prior.device),
+        "device": machine(prior.device),
         "dtype": str(prior.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "repeats": config.repeats,

@@ -6,7 +6,6 @@ very inputs that the step gave them, so that all meet the same machine; medians 
 
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from csd_exp.build import build_module, constructed
 from csd_exp.callbacks.throughput import peak_memory
+from csd_exp.devices import name_of
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
 from csd_exp.module import CSDModule
@@ -107,7 +107,7 @@ def measured(config: DictConfig) -> Cost:
         peak_flops=peak,
         limit_seconds=clock.rows * flops / peak,
         repeats=config.repeats,
-        device=name_of(prior.device),
+        device=machine(prior.device),
         dtype=str(getattr(prior, "dtype", torch.float32)).removeprefix("torch."),
         parameters=sum(p.numel() for p in network.parameters()),
         threads=torch.get_num_threads(),
@@ -249,12 +249,12 @@ def seconds(prior: Prior, call: Callable[[], Any]) -> float:
     return now(prior) - start
 
 
-def name_of(device: torch.device) -> str:
-    """What a device calls itself."""
+def machine(device: torch.device) -> str:
+    """A device as measurements name it."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return name_of(device)
     cores, kind = len(os.sched_getaffinity(0)), torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} CPU, {cores} cores, {kind}"
+    return f"{name_of(device)}, {cores} cores, {kind}"
 
 
 @rank_zero_only

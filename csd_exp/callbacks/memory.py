@@ -52,10 +52,10 @@ class Memory(L.Callback):
             return
         prior: Any = module.prior
         self._look(trainer, module)
-        row = self.memory.row(prior, *self.view, self._kind)
+        row = self.memory.row(prior, self.view, self._kind)
         graphs = 0
         if module.particles.space == "pixel":
-            graphs = self.views * self.memory.encoded(prior, *self.view)
+            graphs = self.views * self.memory.encoded(prior, self.view)
         left = self.free - self.weights - graphs
         if self.rows * row.size <= left:
             return
@@ -78,9 +78,9 @@ class Memory(L.Callback):
         chosen = particles.choose(Draw(module.seed, trainer.global_step))
         self.views = -(-len(chosen) // trainer.world_size)
         with torch.no_grad():
-            height, width = particles.views(chosen[:1]).shape[-2:]
+            sides = particles.views(chosen[:1]).shape[2:]
         factor = module.prior.views.factor if particles.space == "pixel" else 1
-        self.view = (height // factor, width // factor)
+        self.view = tuple(side // factor for side in sides)
         most = max(len(prompts) for prompts in particles.prompts(chosen))
         self.rows = min(module.prior.row_chunk, self.views * QUERIES * (GUIDED + most))
 
@@ -101,13 +101,13 @@ class Memory(L.Callback):
         at_once = min(module.rows - rows, module.prior.row_chunk)
         if at_once > 0:
             taken = torch.cuda.max_memory_allocated(self.device) - allocated
-            self.memory.remember(cast(Any, module.prior), *self.view, self._kind, -(-taken // at_once))
+            self.memory.remember(cast(Any, module.prior), self.view, self._kind, -(-taken // at_once))
 
     def _measurable(self, module: ParticleModule) -> bool:
         """Whether a GPU evaluates rows, and nothing else that takes much, whose size is not known yet."""
         if self.free is None or self.device.type != "cuda" or module.particles.space == "pixel":
             return False
-        return not self.memory.row(cast(Any, module.prior), *self.view, self._kind).measured
+        return not self.memory.row(cast(Any, module.prior), self.view, self._kind).measured
 
 
 def _lighter(prior: Any) -> str:

@@ -4,7 +4,6 @@ import json
 import platform
 import shlex
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache, cached_property
@@ -18,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 import csd_exp
+from csd_exp.devices import name_of
 from csd_exp.files import write_whole
 from csd_exp.identity import told
 from csd_exp.saved import INPUTS, LAUNCHED
@@ -115,16 +115,8 @@ def _run_git(folder: Path, *arguments: str) -> str | None:
 
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} ({device}, CUDA {torch.version.cuda})"
-    return f"{_processor()} ({torch.get_num_threads()} threads)"
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        return f"{name_of(device)} ({device}, CUDA {torch.version.cuda})"
+    return f"{name_of(device)} ({torch.get_num_threads()} threads)"
 
 
 @cache

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import copy
 from pathlib import Path
@@ -66,20 +66,20 @@ def available(device: torch.device) -> int | None:
     return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
-def row(prior: NetworkPrior, height: int, width: int, kind: str) -> Row:
-    """What a row of height x width latents takes on a kind of device: known from before, or counted now."""
-    file = _file(prior, height, width, kind)
+def row(prior: NetworkPrior, sides: Sequence[int], kind: str) -> Row:
+    """What a row of latents [(f,) h, w] takes on a kind of device: known from before, or counted now."""
+    file = _file(prior, sides, kind)
     with suppress(OSError, ValueError, TypeError, KeyError):
         known = json.loads(file.read_text(encoding="utf-8"))
         return Row(int(known["size"]), bool(known["measured"]))
-    found = Row(counted(prior, height, width), measured=False)
+    found = Row(counted(prior, sides), measured=False)
     _keep(file, found)
     return found
 
 
-def remember(prior: NetworkPrior, height: int, width: int, kind: str, size: int) -> None:
+def remember(prior: NetworkPrior, sides: Sequence[int], kind: str, size: int) -> None:
     """Take down what a row was measured to take."""
-    _keep(_file(prior, height, width, kind), Row(size, measured=True))
+    _keep(_file(prior, sides, kind), Row(size, measured=True))
 
 
 def _keep(file: Path, found: Row) -> None:
@@ -87,13 +87,13 @@ def _keep(file: Path, found: Row) -> None:
         write_whole(file, json.dumps(found._asdict()) + "\n")
 
 
-def _file(prior: NetworkPrior, height: int, width: int, kind: str) -> Path:
+def _file(prior: NetworkPrior, sides: Sequence[int], kind: str) -> Path:
     """Named after the networks' configurations, the view, the precision and the device, never the weights."""
     networks = {
         name: (type(network).__name__, sorted(_settings(network).items()))
         for name, network in prior.networks.items()
     }
-    what = (type(prior).__name__, networks, height, width, prior.dtype, kind, torch.__version__)
+    what = (type(prior).__name__, networks, tuple(sides), prior.dtype, kind, torch.__version__)
     name = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     cache = os.environ.get("CSD_EXP_CACHE") or platformdirs.user_cache_path("csd_exp")
     return Path(cache) / "memory" / f"{name}.json"
@@ -105,14 +105,13 @@ def _settings(network: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def counted(prior: NetworkPrior, height: int, width: int, dtype: torch.dtype | None = None) -> int:
-    """Bytes that a row of height x width latents, or of a clip of them, holds at most, on the meta device."""
-    asked, views = ghost(prior, dtype or prior.dtype), prior.views
-    sides = (*((1 + (views.frames - 1) // views.period,) if prior.clips else ()), height, width)
+def counted(prior: NetworkPrior, sides: Sequence[int], dtype: torch.dtype | None = None) -> int:
+    """Bytes that a row of latents [h, w], or of a clip [f, h, w], holds at most, on the meta device."""
+    asked = ghost(prior, dtype or prior.dtype)
     channels = asked.conditioned
     image = torch.empty(channels, *sides, device=META) if channels else None
     (_, cond), *_ = asked.guidance("", image)
-    x_t = torch.empty(1, views.channels, *sides, device=META)
+    x_t = torch.empty(1, prior.views.channels, *sides, device=META)
     t = torch.zeros(1, dtype=torch.long, device=META)
     for table in ("alphas_cumprod", "s", "times"):
         if getattr(asked, table, None) is not None:
@@ -121,11 +120,11 @@ def counted(prior: NetworkPrior, height: int, width: int, dtype: torch.dtype | N
 
 
 @torch.enable_grad()
-def encoded(prior: NetworkPrior, height: int, width: int) -> int:
-    """Bytes that the autoencoder keeps of a view of height x width latents for the gradient, and makes."""
+def encoded(prior: NetworkPrior, sides: Sequence[int]) -> int:
+    """Bytes that the autoencoder keeps of a view of latents [h, w] for the gradient, and makes."""
     asked = ghost(prior, prior.dtype)
-    sides = (side * prior.views.factor for side in (height, width))
-    image = torch.empty(1, 3, *sides, device=META, requires_grad=True)
+    pixels = (side * prior.views.factor for side in sides)
+    image = torch.empty(1, 3, *pixels, device=META, requires_grad=True)
     return peak(lambda: asked.encode(image))
 
 
