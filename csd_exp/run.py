@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from lightning import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -43,7 +44,7 @@ from csd_exp.module import ParticleModule
 from csd_exp.parts import built_trainer, check_parts
 from csd_exp.ranks import alone
 from csd_exp.report import write_report
-from csd_exp.saved import FAILED
+from csd_exp.saved import FAILED, FAILED_RANK
 
 PATIENCE = 5.0  # seconds for the other processes of a run to end by themselves
 
@@ -123,9 +124,11 @@ def _reason_kept(run_dir: Path) -> Iterator[None]:
             (run_dir / FAILED).unlink(missing_ok=True)
     except BaseException as e:
         begun = before is None or config.stat().st_mtime_ns != before
-        if is_first() and begun and run_dir.is_dir():
+        own = is_first() or not isinstance(e, RankLost | Interrupted)
+        if own and begun and run_dir.is_dir():
+            file = FAILED if is_first() else FAILED_RANK.format(cast(Any, rank_zero_only).rank)
             with suppress(OSError):  # a full disk, which the run itself says
-                write_whole(run_dir / FAILED, f"{_reason(e)}\n")
+                write_whole(run_dir / file, f"{_reason(e)}\n")
         raise
 
 
@@ -168,7 +171,7 @@ def _run(config: DictConfig, run_dir: Path, command: Sequence[str], signals: tup
     trainer.strategy.checkpoint_io = CheckpointFiles()
     metrics = build_metrics(config.metrics) if trainer.is_global_zero else {}
     with relaunchable(command, run_dir), _let_go(module):
-        with _together(trainer, interruption):
+        with _together(trainer, interruption, run_dir):
             trainer.fit(module, range(trainer.max_steps), ckpt_path=config.ckpt_path or None)
         with alone() as first:
             mine = entries(metrics, config.metrics, run_dir / "media") if first else None
@@ -200,7 +203,7 @@ def _let_go(module: ParticleModule) -> Iterator[None]:
 
 
 @contextmanager
-def _together(trainer: Trainer, interruption: Interruption) -> Iterator[None]:
+def _together(trainer: Trainer, interruption: Interruption, run_dir: Path) -> Iterator[None]:
     """End the processes of an interrupted run; put what Lightning cannot restore in one sentence."""
     try:
         yield
@@ -216,7 +219,7 @@ def _together(trainer: Trainer, interruption: Interruption) -> Iterator[None]:
         if trainer.world_size > 1 and _is_lost(e):
             lost = _which_lost(trainer)
             _end(trainer)
-            raise RankLost(lost) from e
+            raise RankLost(_what_it_said(trainer, run_dir) or lost) from e
         if not interruption.restores or isinstance(e, InputError):
             raise
         raise InputError(
@@ -239,6 +242,17 @@ def _is_lost(error: Exception) -> bool:
     return isinstance(error, DistError) or (
         isinstance(error, RuntimeError) and re.search(lost, str(error)) is not None
     )
+
+
+def _what_it_said(trainer: Trainer, run_dir: Path) -> str | None:
+    """Why the first of the other processes ended that has left a reason, which is taken away."""
+    said = None
+    for rank in range(trainer.world_size - 1, 0, -1):
+        file = run_dir / FAILED_RANK.format(rank)
+        if file.is_file():
+            said = f"The process of rank {rank} has failed, and so this run does: {file.read_text().strip()}"
+            file.unlink()
+    return said
 
 
 def _which_lost(trainer: Trainer) -> str:

@@ -14,6 +14,7 @@ from csd_exp.trust import check_resolvers
 
 INPUTS = "inputs.json"
 FAILED = "failed.txt"  # one line: why the last attempt at a run did not finish
+FAILED_RANK = "failed_rank{}.txt"  # the same of another process than the first, which takes it up
 LAUNCHED = "launched_in"  # of provenance.json: the folder from which relative paths count
 
 

@@ -295,6 +295,38 @@ def test_a_late_rank_joins_and_a_killed_one_ends_the_other_in_one_line(shared: P
     assert line.endswith(f"ckpt_path={(run / 'last.ckpt').relative_to(shared)}")
 
 
+# A callback that refuses on the second process alone.
+REFUSING = """
+from lightning import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from csd_exp.errors import InputError
+
+class Refusing(Callback):
+    def on_train_batch_start(self, trainer, module, batch, i):
+        if i == 1 and rank_zero_only.rank == 1:
+            raise InputError("the second disk is full.")
+"""
+
+
+@pytest.mark.soak
+def test_the_first_process_says_why_another_has_failed(shared: Path) -> None:
+    (shared / "refusing.py").write_text(REFUSING)
+    mine = ["allow=[refusing]", "+callbacks.refusing._target_=refusing.Refusing", "hydra.run.dir=refused"]
+    run = subprocess.run(
+        [sys.executable, "-m", "csd_exp", *RUN, *TWO, *mine],
+        env=environment(),
+        cwd=shared,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 2
+    reason = "The process of rank 1 has failed, and so this run does: the second disk is full."
+    assert [line for line in run.stderr.splitlines() if line.startswith("csd: ")] == [f"csd: {reason}"]
+    assert [file.name for file in (shared / "refused").glob("failed*")] == ["failed.txt"]
+    assert (shared / "refused/failed.txt").read_text() == f"{reason}\n"
+
+
 # `csd` whose processes wait ten seconds for each other, and whose first measures for fifteen.
 IMPATIENT = """
 import sys, time
