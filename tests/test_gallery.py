@@ -14,6 +14,7 @@ from csd_exp.errors import InputError
 from csd_exp.figures.gallery import GAP, Gallery, command
 from csd_exp.figures.plan import QUIET, Cell
 from csd_exp.figures.results import Record, Results
+from csd_exp.formats.labels import Label, packet
 from csd_exp.images import write_png
 
 OWN = ["experiment=panorama", "prompt=turn it into a painting, at night", "modality.mask=[0,0,1,0.3]"]
@@ -24,7 +25,8 @@ def made(folder, sources, edits):
         for k, colour in enumerate(colours):
             flat = torch.tensor(colour)[:, None, None].expand(3, 12, 20)
             number = f"_{k:02d}" if len(colours) > 1 else ""
-            write_png(flat, folder / f"media/{name}{number}.png")
+            label = Label(xmp=packet({"xmp:CreatorTool": f"{name} by a test"}))
+            write_png(flat, folder / f"media/{name}{number}.png", label)
     words = ["csd", *QUIET, *OWN, "seed=0", f'hydra.run.dir="{folder}"']
     (folder / "command.txt").write_text(shlex.join(words) + "\n")
     return folder
@@ -46,7 +48,9 @@ def test_sources_stand_above_what_was_made_of_them(tmp_path):
     corners = [shown[y, x].astype(int) for y in (6, -6) for x in (10, -10)]
     wanted = [[64] * 3, [128] * 3, [255, 0, 0], [0, 0, 255]]
     assert np.abs(np.array(corners) - wanted).max() < 12
-    assert Image.open(io.BytesIO(files["text.jpg"])).size == (20, 12)
+    text = Image.open(io.BytesIO(files["text.jpg"]))
+    assert text.size == (20, 12)
+    assert b"edited by a test" in text.info["xmp"]
     page = files["gallery.md"]
     assert page.startswith("# Gallery\n\nAll of it.\n\n## Set of two\n\n![set of two](set_of_two.jpg)")
 

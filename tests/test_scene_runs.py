@@ -1,5 +1,6 @@
 """What a finished run's scene is taken away by: films of other paths, and a mesh."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from PIL import Image
 from plyfile import PlyData
 from scenes import write_scene
 from test_voxels import cube, filled
@@ -67,6 +69,20 @@ def test_a_run_is_rendered_again_without_its_prior(run, monkeypatch, capsys, tmp
     assert said(monkeypatch, capsys, runs.render, run, "--to", tmp_path / "new", *wide)[0] == 0
     assert [frame.shape for frame in frames(tmp_path / "new" / "render.mp4")] == [(24, 32, 3)] * 2
     assert (tmp_path / "new" / "render.gif").is_file()
+
+
+def test_edited_photographs_say_what_made_them(run):
+    kept = sorted((run / "views").iterdir())
+    assert len(kept) == 4
+    for file in kept:
+        with Image.open(file) as image:
+            said = json.loads(image.info["Comment"])
+        assert (said["prompt"], said["model"], said["step"]) == (
+            "x",
+            "GaussianMixture",
+            int(file.stem[:5]) + 1,
+        )
+        assert said["digital_source_type"].endswith("compositeWithTrainedAlgorithmicMedia")
 
 
 def test_another_path_is_as_high_and_as_near_as_it_is_told(run):

@@ -61,6 +61,7 @@ class Media(L.Callback):
 
     def _begin(self, trainer: L.Trainer, module: ParticleModule) -> None:
         self.origin = self._origin(trainer, module) if self.labels else Untold()
+        module.particles.origin = self.origin
         self._show_areas(trainer, module)
         write_facts(module.particles, self.folder)
         if module.particles.has_source:

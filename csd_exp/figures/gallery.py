@@ -14,7 +14,7 @@ from csd_exp.errors import InputError
 from csd_exp.figures.forms import Files
 from csd_exp.figures.plan import QUIET, Cell
 from csd_exp.figures.results import Results
-from csd_exp.images import saved_pictures, to_uint8
+from csd_exp.images import label_of, saved_pictures, to_uint8
 
 GAP = 8  # white pixels between pictures
 
@@ -55,8 +55,8 @@ class Gallery:
         rows = [_joined([files[i] for i in chosen], 2) for files in (sources, edited) if len(files)]
         image = Image.fromarray(to_uint8(_joined(rows, 1)))
         image.thumbnail((self.widest, 10 * self.widest), Image.Resampling.LANCZOS)
-        kept = io.BytesIO()
-        image.save(kept, "JPEG", quality=90)
+        kept, said = io.BytesIO(), label_of(edited.files[0]).xmp
+        image.save(kept, "JPEG", quality=90, xmp=said.encode())
         return kept.getvalue()
 
 

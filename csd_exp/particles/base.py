@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from csd_exp.errors import accept
+from csd_exp.origin import Origin, Untold
 from csd_exp.schedules import Draw
 
 Prompts = list[list[tuple[float, str | None]]]
@@ -51,7 +52,8 @@ class Particles(nn.Module):
     has_source: whether there are pictures to edit. clips: whether views are clips [C, F, h, w], for priors
     that score these. film: of a video, whose frames they are. prompt: what is asked of every view. dtype: of
     the parameters, `float32` or `float64`. home: the Trainer's device, known when `begin` is called; the
-    prior may have another.
+    prior may have another. origin: what pictures that the particles write themselves say of what made them,
+    the run's as soon as `Media` has begun.
     """
 
     home: torch.device = torch.device("cpu")
@@ -59,6 +61,7 @@ class Particles(nn.Module):
     has_source: ClassVar[bool] = True
     clips: ClassVar[bool] = False
     film: Film | None = None
+    origin: Origin = Untold()
 
     def __init__(self, prompt: str = "", dtype: str = "float32"):
         super().__init__()

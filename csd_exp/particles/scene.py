@@ -201,7 +201,8 @@ class EditedPhotographs(_Filmed, WholePictures):
                     (image,) = self.finish(self.autoencoder.decode(self.latent[i : i + 1]).clamp(0, 1).cpu())
                     if self.areas is not None and self.areas.mask is not None:
                         image = self.areas.composite(i, image, self.album.picture(i))
-                    write_png(image, self._file(now, i))
+                    label = self.origin.of_made(self.prompt, draw.step + 1, {})
+                    write_png(image, self._file(now, i), label)
                 self.edited[i] = now
 
     def _file(self, round_: int, i: int) -> Path:
