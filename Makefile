@@ -3,8 +3,9 @@ BIN := .venv/bin
 # Without bytecode every process of the tests would compile torch and Lightning anew.
 export PYTHONDONTWRITEBYTECODE :=
 INSTALLED := .venv/installed
+EXTRAS := .venv-extras
 
-.PHONY: demo test lint soak lock
+.PHONY: demo test lint soak extras lock
 
 demo: $(INSTALLED)
 	$(BIN)/csd experiment=demo
@@ -21,14 +22,22 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(INSTALLED): requirements.lock pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+# Launchers, searches and signatures; apart, since Hydra imports every plugin that it finds at every start.
+extras: $(EXTRAS)/installed
+	OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -n logical tests/test_sweeps.py tests/test_credentials.py
+
+$(INSTALLED): LOCK := requirements.lock
+$(EXTRAS)/installed: LOCK := requirements-extras.lock
+$(INSTALLED) $(EXTRAS)/installed: %/installed: requirements.lock requirements-extras.lock pyproject.toml
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$*/bin/uv pip install --quiet --python $*/bin/python -r $(LOCK)
+	$*/bin/uv pip install --quiet --python $*/bin/python --no-deps --editable .
 	touch $@
 
 # Every package at the version last tested; carries no host names.
+COMPILE := $(BIN)/uv pip compile --quiet --python-version 3.11 --no-header --no-annotate --no-emit-index-url
 lock:
-	$(BIN)/uv pip compile --quiet --python-version 3.11 --extra dev \
-		--no-header --no-annotate --no-emit-index-url --output-file requirements.lock pyproject.toml
+	$(COMPILE) --extra dev --output-file requirements.lock pyproject.toml
+	$(COMPILE) --extra dev --extra extras --constraint requirements.lock \
+		--output-file requirements-extras.lock pyproject.toml
