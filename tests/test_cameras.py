@@ -9,8 +9,11 @@ import torch
 from scenes import RADIUS, UP, around, photographs
 
 from csd_exp.errors import InputError
+from csd_exp.files import ASSETS
 from csd_exp.metrics.flow import visible, warped
 from csd_exp.scene.cameras import Cameras, bounds, flow, focus, look_at, orbit
+from csd_exp.scene.readers import read_scene
+from csd_exp.scene.scene import scene_bounds
 
 
 def test_projection_is_opencvs_but_for_where_a_pixel_has_its_centre():
@@ -97,6 +100,23 @@ def test_bounds_of_cameras_in_a_room_hold_twice_their_space():
     spread = (inside.positions - inside.positions.mean(0)).norm(dim=1).max()
     assert not found.inward
     assert found.half == pytest.approx(2 * float(spread))
+
+
+@pytest.mark.parametrize(("name", "inward", "least"), [("object", True, 0.99), ("room", False, 0.55)])
+def test_bounds_of_the_shipped_scenes_hold_what_their_photographs_show(name, inward, least):
+    """An object whole; of a room, which is looked across, the most, the rest being in the shell around."""
+    photographs = read_scene(ASSETS / "scenes" / name)
+    views = photographs.views(32, 8)
+    found = scene_bounds(views.cameras[views.train], views.up, None)
+    held = []
+    for i in views.train[::4]:
+        origins, directions = views.cameras[[i]].rays()
+        depth = views.depth(i)
+        places = origins[0] + depth[..., None] * directions[0]
+        inside = ((places - found.centre).abs() <= found.half).all(2)
+        held.append(inside[torch.isfinite(depth) & (depth > 0)])
+    assert found.inward == inward
+    assert torch.cat(held).double().mean() > least
 
 
 def test_cameras_in_one_place_tell_no_size():

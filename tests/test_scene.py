@@ -1,5 +1,6 @@
 """Editing a scene: rounds of its photographs that the field follows, and the field itself."""
 
+import json
 from copy import deepcopy
 from functools import partial
 
@@ -157,12 +158,39 @@ def test_reconstructions_are_kept_by_content(scene, folder, tmp_path):
     again = scene(cache=str(cache)).scene
     assert torch.equal(again.reconstructed(device, again.album()).density, field.density)
     assert file.stat().st_mtime_ns == stamp
-    for change in ({"reconstruction_steps": 31}, {"seed": 1}, {"bounds": [0, 0, 0, 1.0]}):
+    for change in ({"reconstruction_steps": 31}, {"seed": 1}, {"bounds": [0, 0, 0, 1.0]}, {"near": 0.1}):
         other = scene(cache=str(cache), **change).scene
         assert other._content(other.album(), field) != file.stem
     album = again.album()
     album.put(0, 1 - album.picture(0))
     assert again._content(album, field) != file.stem
+
+
+def test_a_reconstruction_depends_on_what_a_file_holds_not_on_where_it_is(scene, tmp_path):
+    names = {}
+    for file, content in (("a.ply", b"1"), ("b.ply", b"1"), ("c.ply", b"2")):
+        (tmp_path / file).write_bytes(content)
+        own = scene().scene
+        own.make = partial(Voxels, ply=str(tmp_path / file))
+        names[file] = own._content(own.album(), torch.nn.Module())
+    own.views.points = torch.zeros(1, 3), torch.zeros(1, 3)
+    assert names["a.ply"] == names["b.ply"] != names["c.ply"] != own._content(own.album(), torch.nn.Module())
+
+
+def test_a_film_is_of_what_is_held_out_where_the_scene_says_so(scene, folder):
+    """Without lists an orbit: every eighth of somebody's photographs is no path."""
+    assert scene().scene.held_out
+    assert not scene(trajectory="orbit").scene.held_out
+    meta = folder / "transforms.json"
+    lists = json.loads(meta.read_text())
+    unsaid = {key: value for key, value in lists.items() if not key.endswith("_filenames")}
+    try:
+        meta.write_text(json.dumps(unsaid))
+        own = scene().scene
+    finally:
+        meta.write_text(json.dumps(lists))
+    assert own.test
+    assert not own.held_out
 
 
 def test_the_film_knows_its_depths_and_cameras(scene, build):

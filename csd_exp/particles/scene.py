@@ -64,8 +64,8 @@ class EditedPhotographs(_Filmed, WholePictures):
     Instruct-NeRF2NeRF is rounds of one step of one view, by the residual `ddim_edit`; one round of all
     views is DGE's. The pictures of the run are the frames of a film, of the field as it was and as it is.
 
-    path, field, reconstruction_steps, bounds, trajectory, frames, cache, seed: see `Scene`. views: None for
-    all. batch: how many of a round's views each step takes, None for all. dir: of the run, where edited
+    path, field, reconstruction_steps, bounds, near, trajectory, frames, cache, seed: see `Scene`. views: None
+    for all. batch: how many of a round's views each step takes, None for all. dir: of the run, where edited
     photographs are kept. within: x, y, z of the lowest and of the highest corner of a box of the world: only
     what lies in it changes. The rest is as for WholePictures.
     """
@@ -87,7 +87,8 @@ class EditedPhotographs(_Filmed, WholePictures):
         edit_steps: int = 20,
         fit_steps: int = 200,
         bounds: Sequence[float] | None = None,
-        trajectory: Trajectory = "orbit",
+        near: float | None = None,
+        trajectory: Trajectory = "auto",
         frames: int = 60,
         mask: str | Sequence[str] | None = None,
         within: Sequence[float] | None = None,
@@ -114,6 +115,7 @@ class EditedPhotographs(_Filmed, WholePictures):
             seed,
             cache,
             bounds,
+            near,
             trajectory,
             frames,
         )
@@ -227,8 +229,8 @@ class EditedPhotographs(_Filmed, WholePictures):
 class EditedField(_Filmed, Particles):
     """The field itself is what is optimised: the coupled residual of its views is carried into it each step.
 
-    path, field, reconstruction_steps, bounds, trajectory, frames, cache, seed: see `Scene`. batch: how many
-    photographs' views a step takes. The photographs are source and condition.
+    path, field, reconstruction_steps, bounds, near, trajectory, frames, cache, seed: see `Scene`. batch: how
+    many photographs' views a step takes. The photographs are source and condition.
     """
 
     space = "pixel"
@@ -244,7 +246,8 @@ class EditedField(_Filmed, Particles):
         reconstruction_steps: int = 1000,
         batch: int = 4,
         bounds: Sequence[float] | None = None,
-        trajectory: Trajectory = "orbit",
+        near: float | None = None,
+        trajectory: Trajectory = "auto",
         frames: int = 60,
         cache: str = "outputs/scenes",
         seed: int = 0,
@@ -264,6 +267,7 @@ class EditedField(_Filmed, Particles):
             seed,
             cache,
             bounds,
+            near,
             trajectory,
             frames,
         )

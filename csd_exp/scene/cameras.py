@@ -25,6 +25,9 @@ class Rays(NamedTuple):
     directions: Tensor
 
 
+FACING = 0.95  # the cosine to the point nearest to all axes, above which cameras look at it, and not past it
+
+
 @dataclass(frozen=True)
 class Cameras:
     """n cameras of one size.
@@ -209,7 +212,7 @@ def bounds(cameras: Cameras, centre: Sequence[float] | None = None, half: float 
     if centre is not None and not (facing > 0).any():
         raise InputError("No camera faces the centre of modality.bounds, so nothing of it would be seen.")
     inward = bool(
-        torch.isfinite(middle).all() and facing.median() > 0.8 and (facing > 0).double().mean() > 0.9
+        torch.isfinite(middle).all() and facing.median() > FACING and (facing > 0).double().mean() > 0.9
     )
     if inward:
         distance = float(away.median())

@@ -56,6 +56,11 @@ class Photographs:
         return len(self.every)
 
     @property
+    def says_which_test(self) -> bool:
+        """Whether the files have told which photographs are held out, or else every 8th is."""
+        return self.test != split(self.every)[1]
+
+    @property
     def files(self) -> list[Path]:
         """All files that a scene is made of, each once: what describes it, pictures, masks and depth."""
         beside = [file for photo in self.every for file in (photo.file, photo.mask, photo.depth) if file]

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor
 
 from csd_exp.errors import InputError, accept, notice
-from csd_exp.files import whole
+from csd_exp.files import sha256, whole
 from csd_exp.formats.timing import even
 from csd_exp.ranks import alone
 from csd_exp.scene.album import Album
@@ -25,7 +25,7 @@ from csd_exp.schedules import Draw
 if TYPE_CHECKING:
     from csd_exp.scene.photographs import Photographs
 
-Trajectory = Literal["orbit", "held_out"]
+Trajectory = Literal["auto", "orbit", "held_out"]
 
 FRAME_RATE = 24
 FOLLOWING = 0.25  # of the learning rates, where a field follows photographs that are edited
@@ -49,8 +49,9 @@ class Scene:
     path: posed photographs, see `csd_exp.scene.readers.read_scene`. side, multiple: of a view, in pixels, see
     `Photographs.views`. make: a field from `Bounds`. steps, seed: of its reconstruction, which is kept in
     `cache` under its content and used again. limits: centre (x, y, z) and half side of what the field
-    resolves, None for what the cameras suggest. trajectory: an `orbit` of `frames` cameras around what they
-    look at (where they look outward, a turn), or the `held_out` photographs' own.
+    resolves, and near: than which nothing that shows is nearer to a camera; None for what the cameras
+    suggest. trajectory: an `orbit` of `frames` cameras around what they look at (where they look outward, a
+    turn), or the `held_out` photographs' own; `auto` is `held_out` where the scene says which these are.
     Raises InputError for what cannot be used.
     """
 
@@ -64,21 +65,23 @@ class Scene:
         seed: int,
         cache: str,
         limits: Sequence[float] | None = None,
-        trajectory: Trajectory = "orbit",
+        near: float | None = None,
+        trajectory: Trajectory = "auto",
         frames: int = 60,
     ):
         accept("modality.trajectory", trajectory, get_args(Trajectory))
         for key, value in (("frames", frames), ("reconstruction_steps", steps)):
             if value < 1:
                 raise InputError(f"modality.{key} must be at least 1, not {value}.")
-        self.views = _photographs(path).views(side, multiple)
+        photographs = _photographs(path)
+        self.views = photographs.views(side, multiple)
         self.make, self.steps, self.seed, self.cache = make, steps, seed, Path(cache)
         self.train, self.test = self.views.train, self.views.test
         self.cameras = self.views.cameras[self.train]
-        self.bounds = scene_bounds(self.cameras, self.views.up, limits)
+        self.bounds = scene_bounds(self.cameras, self.views.up, limits, near)
         if trajectory == "held_out" and not self.test:
             raise InputError("modality.trajectory=held_out needs photographs that are held out; give orbit.")
-        self.held_out = trajectory == "held_out"
+        self.held_out = trajectory == "held_out" or (trajectory == "auto" and photographs.says_which_test)
         cameras = (
             self.views.cameras[self.test] if self.held_out else turned(self.cameras, self.bounds, frames)
         )
@@ -123,7 +126,10 @@ class Scene:
             self.bounds.up,
         ):
             digest.update(tensor.contiguous().numpy().tobytes())
-        settings = (getattr(self.make, "func", self.make), getattr(self.make, "keywords", None))
+        keywords = {k: _by_content(v) for k, v in (getattr(self.make, "keywords", None) or {}).items()}
+        settings = (getattr(self.make, "func", self.make), keywords)
+        for points in self.views.points or ():
+            digest.update(points.contiguous().numpy().tobytes())
         digest.update(
             repr(
                 (
@@ -152,6 +158,11 @@ class Scene:
             depth = (seen.depth * (seen.alpha > 0.5))[0, 0]
         photograph = {"photograph": self.views[self.test[i]]} if self.held_out else {}
         return {"camera": camera, "depth": depth.cpu()} | photograph
+
+
+def _by_content(value: Any) -> Any:
+    """A file's checksum in the place of its path."""
+    return sha256(Path(value)) if isinstance(value, str) and Path(value).is_file() else value
 
 
 @torch.no_grad()
@@ -187,7 +198,8 @@ def check_scene(config: Mapping[str, Any]) -> None:
     poses = torch.stack([photographs.every[i].pose for i in photographs.train])
     anywhere = torch.ones(len(poses), 2, dtype=torch.float64)
     check_box(config.get("within"))
-    scene_bounds(Cameras(poses, anywhere, anywhere, (1, 1)), photographs.up, config.get("bounds"))
+    cameras = Cameras(poses, anywhere, anywhere, (1, 1))
+    scene_bounds(cameras, photographs.up, config.get("bounds"), config.get("near"))
 
 
 @contextmanager
@@ -218,7 +230,9 @@ def _photographs(path: str) -> "Photographs":
     return read_scene(path)
 
 
-def scene_bounds(cameras: Cameras, up: Tensor | None, limits: Sequence[float] | None) -> Bounds:
+def scene_bounds(
+    cameras: Cameras, up: Tensor | None, limits: Sequence[float] | None, near: float | None = None
+) -> Bounds:
     """The bounds that are given, or those that cameras suggest."""
     if limits is None:
         found = bounds(cameras)
@@ -226,6 +240,10 @@ def scene_bounds(cameras: Cameras, up: Tensor | None, limits: Sequence[float] | 
         found = bounds(cameras, limits[:3], limits[3])
     else:
         raise InputError(f"modality.bounds must be x, y, z and half a side above 0, not {list(limits)}.")
+    if near is not None:
+        if not 0 < near < math.inf:
+            raise InputError(f"modality.near must be above 0, in units of the scene, not {near}.")
+        found = found._replace(near=float(near))
     return found if up is None else found._replace(up=torch.nn.functional.normalize(up.to(found.up), dim=0))
 
 
