@@ -27,7 +27,7 @@ def saved(folder: Path) -> tuple[DictConfig, dict[str, dict[str, str]]]:
     config = _whole(folder / "config.yaml", OmegaConf.load, DictConfig)
     check_resolvers(config)
     inputs = _whole(folder / INPUTS, _json, dict) if (folder / INPUTS).is_file() else {}
-    for key in [*inputs, "prior.path"]:
+    for key in [*inputs, "prior.path", "modality.cache"]:
         _relocate(config, key, _launched(folder))
     said = config.get("dir")
     for group in ("callbacks", "logger"):

@@ -1,6 +1,7 @@
 """What a finished run's scene is taken away by: films of other paths, and a mesh."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -69,6 +70,18 @@ def test_a_run_is_rendered_again_without_its_prior(run, monkeypatch, capsys, tmp
     assert said(monkeypatch, capsys, runs.render, run, "--to", tmp_path / "new", *wide)[0] == 0
     assert [frame.shape for frame in frames(tmp_path / "new" / "render.mp4")] == [(24, 32, 3)] * 2
     assert (tmp_path / "new" / "render.gif").is_file()
+
+
+def test_the_source_is_found_from_another_folder(run, tmp_path, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    config = (run / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace(f"{run.parent}/cache", "cache"))
+    provenance = json.loads((run / "provenance.json").read_text()) | {"launched_in": str(run.parent)}
+    (copy / "provenance.json").write_text(json.dumps(provenance))
+    monkeypatch.chdir(tmp_path)
+    source, known = runs.opened(copy).source, runs.opened(run).source
+    assert source is not None
+    assert torch.equal(source.density, known.density)
 
 
 def test_edited_photographs_say_what_made_them(run):

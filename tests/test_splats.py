@@ -9,6 +9,8 @@ import torch
 from gsplat.cuda._torch_impl import _fully_fused_projection, _quat_scale_to_covar_preci, _spherical_harmonics
 from scenes import around, photographs
 
+from csd_exp.build import constructed
+from csd_exp.config import composed
 from csd_exp.errors import InputError
 from csd_exp.scene.cameras import UNIT_CUBE, Cameras, bounds
 from csd_exp.scene.ply import write_splats
@@ -241,3 +243,11 @@ def test_without_cuda_one_sentence_says_what_works():
         pytest.skip("here it works")
     with pytest.raises(InputError, match="modality/field=voxels works here"):
         Splats.check({})
+
+
+@pytest.mark.parametrize("experiment", ["scene", "scene update=direct", "text_to_3d"])
+def test_it_takes_the_place_of_voxels_in_every_experiment(experiment):
+    field = composed(["modality/field=splats", *f"experiment={experiment}".split()]).modality.field
+    made = constructed(field)(UNIT_CUBE)
+    assert isinstance(made, Splats)
+    assert made.degree == field.harmonics
