@@ -7,14 +7,14 @@ import gsplat
 import pytest
 import torch
 from gsplat.cuda._torch_impl import _fully_fused_projection, _quat_scale_to_covar_preci, _spherical_harmonics
-from scenes import around, photographs
+from scenes import around, photographs, write_scene
 
 from csd_exp.build import constructed
 from csd_exp.config import composed
 from csd_exp.errors import InputError
 from csd_exp.scene.cameras import UNIT_CUBE, Cameras, bounds
-from csd_exp.scene.ply import write_splats
-from csd_exp.scene.scene import fit
+from csd_exp.scene.ply import Gaussians, write_splats
+from csd_exp.scene.scene import Scene, check_scene, fit
 from csd_exp.scene.splats import Splats, _spacing
 from csd_exp.schedules import Draw
 
@@ -238,11 +238,60 @@ def test_it_begins_at_known_points():
     assert _spacing(line)[2] == pytest.approx(math.sqrt((1 + 1 + 4) / 3))
 
 
-def test_without_cuda_one_sentence_says_what_works():
+def standing(folder):
+    """A PLY file of Gaussians: a flat ground, and a tower on it, in a world that lies on its side."""
+    generator = torch.Generator().manual_seed(0)
+    ground = torch.rand(300, 3, generator=generator) * torch.tensor([2.0, 0.02, 2.0]) - torch.tensor(
+        [1.0, 0, 1]
+    )
+    tower = torch.rand(60, 3, generator=generator) * torch.tensor([0.3, -0.5, 0.3])
+    means = torch.cat([ground, tower]) + torch.tensor([3.0, 1.0, -2.0])
+    quats = torch.tensor([[1.0, 0, 0, 0]]).repeat(360, 1)
+    colours = torch.rand(360, 1, 3, generator=generator) * 3 - 1.5
+    gaussians = Gaussians(means, quats, torch.full((360, 3), -3.0), torch.full((360,), 2.0), colours)
+    write_splats(gaussians, folder / "scene.ply")
+    return gaussians, folder / "scene.ply"
+
+
+def test_a_trained_scene_without_photographs_is_rendered_from_around_it(on_a_cpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(Splats, "check", lambda _: None)
+    gaussians, ply = standing(tmp_path)
+    scene = partial(Scene, str(ply), 16, 1, partial(Splats, background="black", ply=str(ply)), 5, 0)
+    own = scene(str(tmp_path / "cache"))
+    assert (len(own.train), len(own.test), own.held_out) == (64, 36, True)
+    assert own.bounds.inward
+    assert own.cameras.up @ torch.tensor([0.0, -1.0, 0.0]).double() > 0.8  # where the tower is
+    field = Splats(own.bounds, background="black", ply=str(ply))
+    for i in (0, 40, 70):
+        seen = field(own.views.cameras[[i]]).rgb[0]
+        assert seen.std() > 0.05
+        torch.testing.assert_close(own.views[i], seen, atol=0.01, rtol=0)
+    assert torch.equal(own.reconstructed(torch.device("cpu"), own.album()).splats["means"], gaussians.means)
+    (folder,) = (tmp_path / "cache").glob("orbit_*")
+    made_at = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    scene(str(tmp_path / "cache"))
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == made_at
+
+
+def test_a_trained_scene_must_be_of_the_photographs(on_a_cpu, tmp_path):
+    _, ply = standing(tmp_path)
+    path = write_scene(tmp_path / "other", 4, 2, 16)
+    own = Scene(str(path), 16, 1, partial(Splats, ply=str(ply)), 5, 0, str(tmp_path / "cache"))
+    with pytest.raises(
+        InputError, match=r"^modality\.field\.ply shows the photographs of modality\.path with"
+    ):
+        own.reconstructed(torch.device("cpu"), own.album())
+    assert not list((tmp_path / "cache").glob("*.pt"))
+
+
+def test_without_cuda_one_sentence_says_what_works(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("here it works")
     with pytest.raises(InputError, match="modality/field=voxels works here"):
         Splats.check({})
+    _, ply = standing(tmp_path)
+    with pytest.raises(InputError, match=r"scene\.ply is a trained scene, which has to be rendered: .* CUDA"):
+        check_scene({"path": str(ply)})
 
 
 @pytest.mark.parametrize("experiment", ["scene", "scene update=direct", "text_to_3d"])

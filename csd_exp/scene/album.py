@@ -43,6 +43,10 @@ class Album:
         found = torch.from_numpy(self._pixels[ids.numpy(), y.numpy(), x.numpy()]).float() / 255
         return found[:, :3], found[:, 3:]
 
+    def counts(self, i: int) -> Tensor:
+        """[H, W] in [0, 1], how much each pixel of picture i counts."""
+        return torch.from_numpy(self._pixels[i, ..., 3].copy()).float() / 255
+
     def raw(self, i: int) -> bytes:
         """The bytes of picture i and its mask."""
         return self._pixels[i].tobytes()

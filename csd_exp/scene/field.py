@@ -66,6 +66,8 @@ class Field(nn.Module, ABC):
     """Every parameter is optimised; what else a field is made of are buffers."""
 
     background: Background
+    trained: bool = False
+    """Whether it is taken as it is, and not reconstructed."""
     suffix: ClassVar[str]
     """Of the file that other programs take it as."""
 

@@ -29,6 +29,7 @@ Trajectory = Literal["auto", "orbit", "held_out"]
 
 FRAME_RATE = 24
 FOLLOWING = 0.25  # of the learning rates, where a field follows photographs that are edited
+ANOTHER = 0.5  # of the variance of photographs: an error that a field of them stays far below
 LEAST = 0.05  # of the learning rates, at the end of a fit from nothing
 
 
@@ -46,7 +47,8 @@ class Flight:
 class Scene:
     """Posed photographs, the field reconstructed from those that train, and the path of its films.
 
-    path: posed photographs, see `csd_exp.scene.readers.read_scene`. side, multiple: of a view, in pixels, see
+    path: posed photographs, see `csd_exp.scene.readers.read_scene`, or the .ply of trained splats, of which
+    renders are taken, see `csd_exp.scene.orbited`. side, multiple: of a view, in pixels, see
     `Photographs.views`. make: a field from `Bounds`. steps, seed: of its reconstruction, which is kept in
     `cache` under its content and used again. limits: centre (x, y, z) and half side of what the field
     resolves, and near: than which nothing that shows is nearer to a camera; None for what the cameras
@@ -73,7 +75,7 @@ class Scene:
         for key, value in (("frames", frames), ("reconstruction_steps", steps)):
             if value < 1:
                 raise InputError(f"modality.{key} must be at least 1, not {value}.")
-        photographs = _photographs(path)
+        photographs = _photographs(_orbited(path, Path(cache), side) if _is_trained(path) else path)
         self.views = photographs.views(side, multiple)
         self.make, self.steps, self.seed, self.cache = make, steps, seed, Path(cache)
         self.train, self.test = self.views.train, self.views.test
@@ -108,10 +110,29 @@ class Scene:
                 )
                 with _counting(self.steps) as done:
                     fit(field, album, self.steps, self.seed, done)
+                self._check_shown(field, album)
                 with whole(file) as partial:
                     torch.save(field.state_dict(), partial)
         field.load_state_dict(torch.load(file, map_location=device, weights_only=True))
         return field
+
+    @torch.no_grad()
+    def _check_shown(self, field: Field, album: Album) -> None:
+        """Say how well a few photographs are shown; raise InputError where a trained scene is of others."""
+        errors, spread = [], []
+        for k in range(0, len(album), -(-len(album) // 8)):
+            counts, picture = album.counts(k), album.picture(k)
+            seen = field(album.cameras[[k]]).rgb[0].cpu()
+            errors.append((counts * (seen - picture).square()).sum() / (3 * counts.sum()).clamp(min=1))
+            spread.append(picture.var(dim=(1, 2)).mean())
+        error = max(float(torch.stack(errors).mean()), 1e-10)
+        decibels = -10 * math.log10(error)
+        if field.trained and error > ANOTHER * torch.stack(spread).mean():
+            raise InputError(
+                f"modality.field.ply shows the photographs of modality.path with {decibels:.1f} dB, hardly "
+                "better than one colour: it is of another scene, or was trained with other poses."
+            )
+        notice(f"the field shows its photographs with {decibels:.1f} dB.")
 
     def _content(self, album: Album, field: Field) -> str:
         """What a reconstruction depends on, as a name."""
@@ -194,10 +215,13 @@ def check_box(box: Sequence[float] | None) -> None:
 
 def check_scene(config: Mapping[str, Any]) -> None:
     """Raise InputError where the configuration of a scene cannot work, of what headers and poses tell."""
+    check_box(config.get("within"))
+    if _is_trained(config["path"]):
+        _check_trained(config["path"])
+        return
     photographs = _photographs(config["path"])
     poses = torch.stack([photographs.every[i].pose for i in photographs.train])
     anywhere = torch.ones(len(poses), 2, dtype=torch.float64)
-    check_box(config.get("within"))
     cameras = Cameras(poses, anywhere, anywhere, (1, 1))
     scene_bounds(cameras, photographs.up, config.get("bounds"), config.get("near"))
 
@@ -222,6 +246,27 @@ def fit(
             fitting.step(album, Draw(seed, step), LEAST ** (step / steps))
             step += 1
             done()
+
+
+def _is_trained(path: str) -> bool:
+    return Path(path).suffix.lower() == ".ply"
+
+
+def _orbited(ply: str, cache: Path, side: int) -> str:
+    from csd_exp.scene.orbited import orbited  # of the extra scene
+
+    return str(orbited(Path(ply), cache, side))
+
+
+def _check_trained(ply: str) -> None:
+    from csd_exp.scene.ply import read_splats  # of the extra scene
+    from csd_exp.scene.splats import Splats
+
+    read_splats(Path(ply))
+    try:
+        Splats.check({})
+    except InputError as e:
+        raise InputError(f"modality.path={ply} is a trained scene, which has to be rendered: {e}") from e
 
 
 def _photographs(path: str) -> "Photographs":
