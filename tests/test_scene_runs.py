@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -18,6 +19,7 @@ from test_voxels import cube, filled
 import csd_exp
 from csd_exp.errors import InputError
 from csd_exp.scene import runs
+from csd_exp.scene.cameras import focus
 from csd_exp.scene.splats import Splats
 from csd_exp.scene.voxels import Voxels
 
@@ -101,7 +103,7 @@ def test_edited_photographs_say_what_made_them(run):
 def test_another_path_is_as_high_and_as_near_as_it_is_told(run):
     cameras = runs.opened(run).film
     there = runs.flown(cameras, 5, 40.0, 2.0)
-    target = runs._middle(cameras)
+    target = focus(cameras)
     up = torch.nn.functional.normalize(-cameras.pose[:, :, 1].mean(0), dim=0)
     away = there.positions - target
     torch.testing.assert_close(
@@ -109,6 +111,18 @@ def test_another_path_is_as_high_and_as_near_as_it_is_told(run):
     )
     risen = torch.rad2deg(torch.asin(away @ up / away.norm(dim=1)))
     torch.testing.assert_close(risen, torch.full((5,), 40.0).double(), atol=0.1, rtol=0)
+
+
+def test_a_film_from_within_turns_and_comes_no_closer(run):
+    cameras = runs.opened(run).film
+    outward = cameras.pose.clone()
+    outward[:, :, [0, 2]] *= -1
+    inside = replace(cameras, pose=outward)
+    there = runs.flown(inside, 7, None, 1)
+    assert len(there) == 7
+    assert (there.forward * (there.positions - there.positions.mean(0))).sum(1).min() > 0
+    with pytest.raises(InputError, match="looks at no one point; leave out --elevation and --closer"):
+        runs.flown(inside, 7, 20.0, 1)
 
 
 @pytest.mark.parametrize("kind", ["glb", "ply"])

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +10,15 @@ from typing import NamedTuple
 import torch
 from hydra.utils import get_class
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from csd_exp.callbacks.checkpoint import CheckpointFiles
 from csd_exp.errors import InputError, notice
 from csd_exp.facts import camera_of
 from csd_exp.images import label_of, saved_pictures
 from csd_exp.saved import saved
-from csd_exp.scene.cameras import Cameras, focus, orbit
+from csd_exp.scene.cameras import Cameras, bounds
 from csd_exp.scene.field import Field
-from csd_exp.scene.scene import Flight, rendered
+from csd_exp.scene.scene import Flight, rendered, turned
 from csd_exp.targets import check_targets
 from csd_exp.videos import write_gif, write_mp4
 
@@ -72,33 +70,22 @@ def shown(field: Field) -> Field:
 
 
 def flown(cameras: Cameras, frames: int | None, elevation: float | None, closer: float) -> Cameras:
-    """The cameras of a film, or as many on an orbit about what they look at, at an elevation in degrees."""
+    """The cameras of a film, or as many on another path, at an elevation in degrees; see `turned`.
+
+    Raises InputError where a film looks at no one point and is to be higher or closer.
+    """
     if frames is None and elevation is None and closer == 1:
         return cameras
-    target, up = _middle(cameras), cameras.up
-    away = cameras.positions - target
-    distance = float(away.norm(dim=1).median()) / closer
-    height = math.asin(float((away @ up / away.norm(dim=1)).median()))
-    height = height if elevation is None else math.radians(elevation)
-    count = len(cameras) if frames is None else frames
-    pose = orbit(target, distance, height, torch.arange(count).double() * 2 * math.pi / count, up)
-    first = cameras[[0]]
-    return Cameras(pose, first.focal.expand(count, 2), first.centre.expand(count, 2), cameras.size)
-
-
-def _middle(cameras: Cameras) -> Tensor:
-    point = focus(cameras)
-    if not torch.isfinite(point).all():
-        raise InputError(
-            "The film of this run looks at no one point; leave out --elevation, --frames and --closer."
-        )
-    return point
+    around = bounds(cameras)
+    if not around.inward and (elevation is not None or closer != 1):
+        raise InputError("The film of this run looks at no one point; leave out --elevation and --closer.")
+    return turned(cameras, around, len(cameras) if frames is None else frames, elevation, closer)
 
 
 RENDER = """csd-render RUN_DIR [--frames N] [--size HEIGHT WIDTH] [--elevation DEGREES] [--closer FACTOR]
                   [--to FOLDER]
 
-Renders the field of a finished run along the path of its film, or an orbit at another height, and writes
+Renders the field of a finished run along the path of its film, or another around or amid it, and writes
 render.mp4 and render.gif, labelled as the pictures of the run are: no training, no prior."""
 
 EXPORT = """csd-export RUN_DIR [--to FILE.glb] [--opacity 0.5]

@@ -292,15 +292,21 @@ def scene_bounds(
     return found if up is None else found._replace(up=torch.nn.functional.normalize(up.to(found.up), dim=0))
 
 
-def turned(cameras: Cameras, within: Bounds, frames: int) -> Cameras:
-    """A closed path: around what cameras look at, at their median distance and height, or from amid them."""
+def turned(
+    cameras: Cameras, within: Bounds, frames: int, elevation: float | None = None, closer: float = 1.0
+) -> Cameras:
+    """A closed path: around what cameras look at, or from amid them.
+
+    It is at their median distance, `closer` times as near, at their median elevation or another, in degrees.
+    """
     angles = torch.arange(frames, dtype=torch.float64) * 2 * math.pi / frames
     offsets = cameras.positions - within.centre
     height = offsets @ within.up
     if within.inward:
-        away = float(offsets.norm(dim=1).median())
-        elevation = float(torch.asin((height / offsets.norm(dim=1)).median()))
-        pose = orbit(within.centre, away, elevation, angles, within.up)
+        away = float(offsets.norm(dim=1).median()) / closer
+        own = float(torch.asin((height / offsets.norm(dim=1)).median()))
+        risen = own if elevation is None else math.radians(elevation)
+        pose = orbit(within.centre, away, risen, angles, within.up)
     else:
         pose = orbit(cameras.positions.mean(0), 1e-3 * within.half, 0.0, angles, within.up)
         pose[:, :, [0, 2]] *= -1  # outward from there
