@@ -1,16 +1,19 @@
 """What a kernel on `features` compares and CLIP scores stand on: embeddings, differentiable in images."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from csd_exp.errors import InputError
+from csd_exp.errors import InputError, accept
 from csd_exp.files import ASSETS, check_sums
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -18,6 +21,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FINEST = 512  # side of a pooled grid: a view's own pixels
 TINY = "csd-tiny"
 TINY_FOLDER = ASSETS / "clip"
+Net = Literal["alex", "vgg", "squeeze"]
+TORCHVISION = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
+LEAST = {"alex": 31, "vgg": 16, "squeeze": 17}  # pixels of a side, below which a layer has none
 
 
 @cache
@@ -53,6 +59,71 @@ class Perceptual:
 
         layers = [F.normalize(layer) for layer in activations(images, DISTANCE_DEPTHS)]
         return torch.cat([(x / (len(layers) * x[0, 0].numel()) ** 0.5).flatten(1) for x in layers], 1)
+
+
+def lpips_weights(net: str, choice: str, instead: str) -> Path:
+    """Where torch's cache has torchvision's weights of the network of an LPIPS; nothing is downloaded.
+
+    choice: what asks for them, GROUP=NAME. instead: a choice that needs none. Raises InputError, naming
+    `choice` and the file, where they are missing, and for a net that LPIPS has no weights for.
+    """
+    from torchvision.models import get_model_weights
+
+    accept(f"{choice.partition('=')[0].replace('/', '.')}.net", net, get_args(Net))
+    url = get_model_weights(TORCHVISION[net]).DEFAULT.url
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    if not file.is_file():
+        raise InputError(
+            f"{choice} needs the weights of torchvision's {TORCHVISION[net]}, and {file} is missing; "
+            f"put {url} there or use {instead}."
+        )
+    return file
+
+
+def lpips_network(net: Net, choice: str, instead: str) -> Any:
+    """torchmetrics' network of LPIPS, version 0.1, frozen, on the CPU; what it raises is `lpips_weights`'."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    file = lpips_weights(net, choice, instead)
+    try:
+        return LearnedPerceptualImagePatchSimilarity(net, normalize=True).net
+    except (EOFError, OSError, RuntimeError, UnpicklingError) as e:
+        reason = " ".join(str(e).split()).rstrip(".") or type(e).__name__
+        raise InputError(f"{choice} cannot read {file} as weights of {TORCHVISION[net]} ({reason}).") from e
+
+
+class LPIPS:
+    """Images [n, 3, H, W] in [0, 1] to [n, D], whose squared distance is LPIPS (Zhang et al. 2018, Eq. 1).
+
+    That of `csd_exp.metrics.LPIPS`, with the same weights: phi holds, layer by layer, activations at unit
+    length over channels, times sqrt(w_l / (H_l W_l)). Differentiable. net: `alex`, `vgg` or `squeeze`.
+    Raises InputError where the weights cannot be had, and for pictures too small for the network.
+    """
+
+    CHOICE = ("features=lpips", "features=perceptual")
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any]) -> None:
+        """Refuse, before anything is loaded, what lacks its weights."""
+        lpips_weights(config.get("net", "alex"), *cls.CHOICE)
+
+    def __init__(self, net: Net = "alex"):
+        self.network, self.net = lpips_network(net, *self.CHOICE), net
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if (least := min(images.shape[-2:])) < LEAST[self.net]:
+            raise InputError(
+                f"features.net={self.net} sees pictures of {LEAST[self.net]} pixels and more, not of "
+                f"{least}; use larger views or features=perceptual."
+            )
+        network = self.network.to(images.device)
+        layers = network.net(network.scaling_layer(2 * images.float() - 1))
+        parts = []
+        for x, linear in zip(layers, network.lins, strict=True):
+            weight = next(linear.parameters())[0] / x[0, 0].numel()  # [C, 1, 1], none below 0
+            unit = x * (x.square().sum(1, keepdim=True) + 1e-8).rsqrt()  # where LPIPS has its epsilon
+            parts.append((unit * weight.sqrt()).flatten(1))
+        return torch.cat(parts, 1)
 
 
 class OpenClip:

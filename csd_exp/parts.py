@@ -153,6 +153,8 @@ def _check_optimisation(config: DictConfig, latents: bool) -> None:
         _try_residual(constructed(config.method.residual), lowest)
     if config.kernel.space == "features":
         _check_called(config, "features", 1, "images, and returns features of them", Tensor)
+        if hasattr(features := located(config.features._target_), "check"):
+            features.check(config.features)
     _check_optimizer(config, latents)
 
 

@@ -139,7 +139,7 @@ class Perceptual(Kernel):
     """exp(-d^2 / h), h = median(d)^2 / log N over pairs, d a perceptual distance: the paper's for text-to-3D.
 
     CSD Appendix C puts LPIPS in the place of the Euclidean distance. d is the squared distance of features
-    whose own it is, as of `features=perceptual`. N is the number of particles, and at least 2.
+    whose own it is, as of `features=perceptual` or `lpips`. N is the number of particles, and at least 2.
     """
 
     def of(self, distances: Tensor) -> tuple[Tensor, Tensor]:

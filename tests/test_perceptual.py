@@ -8,6 +8,7 @@ import torchvision
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.transforms.functional import gaussian_blur
 
+from csd_exp import features
 from csd_exp.answers.photos import load, picture_files
 from csd_exp.errors import InputError
 from csd_exp.metrics import LPIPS, Diversity, EfficientNetDistance, efficientnet_distance, style_embedding
@@ -102,15 +103,62 @@ def test_a_painting_is_nearer_to_its_style_on_another_photograph_than_to_other_s
     assert right >= 12  # of 15, where chance gives 3
 
 
-def test_lpips_is_torchmetrics_own_where_the_weights_are(tmp_path, monkeypatch):
+@pytest.fixture
+def squeezenet(tmp_path, monkeypatch):
+    """A folder for torch's cache, with random weights of the smallest network once they are written."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(InputError, match=r"squeezenet1_1-b8a52dc0\.pth is missing"):
-        LPIPS("squeeze")
     file = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
     file.parent.mkdir(parents=True)
-    torch.save(torchvision.models.squeezenet1_1().state_dict(), file)
+
+    def write():
+        torch.manual_seed(0)
+        torch.save(torchvision.models.squeezenet1_1().state_dict(), file)
+
+    return file, write
+
+
+def test_lpips_is_torchmetrics_own_where_the_weights_are(squeezenet):
+    with pytest.raises(InputError, match=r"metrics/perceptual=lpips .*-b8a52dc0\.pth is missing"):
+        LPIPS("squeeze")
+    squeezenet[1]()
     a, b = photo("explore_farm_animals_cow"), photo("categorization_tajMahal")
     metric, theirs = LPIPS("squeeze"), LearnedPerceptualImagePatchSimilarity("squeeze", normalize=True)
     metric.update(a, b)
     assert metric.compute().item() == pytest.approx(theirs(a[None], b[None]).item(), rel=1e-6)
     assert metric.compute() > 0
+
+
+def test_features_lie_as_far_apart_as_lpips_says(squeezenet):
+    squeezenet[1]()
+    images = torch.stack([photo(stem, 72)[:, :64] for stem in sorted(PHOTOS)[:3]]).requires_grad_()
+    phi, metric = features.LPIPS("squeeze")(images), LPIPS("squeeze")
+    for i, j in combinations(range(3), 2):
+        theirs = metric.distance(images[[i]], images[[j]])[0]
+        assert theirs > 1e-3
+        apart = (phi[i] - phi[j]).square().sum()
+        torch.testing.assert_close(apart, theirs, rtol=1e-5, atol=1e-6)
+    apart.backward()
+    ours, images.grad = images.grad, None
+    theirs.backward()
+    torch.testing.assert_close(ours, images.grad, rtol=1e-3, atol=1e-3 * float(images.grad.abs().max()))
+    assert not ours[0].any()
+    assert ours[1:].abs().amax((1, 2, 3)).min() > 0
+
+
+def test_features_that_cannot_be_had_are_refused_in_a_sentence(squeezenet):
+    file, write = squeezenet
+    missing = r"^features=lpips .* is missing; put .* or use features=perceptual"
+    with pytest.raises(InputError, match=missing):
+        features.LPIPS("squeeze")
+    with pytest.raises(InputError, match=missing):
+        features.LPIPS.check({"net": "squeeze"})
+    with pytest.raises(InputError, match=r"features\.net must be one of alex, vgg, squeeze, not 'resnet'"):
+        features.LPIPS.check({"net": "resnet"})
+    file.write_bytes(b"no weights")
+    with pytest.raises(InputError, match=r"features=lpips cannot read .* as weights of squeezenet1_1"):
+        features.LPIPS("squeeze")
+    write()
+    sees = features.LPIPS("squeeze")
+    with pytest.raises(InputError, match=r"features\.net=squeeze sees pictures of 17 pixels .* not of 16"):
+        sees(torch.zeros(1, 3, 20, 16))
+    assert sees(torch.zeros(1, 3, 17, 17)).isfinite().all()

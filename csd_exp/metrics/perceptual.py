@@ -1,15 +1,13 @@
 """How different two pictures look to a network, and what style a picture has; works without a download."""
 
 from functools import cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csd_exp.errors import InputError
-from csd_exp.features import Perceptual
+from csd_exp.features import Net, Perceptual, lpips_network
 from csd_exp.metrics.base import FrameMetric, MeanMetric, PictureMetric
 
 # Ends of stages, counted from the stem: the last at each of five resolutions, and the first five of seven.
@@ -96,20 +94,9 @@ class LPIPS(PictureMetric):
 
     higher_is_better = False
 
-    def __init__(self, net: Literal["alex", "vgg", "squeeze"] = "alex", **kwargs):
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-        from torchvision.models import get_model_weights
-
+    def __init__(self, net: Net = "alex", **kwargs):
         super().__init__(**kwargs)
-        name = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}[net]
-        url = get_model_weights(name).DEFAULT.url
-        file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-        if not file.is_file():
-            raise InputError(
-                f"metrics/perceptual=lpips needs the weights of torchvision's {name}, and {file} is missing; "
-                f"put {url} there or use metrics/perceptual=efficientnet."
-            )
-        self.network = LearnedPerceptualImagePatchSimilarity(net, normalize=True).net
+        self.network = lpips_network(net, "metrics/perceptual=lpips", "metrics/perceptual=efficientnet")
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """[n] of images [n, 3, H, W] in [0, 1]."""
