@@ -235,8 +235,8 @@ class TestPlan:
                 "name": "x",
                 "axes": axes,
                 "seeds": [0, 1],
-                "sizes": {"quick": {}},
-                "scales": {"embedded": {}},
+                "sizes": {"quick": {"choose": {"n": ["a", "c"]} if "n" in axes else {}}},
+                "scales": {"embedded": {"choose": {"n": ["c", "b"]} if "n" in axes else {}}},
             }
             figure = OmegaConf.merge(OmegaConf.structured(plan.FigureConfig), given)
             return [
@@ -272,12 +272,17 @@ class TestPlan:
             ((("method", "o"),), ["p=2"]),
         ]
 
-    def test_a_value_may_be_more_at_one_size(self, cells):
-        values = {"s": {"overrides": ["p=1"], "sizes": {"quick": ["n=5"], "full": ["n=9"]}}, "o": ["p=2"]}
+    def test_a_value_may_be_more_at_one_size_and_scale(self, cells):
+        sizes, scales = {"quick": ["n=5"], "full": ["n=9"]}, {"embedded": ["m=4"], "paper": ["m=8"]}
+        values = {"s": {"overrides": ["p=1"], "sizes": sizes, "scales": scales}, "o": ["p=2"]}
         assert [overrides[:-1] for _, overrides in cells({"method": values})[::2]] == [
-            ["p=1", "n=5"],
+            ["p=1", "m=4", "n=5"],
             ["p=2"],
         ]
+
+    def test_what_size_and_scale_choose_is_what_both_do(self, cells):
+        found = cells({"n": {"a": ["p=1"], "b": ["p=2"], "c": ["p=3"]}})
+        assert [place for place, _ in found[::2]] == [(("n", "c"),)]
 
     @pytest.mark.parametrize(
         ("axes", "said"),
@@ -300,7 +305,8 @@ def test_every_value_of_every_axis_of_every_figure_is_accepted(figure, no_strips
         assert config.name == figure
         check_targets(OmegaConf.create({"draw": config.draw, "form": config.form, "allow": []}))
         assert set(config.rows) <= set(cells[0].place)
-        for cell in cells if scale == "embedded" else cells[:1]:
+        every = scale == "embedded" or "scales" in str(config.axes)  # where values differ by scale
+        for cell in cells if every else cells[:1]:
             alike = ("modality.path", "prompt", "seed", "prior.guidance")
             key = tuple(o for o in cell.overrides if not o.startswith(alike))
             if key not in known:

@@ -32,13 +32,14 @@ class Choice:
 class Value:
     """A value of an axis that is more than a list of overrides of csd.
 
-    title: what tables and drawings call it. sizes: more overrides where the figure has that size. axes: of
-    its own, on which no other value is.
+    title: what tables and drawings call it. sizes, scales: more overrides where the figure has that size or
+    scale. axes: of its own, on which no other value is.
     """
 
     title: str | None = None
     overrides: list[str] = field(default_factory=list)
     sizes: dict[str, list[str]] = field(default_factory=dict)
+    scales: dict[str, list[str]] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -212,23 +213,28 @@ def _value(node: Any, key: str, choices: Sequence[DictConfig], figure: DictConfi
         value = OmegaConf.merge(OmegaConf.structured(Value), given)
     except (OmegaConfBaseException, ValueError) as e:
         raise InputError(f"{key} is no list of overrides and no value with some ({sentence(e)}).") from e
-    overrides = [*value.overrides, *value.sizes.get(figure.size, [])]
+    overrides = [
+        *value.overrides,
+        *value.scales.get(figure.scale, []),
+        *value.sizes.get(figure.size, []),
+    ]
     return Value(value.title, overrides, axes=_axes(value.axes, choices, figure))
 
 
 def _chosen(
     axis: Mapping[str, Any], name: str, choices: Sequence[DictConfig], figure: DictConfig
 ) -> dict[str, Any]:
-    """The values of an axis that size and scale choose, all where neither does."""
+    """The values of an axis that size and scale choose, those of both where both do, all where neither."""
+    chosen = dict(axis)
     for choice in choices:
-        names = choice.choose.get(name, axis)
+        names = choice.choose.get(name, chosen)
         if unknown := [one for one in names if one not in axis]:
             raise InputError(
                 f"figure={figure.name} has no {unknown[0]!r} to choose as {name}; "
                 f"accepted are {', '.join(axis)}."
             )
-        axis = {one: axis[one] for one in names}
-    return dict(axis)
+        chosen = {one: chosen[one] for one in names if one in chosen}
+    return chosen
 
 
 def picture_axis(
