@@ -3,7 +3,9 @@
 `CSD_WRITE_PAGES=1 pytest tests/test_errors_page.py` writes it anew.
 """
 
+import json
 import logging
+import math
 import os
 import pickle
 import sys
@@ -14,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plyfile import PlyData, PlyElement
+from scenes import write_scene
 
 import csd_exp
 from csd_exp import cli, evaluate
@@ -65,6 +69,7 @@ kernel._target_=csd_exp.svgd.Kernel
 kernel.bandwidth=0
 kernel.space=x_2
 kernel.space=features features.size=100000
+TORCH_HOME=nowhere kernel.space=features features=lpips
 prior.guidance_scale=nan
 prior.std=-1
 modality=video modality.path=frames modality.fps=nan ~modality.jitter
@@ -162,6 +167,24 @@ csd-eval run foo=1
 csd-eval run metrics=beauty
 """
 
+SCENES = """
+experiment=scene modality.path=scene/gone
+experiment=scene modality.path=frames
+experiment=scene modality.path=scene/missing.json
+experiment=scene modality.path=scene/unreadable.json
+experiment=scene modality.path=scene/size.json
+experiment=scene modality.path=scene/singular.json
+experiment=scene modality.path=scene/skewed.json
+experiment=scene modality.path=scene/nan.json
+experiment=scene modality.path=scene/scale.json
+experiment=scene modality.path=scene/model.json
+experiment=scene modality.path=scene/one.json
+experiment=scene modality.path=colmap
+experiment=scene modality.path=faint.ply
+experiment=scene modality.path=scene/whole.json modality.bounds=[0,0,90,1]
+experiment=scene modality.path=scene/whole.json modality.cache=picture.png
+"""
+
 CHECKPOINTS = f"""
 ckpt_path=last
 ckpt_path=missing.ckpt
@@ -191,6 +214,7 @@ SECTIONS = {
     "The configuration": CONFIGURATION,
     "Other commands": COMMANDS,
     "Files and folders": FILES,
+    "Scenes": SCENES,
     "Checkpoints": CHECKPOINTS,
     "The environment": ENVIRONMENT,
 }
@@ -225,6 +249,42 @@ def folder(tmp_path: Path, monkeypatch) -> Path:
         Path(name).write_text("no picture\n")
     Path("cut.png").write_bytes(whole[: len(whole) // 2])
     return tmp_path
+
+
+def write_scenes(folder: Path) -> None:
+    """A scene of four views, and what may be wrong with one."""
+    meta = json.loads((write_scene(folder, 3, 1, 24) / "transforms.json").read_text())
+    meta = {key: value for key, value in meta.items() if not key.endswith("filenames")}
+    first, *others = meta["frames"]
+    turned = first["transform_matrix"]
+
+    def with_first(**frame: object) -> dict[str, object]:
+        return meta | {"frames": [first | frame, *others]}
+
+    flat = [[x, y, y, place] for x, y, _, place in turned]
+    skewed = [[x + y / 2, y, z, place] for x, y, z, place in turned]
+    nowhere = [[x, y, z, math.nan] for x, y, z, _ in turned[:3]]
+    broken = {
+        "whole": meta,
+        "missing": with_first(file_path="gone.png"),
+        "unreadable": with_first(file_path="../text.png"),
+        "size": with_first(file_path="../picture.png", depth_file_path=None),
+        "singular": with_first(transform_matrix=flat),
+        "skewed": with_first(transform_matrix=skewed),
+        "nan": with_first(transform_matrix=nowhere),
+        "scale": meta | {"applied_scale": 0},
+        "model": meta | {"camera_model": "EQUIRECTANGULAR"},
+        "one": meta | {"frames": [first]},
+    }
+    for name, content in broken.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    Path("colmap/sparse/0").mkdir(parents=True)
+    solid = [
+        *"xyz",
+        *(f"{name}_{i}" for name, n in (("f_dc", 3), ("scale", 3), ("rot", 4)) for i in range(n)),
+    ]
+    vertices = np.zeros(4, [(name, "<f4") for name in solid])
+    PlyData([PlyElement.describe(vertices, "vertex")]).write("faint.ply")
 
 
 def half_made(run: Path) -> None:
@@ -314,6 +374,8 @@ def _words(rest: str) -> list[str]:
 def test_every_input_that_cannot_be_used_has_its_sentence(said, title: str) -> None:
     if title in ("Files and folders", "Checkpoints"):
         half_made(Path("run"))
+    if title == "Scenes":
+        write_scenes(Path("scene"))
     rows = ["| given | said |", "| --- | --- |"]
     for line in SECTIONS[title].strip().splitlines():
         given, answer = (text.replace(LONG, "aaa...").replace("|", "\\|") for text in (line, said(line)))

@@ -360,6 +360,7 @@ SKEW = [[1, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 FLAT = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
 TWICE = [[2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]]
 NAN = [[1, 0, 0, math.nan], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+FAR = [[1, 0, 0, 1e300], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 ALL = [f"images/f_{i}.png" for i in range(3)]
 
 
@@ -367,6 +368,7 @@ ALL = [f"images/f_{i}.png" for i in range(3)]
     ("given", "words"),
     [
         ({"frames": changed(NAN)}, r"transform_matrix of images/f_0.png holds a number that is not finite"),
+        ({"frames": changed(FAR)}, r"f_0.png has a position of 1e\+300; at most 1e\+12 is accepted"),
         ({"frames": changed(FLAT)}, "f_0.png is singular"),
         ({"frames": changed(torch.zeros(4, 4).tolist())}, "must have 0 0 0 1 as its last row"),
         ({"frames": changed(torch.zeros(3, 4).tolist())}, "f_0.png is singular"),

@@ -200,6 +200,8 @@ def test_the_field_comes_to_what_the_prior_likes(build, fit):
         ({"distance": [0.5, 2]}, "distance"),
         ({"angle": [0, 40]}, "angle"),
         ({"directions": ["a"]}, "directions"),
+        ({"elevation": [3]}, r"modality\.elevation must be two numbers .* not \[3\]"),
+        ({"smoothness": -1}, r"modality\.smoothness must be at least 0"),
         ({"background": "blue"}, "background"),
         ({"shading": "toon"}, "shading"),
         ({"size": 7, "multiple": 2}, "size"),

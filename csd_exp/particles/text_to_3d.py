@@ -73,16 +73,18 @@ class GeneratedScene(Particles):
                 raise InputError(f"modality.{key} must be at least 1, not {count}.")
         if side % (factor * multiple):
             raise InputError(f"modality.size must be a multiple of {factor * multiple}, not {side}.")
-        for key, (low, high), least, most in (
+        for key, ends, least, most in (
             ("elevation", elevation, -89.0, 89.0),
             ("distance", distance, 1.0, math.inf),
             ("angle", angle, 1.0, 150.0),
         ):
-            if not least <= low <= high <= most:
+            if len(ends) != 2 or not least <= ends[0] <= ends[1] <= most:
                 raise InputError(
                     f"modality.{key} must be two numbers from {least:g} to {most:g}, the lower first, not "
-                    f"{[low, high]}."
+                    f"{list(ends)}."
                 )
+        if smoothness < 0:
+            raise InputError(f"modality.smoothness must be at least 0, not {smoothness}.")
         if directions is not None and len(directions) != 4:
             raise InputError(
                 "modality.directions must be four: in front, at the sides, behind and from above."

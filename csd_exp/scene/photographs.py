@@ -178,7 +178,7 @@ def lens_of_file(lens: Lens, file: Path, path: Path) -> Lens:
     Raises InputError where the file is missing, where its sides are in another proportion than the lens's,
     and where the lens cannot be undistorted.
     """
-    size = stored_size(file)
+    size = stored_size(file, path)
     if not proportional(size, lens.size):
         raise InputError(
             f"modality.path={path}: {file} has {size[1]} x {size[0]} pixels, but its camera "
@@ -198,10 +198,13 @@ def proportional(size: tuple[int, int], other: tuple[int, int]) -> bool:
     return abs(width * h / w - height) <= 1 or abs(height * w / h - width) <= 1
 
 
-def stored_size(file: Path) -> tuple[int, int]:
-    """(H, W) of the pixels that an image file stores, from its header."""
-    with opened_image(file) as image:
-        return image.size[::-1]
+def stored_size(file: Path, path: Path) -> tuple[int, int]:
+    """(H, W) of the pixels that an image file of a scene at `path` stores, from its header."""
+    try:
+        with opened_image(file) as image:
+            return image.size[::-1]
+    except InputError as e:  # which takes the file for what the user gave
+        raise InputError(f"modality.path={path}: {str(e).removeprefix('modality.path=')}") from e
 
 
 def read_depth(file: Path) -> np.ndarray:

@@ -6,15 +6,19 @@ from torch import Tensor
 from csd_exp.errors import InputError
 
 SLACK = 1e-2  # of a rotation as it is written, in a few digits
+FARTHEST = 1e12  # of a position, so that squares of distances are numbers in single precision
 
 
 def checked_pose(pose: Tensor, where: str) -> Tensor:
     """A pose [3, 4] with the rotation nearest to the one that it has.
 
-    Raises InputError, which `where` begins, where it is not finite, or no rotation but for rounding.
+    Raises InputError, which `where` begins, where it is not finite or too far away, or no rotation but for
+    rounding.
     """
     if not torch.isfinite(pose).all():
         raise InputError(f"{where} holds a number that is not finite.")
+    if (farthest := float(pose[:, 3].abs().max())) > FARTHEST:
+        raise InputError(f"{where} has a position of {farthest:g}; at most {FARTHEST:g} is accepted.")
     rotation = pose[:, :3]
     u, s, v = torch.linalg.svd(rotation)
     if s.min() < SLACK * s.max() or s.max() == 0:

@@ -216,6 +216,8 @@ def check_box(box: Sequence[float] | None) -> None:
 def check_scene(config: Mapping[str, Any]) -> None:
     """Raise InputError where the configuration of a scene cannot work, of what headers and poses tell."""
     check_box(config.get("within"))
+    if (cache := config.get("cache")) is not None and Path(cache).is_file():
+        raise InputError(f"modality.cache={cache} is a file; give a folder, which need not be there.")
     if _is_trained(config["path"]):
         _check_trained(config["path"])
         return

@@ -120,7 +120,7 @@ def _photographs(meta: Mapping[str, Any], file: Path) -> list[Photograph]:
 
 def _check_shape(other: Path, picture: Path, file: Path) -> None:
     """Raise InputError where a mask or depth file is no picture of the shape of its photograph."""
-    sizes = [stored_size(f) for f in (other, picture)]
+    sizes = [stored_size(f, file) for f in (other, picture)]
     if not proportional(*sizes):
         other_size, size = (f"{width} x {height}" for height, width in sizes)
         raise InputError(
@@ -169,7 +169,7 @@ def _matrix(given: object, where: str) -> Tensor:
 
 def _lens(meta: Mapping[str, Any], frame: Mapping[str, Any], picture: Path, file: Path) -> Lens:
     both = {**meta, **frame}
-    stored = stored_size(picture)
+    stored = stored_size(picture, file)
     width, height = (
         max(1, round(_positive(both, key, file, side)))
         for key, side in zip("wh", reversed(stored), strict=True)
