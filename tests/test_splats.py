@@ -8,11 +8,14 @@ import pytest
 import torch
 from gsplat.cuda._torch_impl import _fully_fused_projection, _quat_scale_to_covar_preci, _spherical_harmonics
 from scenes import around, photographs, write_scene
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from csd_exp.build import constructed
 from csd_exp.config import composed
 from csd_exp.errors import InputError
+from csd_exp.scene.album import Album
 from csd_exp.scene.cameras import UNIT_CUBE, Cameras, bounds
+from csd_exp.scene.field import Rendered
 from csd_exp.scene.ply import Gaussians, write_splats
 from csd_exp.scene.scene import Scene, check_scene, fit
 from csd_exp.scene.splats import Splats, _spacing
@@ -185,11 +188,56 @@ def test_what_the_rasteriser_is_given(on_a_cpu):
 
 
 class Pictures:
-    def __init__(self, cameras, images):
+    def __init__(self, cameras, images, mask=None):
         self.cameras, self.images = cameras, images
+        self.mask = torch.ones(cameras.size) if mask is None else mask
 
     def picture(self, i):
         return self.images[i]
+
+    def counts(self, i):
+        return self.mask
+
+
+def test_what_a_mask_leaves_out_is_not_fitted(monkeypatch):
+    """Neither its error, nor its part in the structure beside it, nor anything that moves it."""
+    cameras, generator = around(1, 24), torch.Generator().manual_seed(0)
+    rgb, wanted, other = torch.rand(3, 1, 3, 24, 24, generator=generator, dtype=torch.float64)
+    mask = torch.zeros(24, 24)
+    mask[:, :10], mask[:, 10] = 1.0, 0.25
+    seen = Rendered(rgb.requires_grad_(), rgb[:, :1], rgb[:, :1])
+    field = Splats(UNIT_CUBE, count=4)
+    monkeypatch.setattr(field, "_rasterised", lambda _: (seen, {}))
+
+    def fitted(picture, mask=None):
+        error = field.loss(Pictures(cameras, picture, mask), Draw(0, 0))
+        return error.detach(), torch.autograd.grad(error, rgb)[0]
+
+    error, gradient = fitted(wanted, mask)
+    assert (gradient[..., 11:] == 0).all()
+    assert (gradient[..., :11] != 0).all()
+    elsewhere = torch.where(mask > 0, wanted, other)
+    assert all(torch.equal(a, b) for a, b in zip(fitted(elsewhere, mask), (error, gradient), strict=True))
+    assert float(fitted(torch.where(mask > 0, rgb.detach(), other), mask)[0]) == pytest.approx(0, abs=1e-12)
+    field.structure = 0.0
+    assert float(fitted(wanted, mask)[0]) == pytest.approx(
+        float((mask * (rgb.detach() - wanted).abs()).mean())
+    )
+    field.structure = 0.2
+    similarity = structural_similarity_index_measure(rgb, wanted, data_range=1.0)
+    plain = 0.8 * (rgb - wanted).abs().mean() + 0.2 * (1 - similarity)
+    assert torch.equal(fitted(wanted)[0], plain.detach())  # to the bit, where nothing is left out
+    assert torch.equal(fitted(wanted)[1], torch.autograd.grad(plain, rgb)[0])
+
+
+def test_an_album_keeps_how_much_pixels_count(tmp_path):
+    album = Album(around(2, 4), tmp_path)
+    mask = torch.arange(16).view(4, 4) / 15
+    album.put(1, torch.zeros(3, 4, 4), mask)
+    album.put(1, torch.ones(3, 4, 4))  # edited since
+    torch.testing.assert_close(album.counts(1), mask, atol=0.5 / 255, rtol=0)
+    every = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), 2).view(-1, 2)
+    assert torch.equal(album.colours(torch.ones(16).long(), every)[1], album.counts(1).view(-1, 1))
 
 
 def test_splats_are_densified_towards_photographs_saved_and_loaded(on_a_cpu):

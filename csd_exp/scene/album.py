@@ -14,12 +14,12 @@ from csd_exp.scene.cameras import Cameras
 class Album:
     """One 8-bit picture for each camera, in a file that goes when the album does.
 
-    folder: where that file is. counts: whether any pixel is left out of a fit, see `put`.
+    folder: where that file is.
     """
 
     def __init__(self, cameras: Cameras, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self.cameras, self.masked = cameras, False
+        self.cameras = cameras
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         shape = (len(cameras), *cameras.size, 4)
         self._pixels = np.memmap(self._file, np.uint8, "w+", shape=shape)
@@ -37,15 +37,15 @@ class Album:
         """[3, H, W] in [0, 1]."""
         return torch.from_numpy(self._pixels[i, ..., :3].copy()).permute(2, 0, 1).float() / 255
 
+    def counts(self, i: int) -> Tensor:
+        """[H, W] in [0, 1], how much each pixel of picture i counts in a fit."""
+        return torch.from_numpy(self._pixels[i, ..., 3].copy()).float() / 255
+
     def colours(self, ids: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """[m, 3] in [0, 1] of pixels [m, 2] (x, y) of pictures ids [m], and [m, 1], how much each counts."""
         x, y = pixels.unbind(1)
         found = torch.from_numpy(self._pixels[ids.numpy(), y.numpy(), x.numpy()]).float() / 255
         return found[:, :3], found[:, 3:]
-
-    def counts(self, i: int) -> Tensor:
-        """[H, W] in [0, 1], how much each pixel of picture i counts."""
-        return torch.from_numpy(self._pixels[i, ..., 3].copy()).float() / 255
 
     def raw(self, i: int) -> bytes:
         """The bytes of picture i and its mask."""

@@ -36,6 +36,9 @@ class Photographed(Protocol):
     def picture(self, i: int) -> Tensor:
         """[3, H, W] in [0, 1]."""
 
+    def counts(self, i: int) -> Tensor:
+        """[H, W] in [0, 1], how much each pixel of picture i counts."""
+
 
 class Fitting:
     """What improves a field: Adam at a share of its own rates."""

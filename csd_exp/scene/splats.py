@@ -127,7 +127,7 @@ class Splats(Field):
         return self.splats["means"].new_full((3,), float(self.background == "white"))
 
     def loss(self, photographs: Photographed, draw: Draw) -> Tensor:
-        """Absolute error and structural dissimilarity of one photograph, drawn at random."""
+        """Absolute error and structural dissimilarity of one photograph, drawn at random, where it counts."""
         return self._error(photographs, draw)[0]
 
     def _error(self, photographs: Photographed, draw: Draw) -> tuple[Tensor, dict[str, Any]]:
@@ -135,11 +135,14 @@ class Splats(Field):
 
         i = int(draw.generator("photograph").integers(len(photographs.cameras)))
         seen, meta = self._rasterised(photographs.cameras[[i]])
-        wanted = photographs.picture(i)[None].to(seen.rgb)
-        similarity = structural_similarity_index_measure(seen.rgb, wanted, data_range=1.0)
+        wanted, counts = (x.to(seen.rgb) for x in (photographs.picture(i)[None], photographs.counts(i)))
+        # What is left out is on both sides what is seen, without its graph: no error and no gradient.
+        shown = seen.rgb.detach()
+        seen_there, wanted_there = (torch.lerp(shown, x, counts) for x in (seen.rgb, wanted))
+        similarity = structural_similarity_index_measure(seen_there, wanted_there, data_range=1.0)
         assert isinstance(similarity, Tensor)
-        error = (1 - self.structure) * (seen.rgb - wanted).abs().mean() + self.structure * (1 - similarity)
-        return error, meta
+        absolute = (seen_there - wanted_there).abs().mean()
+        return (1 - self.structure) * absolute + self.structure * (1 - similarity), meta
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         # Places move in proportion to the scene, as in the reference code.
