@@ -303,6 +303,27 @@ def test_colmap_models_in_text_and_binary(written, where, tmp_path):
         assert places[i].numpy() == pytest.approx(np.array(wanted), abs=1e-9)
 
 
+@pytest.mark.parametrize("named", ["masks/a/1.png.png", "masks/a/1.png"])
+def test_masks_of_colmap_lie_beside_the_pictures(named, tmp_path, capsys):
+    """By COLMAP's name or by nerfstudio's; both there, COLMAP's own is taken."""
+    model(tmp_path).write_binary(str(tmp_path / "sparse/0"))
+    mask = np.full((16, 24), 255, np.uint8)  # half as large as its photograph
+    mask[:, 12:] = 0
+    (tmp_path / named).parent.mkdir(parents=True)
+    Image.fromarray(0 * mask).save(tmp_path / "masks/a/1.png")
+    Image.fromarray(mask).save(tmp_path / named)
+    scene = read_scene(tmp_path)
+    assert scene.every[1].mask in scene.files
+    views = scene.views(32, 16)
+    assert views.mask(1)[:, :22].min() == 1
+    assert views.mask(1)[:, 26:].max() == 0
+    assert (views.mask(0), views.mask(2)) == (None, None)
+    assert "has no mask of 2 photographs, which count as a whole" in capsys.readouterr().err
+    Image.new("L", (32, 32)).save(tmp_path / named)
+    with pytest.raises(InputError, match=r"has 32 x 32 pixels, but its photograph 1\.png 48 x 32"):
+        read_scene(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "params"),
     [

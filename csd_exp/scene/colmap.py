@@ -9,7 +9,15 @@ from torch import Tensor
 
 from csd_exp.errors import InputError, notice
 from csd_exp.scene.lenses import MODELS, TERMS, Lens
-from csd_exp.scene.photographs import Photograph, Photographs, in_natural_order, lens_of_file, missing, split
+from csd_exp.scene.photographs import (
+    Photograph,
+    Photographs,
+    check_shape,
+    in_natural_order,
+    lens_of_file,
+    missing,
+    split,
+)
 from csd_exp.scene.poses import SLACK, checked_pose
 
 if TYPE_CHECKING:
@@ -26,7 +34,9 @@ def model_folder(folder: Path) -> Path | None:
 def read_colmap(model: Path) -> Photographs:
     """The photographs of a model, whose pictures lie in the nearest folder `images` around it.
 
-    Raises InputError for a model or a picture that cannot be used; pictures without a pose are left out.
+    A folder `masks` beside that may hold a mask for each, by COLMAP's own name for it (`NAME.jpg.png`) or by
+    nerfstudio's (`NAME.png`); a photograph without one counts as a whole.
+    Raises InputError for a model, picture or mask that cannot be used; pictures without a pose are left out.
     """
     reconstruction = _loaded(model)
     pictures = _pictures(model)
@@ -39,6 +49,7 @@ def read_colmap(model: Path) -> Photographs:
     absent = sorted(image.name for image in posed if not (pictures / image.name).is_file())
     if absent:
         raise missing(model, absent, len(posed), "photographs")
+    masks = _masks(pictures, [image.name for image in posed], model)
     lenses = {i: _lens(camera, model) for i, camera in reconstruction.cameras.items()}
     every = in_natural_order(
         [
@@ -47,6 +58,7 @@ def read_colmap(model: Path) -> Photographs:
                 file=pictures / image.name,
                 lens=lens_of_file(lenses[image.camera_id], pictures / image.name, model),
                 pose=_pose(image.cam_from_world(), f"modality.path={model}: the pose of {image.name}"),
+                mask=masks.get(image.name),
             )
             for image in posed
         ]
@@ -106,6 +118,24 @@ def _pictures(model: Path) -> Path:
         if (folder / "images").is_dir():
             return folder / "images"
     raise InputError(f"modality.path={model} is a model of COLMAP, but no folder `images` lies beside it.")
+
+
+def _masks(pictures: Path, names: list[str], model: Path) -> dict[str, Path]:
+    """The mask of each picture that has one."""
+    folder = pictures.parent / "masks"
+    if not folder.is_dir():
+        return {}
+    ways = [(folder / f"{name}.png", (folder / name).with_suffix(".png")) for name in names]
+    found = {
+        name: file
+        for name, way in zip(names, ways, strict=True)
+        if (file := next((f for f in way if f.is_file()), None)) is not None
+    }
+    for name, mask in found.items():
+        check_shape(mask, pictures / name, model)
+    if len(found) < len(names):
+        notice(f"{folder} has no mask of {len(names) - len(found)} photographs, which count as a whole.")
+    return found
 
 
 def _lens(camera: "Camera", model: Path) -> Lens:

@@ -179,7 +179,7 @@ def lens_of_file(lens: Lens, file: Path, path: Path) -> Lens:
     and where the lens cannot be undistorted.
     """
     size = stored_size(file, path)
-    if not proportional(size, lens.size):
+    if not _proportional(size, lens.size):
         raise InputError(
             f"modality.path={path}: {file} has {size[1]} x {size[0]} pixels, but its camera "
             f"{lens.size[1]} x {lens.size[0]}; a picture must have the size of its camera or be "
@@ -192,7 +192,18 @@ def lens_of_file(lens: Lens, file: Path, path: Path) -> Lens:
     return lens if size == lens.size else lens.resized(size)
 
 
-def proportional(size: tuple[int, int], other: tuple[int, int]) -> bool:
+def check_shape(other: Path, picture: Path, path: Path) -> None:
+    """Raise InputError where a mask or depth file is no picture of the shape of its photograph."""
+    sizes = [stored_size(f, path) for f in (other, picture)]
+    if not _proportional(*sizes):
+        other_size, size = (f"{width} x {height}" for height, width in sizes)
+        raise InputError(
+            f"modality.path={path}: {other} has {other_size} pixels, but its photograph {picture.name} "
+            f"{size}; they must be in one proportion."
+        )
+
+
+def _proportional(size: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether pictures of two sizes show the same, up to the rounding of one side."""
     (height, width), (h, w) = size, other
     return abs(width * h / w - height) <= 1 or abs(height * w / h - width) <= 1

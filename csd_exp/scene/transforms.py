@@ -19,10 +19,10 @@ from csd_exp.scene.lenses import MODELS, Lens
 from csd_exp.scene.photographs import (
     Photograph,
     Photographs,
+    check_shape,
     in_natural_order,
     lens_of_file,
     missing,
-    proportional,
     split,
     stored_size,
 )
@@ -104,7 +104,7 @@ def _photographs(meta: Mapping[str, Any], file: Path) -> list[Photograph]:
     for picture, *others in zip(files, masks, depths, strict=True):
         for other in others:
             if other is not None and other.suffix != ".npy":
-                _check_shape(other, picture, file)
+                check_shape(other, picture, file)
     return [
         Photograph(
             name=PurePosixPath(frame["file_path"].replace("\\", "/")).as_posix(),
@@ -116,17 +116,6 @@ def _photographs(meta: Mapping[str, Any], file: Path) -> list[Photograph]:
         )
         for frame, picture, mask, depth in zip(frames, files, masks, depths, strict=True)
     ]
-
-
-def _check_shape(other: Path, picture: Path, file: Path) -> None:
-    """Raise InputError where a mask or depth file is no picture of the shape of its photograph."""
-    sizes = [stored_size(f, file) for f in (other, picture)]
-    if not proportional(*sizes):
-        other_size, size = (f"{width} x {height}" for height, width in sizes)
-        raise InputError(
-            f"modality.path={file}: {other} has {other_size} pixels, but its photograph {picture.name} "
-            f"{size}; they must be in one proportion."
-        )
 
 
 def _found(file: Path, names: list[Any], what: str) -> list[Any]:
