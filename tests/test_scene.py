@@ -3,10 +3,13 @@
 import json
 from copy import deepcopy
 from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers_folder import save_pipeline
+from PIL import Image
 from scenes import write_scene
 
 from csd_exp import methods
@@ -14,7 +17,9 @@ from csd_exp.errors import InputError
 from csd_exp.images import ImageFiles
 from csd_exp.module import CSDModule
 from csd_exp.particles import EditedField, EditedPhotographs
+from csd_exp.particles.scene import read_view_masks
 from csd_exp.priors import GaussianMixture, InstructPix2Pix
+from csd_exp.scene.readers import read_scene
 from csd_exp.scene.voxels import Voxels
 from csd_exp.schedules import Draw, Level, Timesteps
 from csd_exp.svgd import RBF, NoKernel
@@ -303,6 +308,73 @@ def test_a_box_of_the_world_is_all_that_changes(scene, build, fit):
     assert particles.facts(0)["outside"].shape == (SIDE, SIDE)
     with pytest.raises(InputError, match=r"modality\.within holds nothing"):
         build(prior(), scene(within=[50, 50, 50, 51, 51, 51], **ball))
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory):
+    """A scene of oblong, distorted photographs of a disk here or there, and masks that look like them."""
+    folder = write_scene(tmp_path_factory.mktemp("painted") / "photographs", 6, 3, 48)
+    meta = json.loads((folder / "transforms.json").read_text())
+    meta |= {"camera_model": "OPENCV", "k1": 0.15, "h": 64, "cy": 32}
+    (folder.parent / "masks").mkdir()
+    here = np.hypot(*(np.mgrid[:64, :48] + 0.5 - np.array([30, 14])[:, None, None])) < 9
+    for i, frame in enumerate(meta["frames"]):
+        del frame["depth_file_path"]
+        disk = here if i % 3 else here[:, ::-1]
+        for file in (folder / frame["file_path"], folder.parent / "masks" / frame["file_path"]):
+            Image.fromarray(255 * disk.astype(np.uint8)).save(file)
+    (folder / "transforms.json").write_text(json.dumps(meta))
+    return folder
+
+
+def seen_of(folder, mask, side=24):
+    views = read_scene(folder).views(side, 8)
+    return read_view_masks(mask, SimpleNamespace(views=views, train=views.train))
+
+
+def test_a_mask_of_the_photographs_size_goes_their_way(painted):
+    """Undistorted, resized and cropped it is what a photograph that looks like it has become."""
+    folder, masks = painted, painted.parent / "masks"
+    views = read_scene(folder).views(24, 8)
+    assert views.size == (32, 24)
+    wanted = torch.stack([views[i].mean(0) >= 0.5 for i in views.train])
+    assert 40 < wanted[1].sum() < 150
+    assert not torch.equal(wanted[0], wanted[1])
+    trained = [str(masks / f"train_{i:02d}.png") for i in range(6)]
+    assert torch.equal(seen_of(folder, trained), wanted)
+    assert torch.equal(seen_of(folder, str(masks)), wanted)  # of all photographs those that train
+    assert torch.equal(seen_of(folder, trained[1]), wanted[1:2])  # one lens, so one mask for all
+    assert torch.equal(seen_of(folder, [0, 0, 0.5, 1])[0, 0], torch.arange(24) < 12)
+
+
+def test_a_mask_of_the_views_size_is_taken_as_it_is_and_no_other(painted, tmp_path):
+    inside = np.zeros((32, 24), bool)
+    inside[3:9, 5:20] = True
+    Image.fromarray(inside).save(tmp_path / "view.png")
+    assert seen_of(painted, str(tmp_path / "view.png")).tolist() == [inside.tolist()]
+    for size, black in (((24, 31), False), ((24, 32), True)):
+        Image.new("L", size, 0 if black else 255).save(tmp_path / "other.png")
+        said = "black all over" if black else r"24 x 31 pixels; .* 48 x 64 of its photograph train_00\.png"
+        with pytest.raises(InputError, match=said):
+            seen_of(painted, str(tmp_path / "other.png"))
+    with pytest.raises(InputError, match=r"holds 2 masks; give .* each of the 6 photographs that train, or"):
+        seen_of(painted, [str(tmp_path / "view.png")] * 2)
+
+
+def test_a_mask_is_all_that_changes_of_photographs(scene, build, fit, tmp_path):
+    inside = np.zeros((6, SIDE, SIDE), bool)
+    for i in range(5):  # the last photograph stays
+        inside[i, 2:8, i : i + 6] = True
+    for i, one in enumerate(inside):
+        Image.fromarray(one).save(tmp_path / f"{i}.png")
+    particles = scene(mask=[str(tmp_path / f"{i}.png") for i in range(6)], views=None, feather=1)
+    module = build(prior(), particles, optimizer=partial(torch.optim.SGD, lr=0.3))
+    before = [particles.album.picture(i) for i in range(6)]
+    fit(module, 2)
+    for i in range(6):
+        changed = (particles.album.picture(i) != before[i]).any(0)
+        assert not (changed & ~torch.from_numpy(inside[i])).any()
+        assert changed.any() == (i < 5)
 
 
 @pytest.mark.parametrize("box", [[0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, float("nan")]])

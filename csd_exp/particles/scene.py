@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from csd_exp.errors import InputError
-from csd_exp.images import ImageFiles, write_png
-from csd_exp.particles.areas import Areas
+from csd_exp.images import ImageFiles, image_files, write_png
+from csd_exp.particles.areas import Areas, Box, read_masks
 from csd_exp.particles.base import Autoencoder, Particles
 from csd_exp.particles.images import WholePictures
 from csd_exp.ranks import alone
@@ -23,12 +23,20 @@ from csd_exp.schedules import Draw
 
 
 class _Filmed:
-    """What is shown of a scene: the frames of a film, of its field as it was and as it is."""
+    """What is shown of a scene, a film of its field as it was and as it is, and what of it may change.
+
+    within: x, y, z of the lowest and of the highest corner of a box of the world. areas: of the photographs.
+    factor, feather: of these.
+    """
 
     prompt: str
     scene: Scene
     field: Field
     original: Field  # no state: it is reconstructed, or in the cache
+    within: Sequence[float] | None
+    areas: Areas
+    factor: int
+    feather: int | None
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
@@ -45,7 +53,29 @@ class _Filmed:
         return self.scene.frames(self.original)
 
     def facts(self, i: int) -> dict[str, Any]:
-        return {"prompt": self.prompt} | self.scene.facts(self.original, i)
+        facts = {"prompt": self.prompt} | self.scene.facts(self.original, i)
+        if self.within is not None:
+            facts["outside"] = ~within(self.original, self.scene.film.cameras[[i]], self.within).cpu()
+        return facts
+
+    def _areas(self, mask: Tensor | None) -> Areas:
+        """Of photographs' masks [m, H, W], one for all or one for each."""
+        size, count = self.scene.views.size, len(self.scene.train)
+        return Areas(size, _whole, self.factor, mask=mask, feather=self.feather, count=count)
+
+    def _in_the_box(self) -> Tensor:
+        """[n, H, W], of each photograph what the field shows of the box, where its mask lets it change."""
+        assert self.within is not None
+        cameras = self.scene.cameras
+        shown = [within(self.original, cameras[[i]], self.within).cpu() for i in range(len(cameras))]
+        masks = torch.stack(shown)
+        if not masks.any():
+            raise InputError("modality.within holds nothing that any photograph shows; give a larger box.")
+        if self.areas.mask is not None:
+            masks = masks & self.areas.mask
+            if not masks.any():
+                raise InputError("modality.within holds nothing of what modality.mask lets change.")
+        return masks
 
     def get_extra_state(self) -> dict[str, Any]:
         """Names what the field was, for whoever looks at a finished run."""
@@ -66,10 +96,12 @@ class EditedPhotographs(_Filmed, WholePictures):
 
     path, field, reconstruction_steps, bounds, near, trajectory, frames, cache, seed: see `Scene`. views: None
     for all. batch: how many of a round's views each step takes, None for all. dir: of the run, where edited
-    photographs are kept. within: x, y, z of the lowest and of the highest corner of a box of the world: only
-    what lies in it changes. The rest is as for WholePictures.
+    photographs are kept. mask: of what may change, see `read_view_masks`. within: x, y, z of the lowest and
+    of the highest corner of a box of the world: only what lies in it changes, of a mask what both hold. The
+    rest is as for WholePictures.
     """
 
+    areas: Areas
     edited: Tensor
     autoencoder: Autoencoder
 
@@ -90,7 +122,7 @@ class EditedPhotographs(_Filmed, WholePictures):
         near: float | None = None,
         trajectory: Trajectory = "auto",
         frames: int = 60,
-        mask: str | Sequence[str] | None = None,
+        mask: str | Box | Sequence[str] | None = None,
         within: Sequence[float] | None = None,
         feather: int | None = None,
         cache: str = "outputs/scenes",
@@ -120,12 +152,12 @@ class EditedPhotographs(_Filmed, WholePictures):
             frames,
         )
         trained = len(scene.train)
-        super().__init__(
-            scene.views.size, factor, multiple, batch, None, mask, feather, prompt, dtype, trained
-        )
+        super().__init__(scene.views.size, factor, multiple, batch, None, None, None, prompt, dtype, trained)
         self.scene, self.film = scene, scene.film
+        self.within, self.factor, self.feather = within, factor, feather
+        self.areas = self._areas(read_view_masks(mask, scene))
         self.round_of = trained if views is None else min(views, trained)
-        self.edit_steps, self.fit_steps, self.within, self.feather = edit_steps, fit_steps, within, feather
+        self.edit_steps, self.fit_steps = edit_steps, fit_steps
         self.folder = Path(dir) / "views"
         self.album = scene.album()
         self.pixels = _Photographs(self.album)
@@ -141,23 +173,9 @@ class EditedPhotographs(_Filmed, WholePictures):
         self.field = deepcopy(original)
         self.fitting = self.field.fitting(FOLLOWING)
         if self.within is not None:
-            self.areas = self._in_the_box(self.within, prior.views.factor)
+            self.areas = self._areas(self._in_the_box())
         super().begin(prior, draw)
         self._open(draw)
-
-    def _in_the_box(self, box: Sequence[float], factor: int) -> Areas:
-        """Each photograph's mask: what the field shows of a box of the world."""
-        cameras = self.scene.cameras
-        masks = torch.stack([within(self.original, cameras[[i]], box).cpu() for i in range(len(cameras))])
-        if not masks.any():
-            raise InputError("modality.within holds nothing that any photograph shows; give a larger box.")
-        return Areas(self.size, self.pad, factor, mask=masks, feather=self.feather, count=len(masks))
-
-    def facts(self, i: int) -> dict[str, Any]:
-        facts = super().facts(i)
-        if self.within is not None:
-            facts["outside"] = ~within(self.original, self.scene.film.cameras[[i]], self.within).cpu()
-        return facts
 
     def choose(self, draw: Draw) -> Tensor:
         ids = self._round(draw)
@@ -201,7 +219,7 @@ class EditedPhotographs(_Filmed, WholePictures):
             for i in self._round(draw).tolist():
                 if first:
                     (image,) = self.finish(self.autoencoder.decode(self.latent[i : i + 1]).clamp(0, 1).cpu())
-                    if self.areas is not None and self.areas.mask is not None:
+                    if self.areas.mask is not None:
                         image = self.areas.composite(i, image, self.album.picture(i))
                     label = self.origin.of_made(self.prompt, draw.step + 1, {})
                     write_png(image, self._file(now, i), label)
@@ -295,6 +313,40 @@ class EditedField(_Filmed, Particles):
 
     def condition(self, ids: Tensor) -> Sequence[Tensor | None]:
         return [None] * len(ids) if self.conditions is None else list(self.conditions[ids])
+
+
+def read_view_masks(mask: str | Box | Sequence[str] | None, scene: Scene) -> Tensor | None:
+    """[m, H, W], True where the photographs that train may change; None without a mask.
+
+    mask: as for `read_masks`; files are one for all, one for each photograph that trains or one for each of
+    all, in natural order, and have the size of the photograph or of the view, see `Views.area`.
+    Raises InputError for another number or size of files, and for masks that are black all over.
+    """
+    key, train, every = "modality.mask", scene.train, len(scene.views)
+    given = [mask] if isinstance(mask, str) else [file for file in mask or () if isinstance(file, str)]
+    if mask is None or not given:
+        return None if mask is None else read_masks(mask, scene.views.size)
+    files = image_files(given, key)
+    if len(files) not in (1, len(train), every):
+        raise InputError(
+            f"{key}={mask} holds {len(files)} masks; give one for all, one for each of the {len(train)} "
+            f"photographs that train, or one for each of all {every}."
+        )
+    if len(files) == 1:
+        ids = train[:1] if scene.views.alike else train
+        files = files * len(ids)
+    else:
+        ids = train
+        files = files if len(files) == len(train) else [files[i] for i in train]
+    masks = torch.stack([scene.views.area(i, f, key) >= 0.5 for i, f in zip(ids, files, strict=True)])
+    if not masks.any():
+        raise InputError(f"{key}={mask} is black all over what is seen; white marks what may change.")
+    return masks
+
+
+def _whole(area: Tensor) -> Tensor:
+    """Views have sides of whole latents."""
+    return area
 
 
 class _Photographs:

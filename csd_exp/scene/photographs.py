@@ -102,6 +102,11 @@ class Views:
         picture = read_image(self.photographs.every[i].file, upright=False)
         return self._view(picture, i)
 
+    @property
+    def alike(self) -> bool:
+        """Whether all photographs have one lens, so that a mask lies alike in their views."""
+        return len({photograph.lens for photograph in self.photographs.every}) == 1
+
     def alpha(self, i: int) -> Tensor | None:
         """[H, W], 1 where view i counts and 0 where its file is transparent or its mask black, or None."""
         own, mask = _own_alpha(self.photographs.every[i].file), self.mask(i)
@@ -117,6 +122,22 @@ class Views:
             return None
         mask = read_image(file, behind="black", upright=False).mean(0, keepdim=True)
         return self._view(interpolate(mask[None], lens.size, mode="nearest-exact")[0], i)[0]
+
+    def area(self, i: int, file: Path, key: str) -> Tensor:
+        """[H, W] in [0, 1] of a mask file for view i, transparent as black.
+
+        One of the photograph's own size goes its way, undistorted, resized and cropped, whatever EXIF says;
+        one of the view's size is taken as it is. Raises InputError, naming the key, for any other size.
+        """
+        mask = read_image(file, key, behind="black", upright=False).mean(0, keepdim=True)
+        stored, given = self.photographs.every[i].lens.size, tuple(mask.shape[1:])
+        if given not in (stored, self.size):
+            (height, width), (h, w), (own_h, own_w) = given, stored, self.size
+            raise InputError(
+                f"{key}={file} has {width} x {height} pixels; it must have the {w} x {h} of its photograph "
+                f"{self.names[i]}, or the {own_w} x {own_h} of its view."
+            )
+        return (self._view(mask, i) if given == stored else mask)[0]
 
     def depth(self, i: int) -> Tensor | None:
         """[H, W] along the optical axis in units of the world, 0 where it is unknown, or None without."""
