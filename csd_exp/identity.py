@@ -54,6 +54,8 @@ def scientific(config: DictConfig) -> dict[str, Any]:
         "prior.weights": None,
         "prior.quantization": None,
     }
+    if (run.get("modality") or {}).get("_target_") == "csd_exp.particles.EditedField":
+        usual |= {f"modality.{key}": None for key in ("mask", "within", "feather")}  # others have had them
     run["callbacks"] = {
         name: callback
         for name, callback in (run.get("callbacks") or {}).items()

@@ -82,6 +82,18 @@ def test_cached_runs_are_found_under_the_names_they_have(overrides, before) -> N
     assert digest(config, "weights") == before
 
 
+def test_the_masks_of_a_field_count_where_there_are_any() -> None:
+    """Runs from before it had them keep their names."""
+
+    def masks(*overrides: str) -> set[str]:
+        own = scientific(composed(["experiment=scene", "update=direct", "prior=analytic", *overrides]))
+        return {key for key in own if key in ("modality.mask", "modality.within[0]", "modality.within")}
+
+    assert masks() == set()
+    assert masks("modality.mask=lake.png") == {"modality.mask"}
+    assert len(masks("modality.within=[0,0,0,1,1,1]")) == 1
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -285,6 +285,47 @@ def test_the_direct_update_goes_through_autoencoder_and_renderer_into_the_field(
         assert float(gradient[i]) == pytest.approx((slopes[0] - slopes[1]) / 2e-5, rel=2e-4)
 
 
+@pytest.mark.parametrize("space", ["x_t", "features"])
+def test_the_direct_update_goes_through_what_may_change_only(build, fit, tmp_path, space, monkeypatch):
+    """To the bit, though autoencoders and the kernel carry residuals from pixel to pixel, view to view."""
+    pipeline = save_pipeline(tmp_path / "pipeline", editing=True)
+    editor = InstructPix2Pix(str(pipeline), guidance_scale=3.0, dtype="float64")
+    views = editor.views
+    side = {"factor": views.factor, "multiple": views.multiple, "window": 16 // views.factor}
+    folder = write_scene(tmp_path / "photographs", 3, 1, 16)
+    inside = np.zeros((3, 16, 16), bool)
+    inside[0, :8, :9] = inside[1, 3:, 4:] = True
+    files = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for file, one in zip(files, inside, strict=True):
+        Image.fromarray(one).save(file)
+    field = partial(Voxels, resolutions=(6,), rays=64, dtype="float64")
+    settings = {"reconstruction_steps": 5, "cache": str(tmp_path / "cache"), "batch": 3, "frames": 1}
+    particles = EditedField(
+        str(folder), **side, field=field, prompt="red", dtype="float64", mask=files, feather=1, **settings
+    )
+    features = {"features": lambda images: images.flatten(1)[:, ::7]} if space == "features" else {}
+    module = build(editor, particles, kernel=RBF(space=space), **features)
+    rendered = []
+
+    def kept(cameras, forward=particles.field.forward):
+        seen = forward(cameras)
+        if seen.rgb.requires_grad:
+            seen.rgb.retain_grad()
+            rendered.append(seen.rgb)
+        return seen
+
+    monkeypatch.setattr(particles.field, "forward", kept)
+    ids = particles.choose(Draw(0, 0))
+    fit(module, 1)
+    (rgb,) = rendered
+    moved = (rgb.grad != 0).any(1)
+    assert not (moved & ~torch.from_numpy(inside)[ids]).any()
+    assert moved.any((1, 2)).tolist() == (ids < 2).tolist()
+    with torch.no_grad():
+        shown = particles.field(particles.scene.cameras[ids]).rgb
+        assert torch.equal(particles.views(ids), shown)
+
+
 def test_a_box_of_the_world_is_all_that_changes(scene, build, fit):
     """In the photographs to the bit; the mask is that of a ball, which is all that there is."""
     ball = {"field": partial(FIELD, resolutions=(24,), ball=0.5), "reconstruction_steps": 1}
@@ -306,6 +347,11 @@ def test_a_box_of_the_world_is_all_that_changes(scene, build, fit):
         assert not (changed & ~mask[i]).any()
         assert (changed & mask[i]).any()
     assert particles.facts(0)["outside"].shape == (SIDE, SIDE)
+    direct = scene(EditedField, within=particles.within, feather=1, mask=[0, 0, 0.5, 1], **ball)
+    build(prior(), direct)
+    half = torch.arange(SIDE) < SIDE // 2
+    assert torch.equal(direct.areas.mask, mask & half)  # what both hold
+    assert torch.equal(direct.facts(0)["outside"], particles.facts(0)["outside"])
     with pytest.raises(InputError, match=r"modality\.within holds nothing"):
         build(prior(), scene(within=[50, 50, 50, 51, 51, 51], **ball))
 

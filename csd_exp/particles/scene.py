@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csd_exp.devices import sent
 from csd_exp.errors import InputError
 from csd_exp.images import ImageFiles, image_files, write_png
 from csd_exp.particles.areas import Areas, Box, read_masks
@@ -248,7 +249,8 @@ class EditedField(_Filmed, Particles):
     """The field itself is what is optimised: the coupled residual of its views is carried into it each step.
 
     path, field, reconstruction_steps, bounds, near, trajectory, frames, cache, seed: see `Scene`. batch: how
-    many photographs' views a step takes. The photographs are source and condition.
+    many photographs' views a step takes. mask, within, feather: of the views the residual goes only through
+    what these let change, see `EditedPhotographs`. The photographs are source and condition.
     """
 
     space = "pixel"
@@ -267,6 +269,9 @@ class EditedField(_Filmed, Particles):
         near: float | None = None,
         trajectory: Trajectory = "auto",
         frames: int = 60,
+        mask: str | Box | Sequence[str] | None = None,
+        within: Sequence[float] | None = None,
+        feather: int | None = None,
         cache: str = "outputs/scenes",
         seed: int = 0,
         prompt: str = "",
@@ -290,12 +295,16 @@ class EditedField(_Filmed, Particles):
             frames,
         )
         self.film, self.batch = self.scene.film, batch
+        self.within, self.factor, self.feather = within, factor, feather
+        self.areas = self._areas(read_view_masks(mask, self.scene))
 
     @torch.no_grad()
     def begin(self, prior: Autoencoder, draw: Draw) -> None:
         album = self.scene.album()
         self.field = self.scene.reconstructed(self.home, album)
         vars(self).update(original=deepcopy(self.field).requires_grad_(False))
+        if self.within is not None:
+            self.areas = self._areas(self._in_the_box())
         conditions = [prior.condition(album.picture(k)[None]) for k in range(len(album))]
         known = [c for c in conditions if c is not None]
         self.album = album
@@ -305,7 +314,23 @@ class EditedField(_Filmed, Particles):
         return torch.from_numpy(draw.generator("views").permutation(len(self.album))[: self.batch])
 
     def views(self, ids: Tensor) -> Tensor:
-        return self.field(self.scene.cameras[ids]).rgb
+        """What the field shows; what may not change is seen, but without its graph.
+
+        The autoencoder would carry what a latent descends to pixels around it.
+        """
+        seen = self.field(self.scene.cameras[ids]).rgb
+        if self.areas.mask is None:
+            return seen
+        return torch.lerp(seen.detach(), seen, self._of(self.areas.blend, ids))
+
+    def share(self, ids: Tensor, chosen: Tensor) -> Tensor | float:
+        return 1.0 if self.areas.free is None else self._of(self.areas.free, ids)
+
+    def _of(self, area: Tensor, ids: Tensor) -> Tensor:
+        """[n, 1, h, w] of an area [m or 1, 1, h, w] that all photographs may share."""
+        own = area.expand(len(self.album), *area.shape[1:])[ids]
+        like = next(self.field.parameters())
+        return sent(own, like.device).to(like)
 
     def source(self, ids: Tensor) -> Tensor:
         pictures = torch.stack([self.album.picture(i) for i in ids.tolist()])
