@@ -18,7 +18,7 @@ from csd_exp.scene.cameras import UNIT_CUBE, Cameras, bounds
 from csd_exp.scene.field import Rendered
 from csd_exp.scene.ply import Gaussians, write_splats
 from csd_exp.scene.scene import Scene, check_scene, fit
-from csd_exp.scene.splats import Splats, _spacing
+from csd_exp.scene.splats import Densification, Splats, _spacing
 from csd_exp.schedules import Draw
 
 EPS2D, LEAST, MOST = 0.3, 1 / 255, 0.999  # gsplat's
@@ -243,7 +243,6 @@ def test_an_album_keeps_how_much_pixels_count(tmp_path):
 def test_splats_are_densified_towards_photographs_saved_and_loaded(on_a_cpu):
     cameras = around(6, 16)
     pictures = Pictures(cameras, photographs(cameras)[0].float())
-    torch.manual_seed(0)
     field = Splats(bounds(cameras), count=60, harmonics=1)
 
     def error() -> float:
@@ -266,6 +265,26 @@ def test_splats_are_densified_towards_photographs_saved_and_loaded(on_a_cpu):
     following = field.fitting(0.25)
     following.step(pictures, Draw(0, 0))
     assert len(field.splats["means"]) == many
+
+
+def test_splats_are_split_by_the_draw_of_the_step_and_no_global_generator(on_a_cpu):
+    cameras = around(3, 12)
+    pictures = Pictures(cameras, photographs(cameras)[0].float())
+
+    def fitted(elsewhere: int):
+        torch.manual_seed(elsewhere)
+        before = torch.get_rng_state()
+        field = Splats(bounds(cameras), count=40, harmonics=0)
+        fitting = Densification(field, 12)
+        fitting.strategy.grow_scale3d = 0.0  # every one that grows is split
+        fitting.strategy.reset_every = 100  # before that none is too large
+        for step in range(4):
+            fitting.step(pictures, Draw(0, step))
+        assert len(field.splats["means"]) > 40
+        assert torch.equal(torch.get_rng_state(), before)
+        return field.splats["means"].detach()
+
+    assert torch.equal(fitted(1), fitted(2))
 
 
 def test_a_trained_scene_is_taken_as_it_is(on_a_cpu, tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -217,8 +218,21 @@ class Densification(Fitting):
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
-        self.strategy.step_post_backward(splats, self.densified, self.state, self.at, meta)
+        with _seeded(splats["means"].device, draw):
+            self.strategy.step_post_backward(splats, self.densified, self.state, self.at, meta)
         self.at += 1
+
+
+@contextmanager
+def _seeded(device: torch.device, draw: Draw) -> Iterator[None]:
+    """Global generators, which gsplat splits by, keyed by the step; afterwards they are as they were."""
+    seed = int(draw.generator("densification").integers(2**63))
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            torch.cuda.default_generators[gpu.index].manual_seed(seed)
+        yield
 
 
 def _begun(bounds: Bounds, count: int, harmonics: int) -> dict[str, Tensor]:
