@@ -407,7 +407,7 @@ def test_a_mask_of_the_views_size_is_taken_as_it_is_and_no_other(painted, tmp_pa
         seen_of(painted, [str(tmp_path / "view.png")] * 2)
 
 
-def test_a_mask_is_all_that_changes_of_photographs(scene, build, fit, tmp_path):
+def test_a_mask_is_all_that_changes_of_photographs(scene, build, fit, tmp_path, monkeypatch):
     inside = np.zeros((6, SIDE, SIDE), bool)
     for i in range(5):  # the last photograph stays
         inside[i, 2:8, i : i + 6] = True
@@ -416,7 +416,17 @@ def test_a_mask_is_all_that_changes_of_photographs(scene, build, fit, tmp_path):
     particles = scene(mask=[str(tmp_path / f"{i}.png") for i in range(6)], views=None, feather=1)
     module = build(prior(), particles, optimizer=partial(torch.optim.SGD, lr=0.3))
     before = [particles.album.picture(i) for i in range(6)]
-    fit(module, 2)
+    faded_into = []
+
+    def composite(i, image, original, own=particles.areas.composite):
+        faded_into.append((i, original))
+        return own(i, image, original)
+
+    monkeypatch.setattr(particles.areas, "composite", composite)
+    fit(module, 4)  # two rounds; the second fades into the photograph, too, not into what the first has made
+    assert len(faded_into) == 12
+    for i, original in faded_into:
+        torch.testing.assert_close(original, before[i], atol=0.5 / 255, rtol=0)
     for i in range(6):
         changed = (particles.album.picture(i) != before[i]).any(0)
         assert not (changed & ~torch.from_numpy(inside[i])).any()

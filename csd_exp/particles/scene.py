@@ -221,7 +221,8 @@ class EditedPhotographs(_Filmed, WholePictures):
                 if first:
                     (image,) = self.finish(self.autoencoder.decode(self.latent[i : i + 1]).clamp(0, 1).cpu())
                     if self.areas.mask is not None:
-                        image = self.areas.composite(i, image, self.album.picture(i))
+                        # Not the album's, which rounds before this one have edited in the border, too.
+                        image = self.areas.composite(i, image, self.scene.views[self.scene.train[i]])
                     label = self.origin.of_made(self.prompt, draw.step + 1, {})
                     write_png(image, self._file(now, i), label)
                 self.edited[i] = now
