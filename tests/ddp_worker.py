@@ -101,7 +101,10 @@ CASES = {
     "learned": lambda f, d: (frames(f, 3, dtype=d), RBF(), {"residual": Learned()}),
     "vsd": lambda f, d: (frames(f, 3, dtype=d), RBF(), {"residual": methods.VSD(lr=0.02)}),
     "scene": lambda f, d: (rounds(f, d), RBF(normalize="rms")),
-    "scene_field": lambda f, d: (scene(f, EditedField, d, batch=3), RBF(normalize="rms")),
+    "scene_field": lambda f, d: (
+        scene(f, EditedField, d, batch=3, mask=[0, 0, 5, 8], feather=1),
+        RBF(normalize="rms"),
+    ),
     "rendered": lambda f, d: (made(f, d), RBF(space="features", normalize="rms"), {"residual": methods.sds}),
     "broken": lambda f, d: (frames(f, 3, dtype=d), RBF(), {"prior": Breaking}),
     "learned_field": lambda f, d: (Waves(3, batch=1, dtype=d), RBF(), {"residual": Learned()}),
