@@ -49,6 +49,7 @@ def scientific(config: DictConfig) -> dict[str, Any]:
         "modality.taper": "none",
         "modality.coverage": "step",
         "modality.controls": None,
+        "modality.near": None,
         "prior.lora": None,
         "prior.lora_scale": 1.0,
         "prior.weights": None,
