@@ -256,11 +256,11 @@ def _begun(bounds: Bounds, count: int, harmonics: int) -> dict[str, Tensor]:
 
 def _spacing(points: Tensor, neighbours: int = 3) -> Tensor:
     """[n], the root of the mean squared distance of each point to its nearest others."""
-    found = [
-        torch.cdist(part, points).topk(min(neighbours + 1, len(points)), largest=False).values[:, 1:]
-        for part in points.split(2048)
-    ]
-    return torch.cat(found).square().mean(1).sqrt()
+    from scipy.spatial import cKDTree
+
+    places = points.double().numpy()
+    away, _ = cKDTree(places).query(places, min(neighbours + 1, len(places)))
+    return torch.from_numpy(away[:, 1:]).square().mean(1).sqrt().to(points)
 
 
 def _read(ply: str) -> dict[str, Tensor]:
