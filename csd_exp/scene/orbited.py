@@ -12,6 +12,7 @@ from csd_exp.files import sha256, write_whole
 from csd_exp.images import write_png
 from csd_exp.scene.cameras import Bounds, Cameras, orbit
 from csd_exp.scene.ply import read_splats
+from csd_exp.scene.poses import other_axes
 from csd_exp.scene.splats import Splats
 
 RINGS = {"train_low": (10.0, 32), "train_high": (35.0, 32), "test": (22.0, 36)}  # degrees of elevation, views
@@ -47,7 +48,7 @@ def orbited(ply: Path, cache: Path, side: int) -> Path:
             name = f"{ring}_{i:02d}.png"
             write_png(field(_camera(pose, focal, side)).rgb[0].cpu(), folder / name)
             names[f"{ring.partition('_')[0]}_filenames"].append(name)
-            frames.append({"file_path": name, "transform_matrix": _opengl(pose).tolist()})
+            frames.append({"file_path": name, "transform_matrix": other_axes(pose).tolist()})
     centre = {"cx": side / 2, "cy": side / 2}
     written = json.dumps(meta | centre | names | {"frames": frames}, indent=1)
     write_whole(folder / "transforms.json", f"{written}\n")  # the last, so that it stands for all
@@ -73,11 +74,3 @@ def stands(places: Tensor) -> tuple[Tensor, Tensor, float]:
 def _camera(pose: Tensor, focal: float, side: int) -> Cameras:
     two = torch.ones(1, 2, dtype=torch.float64)
     return Cameras(pose[None], focal * two, side / 2 * two, (side, side))
-
-
-def _opengl(pose: Tensor) -> Tensor:
-    """[4, 4] in the axes of nerfstudio's files."""
-    whole = torch.eye(4, dtype=torch.float64)
-    whole[:3] = pose
-    whole[:, 1:3] *= -1
-    return whole

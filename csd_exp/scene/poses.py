@@ -1,4 +1,4 @@
-"""What is demanded of a pose."""
+"""What is demanded of a pose, and its two kinds of axes."""
 
 import torch
 from torch import Tensor
@@ -28,3 +28,8 @@ def checked_pose(pose: Tensor, where: str) -> Tensor:
     if torch.linalg.det(rotation) < 0:
         raise InputError(f"{where} is mirrored; its first three columns must be a rotation.")
     return torch.cat([u @ v, pose[:, 3:]], 1)
+
+
+def other_axes(pose: Tensor) -> Tensor:
+    """A pose [3, 4] in OpenCV's axes of one in OpenGL's, and the other way round."""
+    return pose * pose.new_tensor([1, -1, -1, 1])

@@ -26,7 +26,7 @@ from csd_exp.scene.photographs import (
     split,
     stored_size,
 )
-from csd_exp.scene.poses import checked_pose
+from csd_exp.scene.poses import checked_pose, other_axes
 
 NGP_LENSES = ("equirectangular", "latlong", "ftheta_p0")  # the keys by which instant-ngp has other lenses
 MILLIMETRE = 0.001  # nerfstudio's unit of depth files
@@ -140,7 +140,7 @@ def _pose(frame: Mapping[str, Any], file: Path) -> Tensor:
     """[3, 4] in OpenCV's axes."""
     where = f"modality.path={file}: the transform_matrix of {frame['file_path']}"
     pose = checked_pose(_matrix(frame.get("transform_matrix"), where), where)
-    return pose * pose.new_tensor([1, -1, -1, 1])
+    return other_axes(pose)
 
 
 def _matrix(given: object, where: str) -> Tensor:
