@@ -6,7 +6,7 @@ that name and year is in assets/references.bib, `liu2016` or `kim2023`.
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from inspect import isclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ USAGE = """csd-cite RUN_DIR
 Prints BibTeX of what a run was composed of: method or sampler, kernel, features, prior, modality and field,
 metrics. What has nothing to cite, and what is a user's own, is named in lines that BibTeX passes over.
 """
+SETTINGS = {"modality.taper=gaussian": "jimenez2023", "modality.views=null": "chen2024"}
 MENTION = re.compile(r"\b([A-Z][\w-]+)(?: et al\.| & [A-Z][\w-]+),? (?:[A-Z]+ )?((?:19|20)\d\d)\b")
 
 
@@ -51,23 +52,34 @@ def composition(config: DictConfig) -> dict[str, str]:
     return {path: node._target_ for path, node in nodes(parts) if isinstance(node.get("_target_"), str)}
 
 
+def settings(config: DictConfig) -> Iterator[str]:
+    """Settings of a run that are somebody's without a class of their own."""
+    modality = config.modality
+    if modality.get("taper") == "gaussian" and "sampler" not in config.method:
+        yield "modality.taper=gaussian"
+    if modality.get("views", 0) is None and modality.edit_steps >= config.trainer.max_steps:
+        yield "modality.views=null"
+
+
 def _couples(config: DictConfig) -> bool:
     """Whether particles see each other; of a kernel of a user's own, yes."""
     own = config.kernel._target_.startswith("csd_exp.")
     return not own or constructed(config.kernel).couples
 
 
-def bibliography(parts: Mapping[str, str]) -> Iterator[str]:
-    """The entries of what `composition` gives, each below a line that says what it is of."""
+def bibliography(config: DictConfig) -> Iterator[str]:
+    """The entries of what a run was composed of, each below a line that says what it is of."""
     known, silent = references(), []
     cited: dict[str, list[str]] = {}
-    for path, target in parts.items():
+    for path, target in composition(config).items():
         thing = located(target) if target.startswith("csd_exp.") else None
         keys = [] if thing is None else mentions(thing)
         for key in keys:
             cited.setdefault(key, []).append(f"{path}={target.removeprefix('csd_exp.')}")
         if not keys:
             silent.append(f"{path}={target.removeprefix('csd_exp.')}")
+    for setting in settings(config):
+        cited.setdefault(SETTINGS[setting], []).append(setting)
     for key, parts_of in cited.items():
         yield f"% {', '.join(parts_of)}\n{known[key]}\n"
     if silent:
@@ -83,7 +95,7 @@ def main() -> None:
         elif len(sys.argv) != 2:
             raise InputError(f"one run directory is needed, not {len(sys.argv) - 1}: csd-cite RUN_DIR.")
         else:
-            print("\n".join(bibliography(composition(run_config(Path(sys.argv[1]))))), end="")
+            print("\n".join(bibliography(run_config(Path(sys.argv[1])))), end="")
     except InputError as e:
         print(f"csd-cite: {e}", file=sys.stderr)
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -57,21 +58,26 @@ def test_every_entry_is_somebodys_and_is_named_after_its_first_author_and_year()
     used = {key for target in targets() for key in cite.mentions(located(target))}
     entries = cite.references()
     assert list(entries) == sorted(entries)
-    assert entries.keys() == used
+    assert entries.keys() == used | set(cite.SETTINGS.values())
     for key, entry in entries.items():
         fields = dict(re.findall(r"^  (\w+) = \{(.*)\},$", entry, re.MULTILINE))
         assert re.fullmatch(r"@(inproceedings|article)\{\S+,\n(  \w+ = \{.*\},\n)+\}", entry)
         assert entry.count("{") == entry.count("}")
         assert {"author", "title", "year"} < fields.keys()
         assert ("journal" in fields) == entry.startswith("@article")
-        assert key == fields["author"].partition(",")[0].lower() + fields["year"]
+        assert key == plain(fields["author"].partition(",")[0]) + fields["year"]
         assert re.fullmatch(r"\d{4}\.\d{5}|\d{4}\.\d{4}", fields.get("eprint", "0000.00000"))
+
+
+def plain(name: str) -> str:
+    """In small letters without accents."""
+    return unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
 
 
 def cited(*overrides: str) -> set[str]:
     given = ["experiment=panorama", "modality.path=x.jpg", "metrics=none", "prompt=x", *overrides]
     config = composed(list({one.partition("=")[0]: one for one in given}.values()))
-    text = "\n".join(cite.bibliography(cite.composition(config)))
+    text = "\n".join(cite.bibliography(config))
     return set(re.findall(r"^@\w+\{(\S+),$", text, re.MULTILINE))
 
 
@@ -84,6 +90,8 @@ def cited(*overrides: str) -> set[str]:
         (["method=dds", "kernel.space=features"], {"hertz2023"}),
         (["method=csd"], {"kim2023", "liu2016", "poole2023"}),
         (["method=pds"], {"koo2024"}),
+        (["method=dds", "taper=gaussian"], {"hertz2023", "jimenez2023"}),
+        (["method=dds", "taper=hann"], {"hertz2023"}),
         (["method=multidiffusion", "kernel=rbf"], {"bar-tal2023", "song2021", "lin2024"}),
         (
             ["kernel.space=features", "features=perceptual"],
@@ -99,6 +107,12 @@ def test_prior_field_and_metrics_are_cited():
     assert cited("method=sds") == {"poole2023", "brooks2023", "rombach2022"}
     assert cited("prior=analytic", "method=sds", "metrics=full") >= {"wang2004", "radford2021", "lai2018"}
     assert "kerbl2023" in cited("experiment=scene", "modality/field=splats")
+
+
+def test_editing_all_photographs_first_is_dges():
+    updates = ("csd", "in2n", "direct", "all")
+    found = [cited("experiment=scene", "prior=analytic", f"update={update}") for update in updates]
+    assert ["chen2024" in keys for keys in found] == [False, False, False, True]
 
 
 def test_every_method_can_be_cited():

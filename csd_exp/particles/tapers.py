@@ -15,7 +15,7 @@ def profile(taper: Taper, side: int, inner: tuple[bool, bool] = (True, True)) ->
     """Weights [side] in (0, 1] of a window along one side, in float64, at the middles of its latents.
 
     At u in (0, 1) of the window: `none` 1, `hann` sin^2(pi u), `gaussian` exp(-(u - 1/2)^2 / (2 0.1^2)), that
-    of Mixture of Diffusers (Barbero Jimenez 2023, arXiv 2302.02412). inner: whether the window begins, and
+    of Mixture of Diffusers (Jiménez 2023, arXiv 2302.02412). inner: whether the window begins, and
     ends, inside of the picture. Towards a border of the picture, beyond which no window lies, it stays 1.
     """
     u = (torch.arange(side, dtype=torch.float64) + 0.5) / side
