@@ -172,14 +172,19 @@ def luminance(image: Tensor) -> Tensor:
 
 def write_png(image: Tensor, path: Path, label: Label = UNLABELLED) -> None:
     """Write [3, H, W] in [0, 1] as an 8-bit PNG with its label, whole or not at all."""
+    with whole(path) as partial:
+        Image.fromarray(to_uint8(image)).save(partial, format="PNG", pnginfo=png_texts(label))
+
+
+def png_texts(label: Label) -> PngInfo:
+    """A label as a PNG holds it."""
     kept = PngInfo()
     for keyword, text in (("Software", label.software), ("Comment", label.comment)):
         if text:
             kept.add_text(keyword, text)
     if label.xmp:
         kept.add_itxt("XML:com.adobe.xmp", label.xmp)
-    with whole(path) as partial:
-        Image.fromarray(to_uint8(image)).save(partial, format="PNG", pnginfo=kept)
+    return kept
 
 
 def label_of(path: Path) -> Label:

@@ -63,6 +63,17 @@ class Origin:
         return Label(SOFTWARE, packet(properties), json.dumps(record))
 
 
+def of_figure(about: str) -> Label:
+    """The label of a figure that shows pictures of runs. about: its caption, which says what these are."""
+    properties = {
+        "xmp:CreatorTool": SOFTWARE,
+        "Iptc4xmpExt:DigitalSourceType": EDITED,
+        "Iptc4xmpExt:AIPromptInformation": about,
+    }
+    record = {"software": SOFTWARE, "digital_source_type": EDITED, "shows": about}
+    return Label(SOFTWARE, packet(properties), json.dumps(record))
+
+
 class Untold(Origin):
     """Says nothing but what the picture needs to be shown rightly."""
 

@@ -20,7 +20,7 @@ from csd_exp.figures.references import references
 from csd_exp.figures.results import Equal, Record, Results
 from csd_exp.figures.strength import at_strength, table, table_row
 from csd_exp.figures.tables import markdown
-from csd_exp.images import as_saved, read_image, write_png
+from csd_exp.images import as_saved, label_of, read_image, write_png
 from csd_exp.metrics import (
     SSIM,
     AnswerDisagreement,
@@ -30,6 +30,7 @@ from csd_exp.metrics import (
     StructureSimilarity,
     WindowSpread,
 )
+from csd_exp.origin import EDITED
 from csd_exp.particles import Panorama
 from csd_exp.priors import GaussianMixture
 from csd_exp.schedules import Timesteps
@@ -207,7 +208,7 @@ def compared(tmp_path_factory):
 @pytest.fixture
 def counted(monkeypatch):
     """The runs that are made from here on; nothing is drawn."""
-    monkeypatch.setattr(forms, "rendered", lambda figure, kind="png": b"drawn")
+    monkeypatch.setattr(forms, "rendered", lambda *_, **__: b"drawn")
     calls, edit = [], cache.edit
     monkeypatch.setattr(cache, "edit", lambda *overrides: calls.append(overrides) or edit(*overrides))
     return calls
@@ -225,6 +226,9 @@ class TestCommand:
             *("curves.csv", "table.csv", "table.md", "figure.png", "pictures.png", "runs.csv")
         }
         assert not list(out.rglob("*.part"))
+        assert "'tint it'" in json.loads(label_of(out / "pictures.png").comment)["shows"]
+        assert EDITED in label_of(out / "pictures.png").xmp
+        assert EDITED not in label_of(out / "figure.png").xmp  # it shows numbers
         rows = rows_of(out / "curves.csv")
         # Two methods of two seeds at the steps 0, 1, 4; a sampler of two seeds at two scales.
         assert [(r["method"], r["seed"], r["step"]) for r in rows[:3]] == [

@@ -15,11 +15,12 @@ from PIL import Image
 from csd_exp.config import check, composed, conf_dir
 from csd_exp.errors import InputError
 from csd_exp.figures import cache, engine, forms, plan
-from csd_exp.figures.drawing import Bars, Curves, Pictures, captioned
+from csd_exp.figures.drawing import Bars, Curves, Pictures, captioned, rendered
 from csd_exp.figures.plan import QUIET, Cell
 from csd_exp.figures.results import Equal, Record, Results, summary
 from csd_exp.figures.tables import END, QUOTED, escaped, latex, lines, methods, records_csv, table_csv
 from csd_exp.images import write_png
+from csd_exp.origin import EDITED, of_figure
 from csd_exp.targets import check_targets
 
 FIGURES = sorted(
@@ -174,6 +175,16 @@ class TestDrawing:
         assert self.shades(figure)[:4] == [0, 20, 50, 52]
         figure = Pictures(rows=["method"], columns=["guidance"], beside=True)(results, [], {})
         assert self.shades(figure) == [0, 50, 100, 0, 150, 200]
+
+    def test_files_say_that_a_model_made_what_they_show(self, results, tmp_path):
+        figure, label = Pictures(rows=["method"])(results, [], {}), of_figure('a "caption" of Größe')
+        (tmp_path / "figure.png").write_bytes(rendered(figure, "png", label))
+        with Image.open(tmp_path / "figure.png") as image:
+            assert image.text["Software"].startswith("csd_exp ")
+            assert EDITED in image.text["XML:com.adobe.xmp"]
+            assert json.loads(image.text["Comment"])["shows"] == 'a "caption" of Größe'
+        assert EDITED.encode() in rendered(figure, "pdf", label)
+        assert EDITED.encode() not in rendered(figure, "pdf")
 
     def test_pictures_of_runs_that_failed_are_left_out(self, results):
         records = [
@@ -352,7 +363,7 @@ class TestRuns:
 
     @pytest.fixture
     def undrawn(self, monkeypatch):
-        monkeypatch.setattr(forms, "rendered", lambda figure, kind: b"drawn")
+        monkeypatch.setattr(forms, "rendered", lambda *_, **__: b"drawn")
 
     @pytest.fixture
     def counted(self, monkeypatch):

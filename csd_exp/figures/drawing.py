@@ -17,7 +17,8 @@ from torch import Tensor
 from csd_exp.figures.results import Key, Record, Results, Summary
 from csd_exp.figures.strength import Curve, at_strength
 from csd_exp.figures.tables import END, Line, methods
-from csd_exp.images import read_image, saved_pictures, to_uint8
+from csd_exp.formats.labels import UNLABELLED, Label
+from csd_exp.images import png_texts, read_image, saved_pictures, to_uint8
 
 CAPTION = 7  # points
 LABEL = 70  # characters at a row
@@ -302,10 +303,14 @@ def strip(pictures: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
-def rendered(figure: Figure, kind: str = "png") -> bytes:
-    """A figure as a file of this kind holds it."""
+def rendered(figure: Figure, kind: str = "png", label: Label = UNLABELLED) -> bytes:
+    """A figure as a PNG or PDF, which says its label."""
     content = io.BytesIO()
-    figure.savefig(content, format=kind, dpi=150)
+    if kind == "png":
+        figure.savefig(content, format=kind, dpi=150, pil_kwargs={"pnginfo": png_texts(label)})
+    else:
+        said = {"Creator": label.software, "Subject": label.comment}
+        figure.savefig(content, format=kind, dpi=150, metadata={k: text for k, text in said.items() if text})
     return content.getvalue()
 
 

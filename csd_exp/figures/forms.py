@@ -9,7 +9,7 @@ from torch import Tensor
 from csd_exp.build import constructed
 from csd_exp.errors import InputError
 from csd_exp.evaluate import build_metrics
-from csd_exp.figures.drawing import captioned, rendered, strip
+from csd_exp.figures.drawing import Pictures, captioned, rendered, strip
 from csd_exp.figures.plan import Cell
 from csd_exp.figures.references import references
 from csd_exp.figures.results import Record, Results, by_seed
@@ -24,7 +24,9 @@ from csd_exp.figures.tables import (
     table_csv,
     written,
 )
+from csd_exp.formats.labels import UNLABELLED
 from csd_exp.images import read_image, saved_pictures
+from csd_exp.origin import of_figure
 
 Files = dict[str, str | bytes]
 """Contents by name."""
@@ -49,11 +51,12 @@ class Paper:
         """config: of the first run. about: the caption."""
         columns = {str(name): title for name, title in figure.columns.items()}
         found = lines(results, list(columns), list(figure.paper))
-        drawn = captioned(constructed(figure.draw)(results, found, columns), about)
-        name = file_name(figure)
+        draw, name = constructed(figure.draw), file_name(figure)
+        drawn = captioned(draw(results, found, columns), about)
+        label = of_figure(about) if isinstance(draw, Pictures) else UNLABELLED
         return {
-            f"{name}.png": rendered(drawn, "png"),
-            f"{name}.pdf": rendered(drawn, "pdf"),
+            f"{name}.png": rendered(drawn, "png", label),
+            f"{name}.pdf": rendered(drawn, "pdf", label),
             f"{name}.csv": records_csv(results.records, list(columns)),
             f"{name}_table.csv": table_csv(found, list(figure.rows), list(columns)),
             f"{name}.tex": latex(found, list(figure.rows), columns, about, f"fig:{name}"),
@@ -87,18 +90,19 @@ class Comparison:
                 )
 
     def __call__(self, figure: DictConfig, results: Results, config: DictConfig, about: str) -> Files:
-        """config: of the first run."""
+        """config: of the first run. about: the caption."""
         assert results.equal is not None
         columns = {str(name): title for name, title in figure.columns.items()}
         by_method = {", ".join(name): own for name, own in results.groups(methods(results)).items()}
         curves = {name: results.of_seeds(own) for name, own in by_method.items()}
+        shown = _shown(results, by_method, config.prompt, next(iter(columns)))
         rows = [*references(results, config, list(columns)), *table(curves, results.equal.at, list(columns))]
         return {
             "curves.csv": written(list(_flat(results, by_method))),
             "table.csv": written(rows),
             "table.md": markdown(rows, columns),
             "figure.png": rendered(constructed(figure.draw)(results, [], columns)),
-            "pictures.png": rendered(strip(_shown(results, by_method, config.prompt, next(iter(columns))))),
+            "pictures.png": rendered(strip(shown), label=of_figure(about)),
         }
 
 
