@@ -43,8 +43,13 @@ def test_a_replay_is_the_same_calls_and_counts_their_rows():
     assert network.replay() == 0
 
 
-def test_csd_bench_writes_what_it_measured(tmp_path, write_image, monkeypatch):
+@pytest.fixture(autouse=True)
+def small_product(monkeypatch):
+    """What the machine can do is told by a small product."""
     monkeypatch.setattr(step, "SIDE", 64)
+
+
+def test_csd_bench_writes_what_it_measured(tmp_path, write_image):
     save_pipeline(tmp_path / "prior")
     image = write_image(32, 96)
     overrides = [
@@ -100,6 +105,9 @@ def test_the_public_codes_way_descends_what_the_official_preset_does(
     assert json.loads((tmp_path / "peer.json").read_text()) == found
     assert found["difference"] < 1e-11
     assert [(way["calls"], way["rows"]) for way in found["ways"]] == [(6, 18), (6, 15), (2, 15), (2, 15)]
+    limits = [way["limit_seconds"] / way["rows"] for way in found["ways"]]
+    assert limits == [pytest.approx(limits[0])] * 4
+    assert limits[0] > 0
     assert [way["faster"] for way in found["ways"]] == [
         pytest.approx(found["ways"][0]["seconds"] / way["seconds"]) for way in found["ways"]
     ]

@@ -9,7 +9,7 @@ Precision and compilation are told by runs of their own.
 from dataclasses import asdict, dataclass
 from math import log
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -18,7 +18,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from csd_exp.bench.step import built, fitted, machine, now, write
+from csd_exp.bench.step import (
+    Recorded,
+    built,
+    denoiser,
+    fitted,
+    machine,
+    now,
+    peak_flops,
+    row_flops,
+    write,
+)
 from csd_exp.errors import InputError
 from csd_exp.module import CSDModule
 from csd_exp.particles.images import WholePictures
@@ -36,13 +46,17 @@ OURS = "a whole step here"
 
 @dataclass(frozen=True)
 class Way:
-    """One way to take a step: its network calls and rows, its median seconds, how many times faster it is."""
+    """One way to take a step: its network calls and rows, its median seconds, how many times faster it is.
+
+    limit_seconds: the rows' operations at the rate of a large matrix product in the same precision.
+    """
 
     name: str
     calls: int
     rows: int
     seconds: float
     faster: float
+    limit_seconds: float
 
 
 def bench(config: DictConfig) -> dict[str, Any]:
@@ -53,11 +67,14 @@ def bench(config: DictConfig) -> dict[str, Any]:
     rounds = SideBySide(module)
     fitted(plain, module, rounds)
     seconds = {name: median(all[config.warmup :]) for name, all in rounds.seconds.items()}
-    first = next(iter(seconds.values()))
-    ways = [Way(name, *rounds.counts[name], s, first / s) for name, s in seconds.items()]
+    first, row = next(iter(seconds.values())), _row_limit(module)
+    ways = [
+        Way(name, *rounds.counts[name], s, first / s, rounds.counts[name][1] * row)
+        for name, s in seconds.items()
+    ]
     for name, overrides in _others(config):
-        other = _alone(config, overrides)
-        ways.append(Way(name, *rounds.counts[OURS], other, first / other))
+        other, row = _alone(config, overrides)
+        ways.append(Way(name, *rounds.counts[OURS], other, first / other, rounds.counts[OURS][1] * row))
     prior: Any = module.prior
     found = {
         "ways": [asdict(way) for way in ways],
@@ -88,14 +105,25 @@ def _others(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
     return others + ([("the same compiled", {"compile": True})] if config.prior.compile else [])
 
 
-def _alone(config: DictConfig, settings: dict[str, Any]) -> float:
+def _alone(config: DictConfig, settings: dict[str, Any]) -> tuple[float, float]:
+    """Median seconds of our own step under other settings, and what one of its rows takes at least."""
     other = _plainly(config)
     for key, value in settings.items():
         other.prior[key] = value
     module = built(other)
     rounds = SideBySide(module, {})
     fitted(other, module, rounds)
-    return median(rounds.seconds[OURS][config.warmup :])
+    return median(rounds.seconds[OURS][config.warmup :]), _row_limit(module)
+
+
+def _row_limit(module: CSDModule) -> float:
+    """Seconds that the operations of one row take at the rate of a large matrix product."""
+    prior: Any = module.prior
+    network, latent = Recorded(denoiser(prior)), module.particles.latent
+    setattr(prior, prior.denoiser, network)
+    Straightforward(module).gradient(cast(Any, latent).detach(), 0)
+    setattr(prior, prior.denoiser, network.network)
+    return row_flops(prior, network.network, network.calls[-1]) / peak_flops(prior)
 
 
 def check(module: CSDModule) -> None:
@@ -244,11 +272,12 @@ class SideBySide(L.Callback):
 def _print(found: dict[str, Any]) -> None:
     title = f"a step of {found['views']} views, {found['dtype']}, {found['device']}"
     table = Table(title=title, title_justify="left")
-    for column in ("", "calls", "rows", "ms", "times faster"):
+    for column in ("", "calls", "rows", "ms", "times faster", "rows at its peak, ms"):
         table.add_column(column, justify="right" if column else "left")
     for way in found["ways"]:
-        numbers = str(way["calls"]), str(way["rows"]), f"{way['seconds'] * 1e3:.1f}", f"{way['faster']:.2f}"
-        table.add_row(way["name"], *numbers)
+        milliseconds = [f"{way[key] * 1e3:.1f}" for key in ("seconds", "limit_seconds")]
+        counts, faster = (str(way["calls"]), str(way["rows"])), f"{way['faster']:.2f}"
+        table.add_row(way["name"], *counts, milliseconds[0], faster, milliseconds[1])
     Console().print(table)
     print(
         f"Medians of {found['repeats']} steps, {found['threads']} threads, torch {found['torch']}; the ways' "
