@@ -193,7 +193,7 @@ def test_csd_bench_memory_writes_what_a_folder_takes(tmp_path, capsys):
     assert wide["row"] == memory.counted(loaded, [loaded.views.window] * 2)
     assert wide["weights"] == memory.weights(loaded) == 2 * narrow["weights"]
     assert "prior.dtype" in capsys.readouterr().out
-    with pytest.raises(InputError, match="prior must be a latent diffusion model"):
+    with pytest.raises(InputError, match="a family that has a public size: stable"):
         bench.bench("memory", ["prior=analytic"])
 
 

@@ -1,6 +1,7 @@
 """What a prior takes of memory at each precision, told by its configuration alone."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,8 +14,8 @@ from rich.table import Table
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
 from csd_exp.priors import memory
-from csd_exp.priors.latent import LatentPrior
-from csd_exp.priors.sizes import unloaded
+from csd_exp.priors.network import NetworkPrior
+from csd_exp.priors.sizes import PUBLIC, unloaded
 from csd_exp.targets import located
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,19 +40,19 @@ class Need:
 def bench(config: DictConfig) -> dict[str, Any]:
     """Count, print and write what a prior takes; nothing of its size is allocated."""
     cls = located(config.prior._target_)
-    if not (isinstance(cls, type) and issubclass(cls, LatentPrior)):
-        raise InputError("prior must be a latent diffusion model; any other takes next to no memory.")
+    if not (isinstance(cls, type) and getattr(cls, "family", None) in PUBLIC):
+        raise InputError(f"prior must be of a family that has a public size: {', '.join(PUBLIC)}.")
     keys = cast(dict[str, Any], OmegaConf.to_container(config.prior, resolve=True))
     keys = {str(key): value for key, value in keys.items() if not str(key).startswith("_")}
     priors = [unloaded(cls, keys | {"dtype": dtype}) for dtype in DTYPES]
-    side = config.modality.get("window") or priors[0][0].views.window
+    view = _view(priors[0][0], config.modality.get("window"))
     found = {
         "prior": cls.__name__,
         "size": priors[0][1],
         "parameters": {n: _size(m) for n, m in (priors[0][0].networks | priors[0][0].encoders).items()},
-        "view": [side, side],
+        "view": view,
         "row_chunk": config.prior.row_chunk,
-        "needs": [asdict(_need(prior, side)) for prior, _ in priors],
+        "needs": [asdict(_need(prior, view)) for prior, _ in priors],
         "how": "counted on the meta device, torch " + torch.__version__,
     }
     write_whole(Path(config.json), json.dumps(found, indent=2) + "\n")
@@ -59,12 +60,19 @@ def bench(config: DictConfig) -> dict[str, Any]:
     return found
 
 
+def _view(prior: NetworkPrior, window: int | None) -> list[int]:
+    """The sides of a view in latents, of a clip its length before them."""
+    views = prior.views
+    length = [1 + (views.frames - 1) // views.period] if prior.clips else []
+    return [*length, *[window or views.window] * 2]
+
+
 def _size(network: torch.nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def _need(prior: LatentPrior, side: int) -> Need:
-    weights, row = memory.weights(prior), memory.counted(prior, (side, side))
+def _need(prior: NetworkPrior, view: Sequence[int]) -> Need:
+    weights, row = memory.weights(prior), memory.counted(prior, view)
     texts = max(memory.held(encoder) for encoder in prior.encoders.values())
     rows = prior.row_chunk * row
     return Need(str(prior.dtype).removeprefix("torch."), weights, texts, row, rows, weights + rows)
@@ -72,9 +80,9 @@ def _need(prior: LatentPrior, side: int) -> Need:
 
 def _print(found: dict[str, Any]) -> None:
     millions = ", ".join(f"{name} {size / 1e6:,.0f} M" for name, size in found["parameters"].items())
-    side, chunk = found["view"][0], found["row_chunk"]
+    view, chunk = " x ".join(map(str, found["view"])), found["row_chunk"]
     print(f"{found['prior']} {found['size']}: {millions}")
-    table = Table(title=f"GiB, views of {side} x {side} latents", title_justify="left")
+    table = Table(title=f"GiB, views of {view} latents", title_justify="left")
     for column in ("prior.dtype", "weights", "texts", "a row", f"{chunk} rows", "weights and rows"):
         table.add_column(column, justify="left" if column == "prior.dtype" else "right")
     for need in found["needs"]:

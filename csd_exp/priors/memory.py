@@ -149,12 +149,19 @@ def ghost(prior: NetworkPrior, dtype: torch.dtype) -> Any:
                 setattr(twin, name, like(value))
     twin.settled()
     if any(p.is_meta for encoder in prior.encoders.values() for p in encoder.parameters()):
+        for encoder in twin.encoders.values():
+            encoder.register_forward_pre_hook(_unmasked, with_kwargs=True)
         twin._embeddings = {"": twin.embed("")}
     else:  # which some text encoders cannot make on the meta device, as they look at their mask
         known = prior.embedding("")
         text = {name: t if t is None else _unfilled(t, dtype) for name, t in known.items()}
         twin._embeddings = {"": Cond(**text)}
     return twin
+
+
+def _unmasked(encoder: nn.Module, inputs: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Without its mask, whose numbers transformers looks at."""
+    return inputs, options | {"attention_mask": None}
 
 
 def _unfilled(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,8 @@
-"""Latent priors without a weight: every family in its public size, or a folder's, on the meta device.
+"""Priors without a weight: every family in its public size, or a folder's, on the meta device.
 
 What `config.json` files of the public models say is written down as far as it differs from diffusers' own
-defaults: stable-diffusion-v1-5, stable-diffusion-xl-base-1.0, stable-diffusion-3-medium and 3.5-medium, and
-FLUX.1-dev.
+defaults: stable-diffusion-v1-5, stable-diffusion-xl-base-1.0, stable-diffusion-3-medium and 3.5-medium,
+FLUX.1-dev, IF-I-XL-v1.0, animatediff-motion-adapter-v1-5-2, Wan2.2-TI2V-5B and Lucy-Edit-Dev.
 """
 
 import json
@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, MotionAdapter, UNetMotionModel
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import CLIPTokenizer, T5TokenizerFast
 
-from csd_exp.errors import InputError
+from csd_exp.priors.animatediff import AnimateDiff
 from csd_exp.priors.controlnet import Control, Controlled
 from csd_exp.priors.folders import classes_of, lone_folder
-from csd_exp.priors.latent import LatentPrior
+from csd_exp.priors.network import NetworkPrior
 from csd_exp.priors.stable_diffusion_3 import LARGE, StableDiffusion3
-from csd_exp.priors.stable_diffusion_xl import StableDiffusionXL
 
 LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 AUTOENCODER: dict[str, Any] = {
@@ -101,7 +100,47 @@ SD3_PARTS = {
     "text_encoder_3": T5_XXL,
     "transformer": SD35,
 }
+UNET_IF: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 3,
+    "out_channels": 6,
+    "down_block_types": ("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": (*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"),
+    "block_out_channels": (704, 1408, 2112, 2816),
+    "layers_per_block": 3,
+    "attention_head_dim": 64,
+    "cross_attention_dim": 2816,
+    "encoder_hid_dim": 4096,
+    "encoder_hid_dim_type": "text_proj",
+    "addition_embed_type": "text",
+    "resnet_time_scale_shift": "scale_shift",
+    "act_fn": "gelu",
+}
+WAN: dict[str, Any] = {
+    "in_channels": 48,
+    "out_channels": 48,
+    "num_attention_heads": 24,
+    "ffn_dim": 14336,
+    "num_layers": 30,
+    "text_dim": 4096,
+}
+AUTOENCODER_WAN: dict[str, Any] = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
+UMT5_XXL = T5_XXL | {"vocab_size": 256384}
+
 FLUX_PARTS = {"vae": AUTOENCODER_16, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL, "transformer": FLUX}
+WAN_PARTS = {"vae": AUTOENCODER_WAN, "text_encoder": UMT5_XXL, "transformer": WAN}
 # What each family, see `csd_exp.families.family_of`, is known by.
 PUBLIC: dict[str, dict[str, dict[str, Any]]] = {
     "stable_diffusion": SD_PARTS,
@@ -113,11 +152,20 @@ PUBLIC: dict[str, dict[str, dict[str, Any]]] = {
     "ultraedit": SD3_PARTS | {"transformer": SD3 | {"in_channels": 32, "out_channels": 16}},
     "flux": FLUX_PARTS,
     "kontext": FLUX_PARTS,
+    "deepfloyd_if": {
+        "text_encoder": T5_XXL,
+        "unet": UNET_IF,
+        "scheduler": {"beta_schedule": "squaredcos_cap_v2"},
+    },
+    "animatediff": SD_PARTS,
+    "wan": WAN_PARTS,
+    "lucy_edit": WAN_PARTS | {"transformer": WAN | {"in_channels": 96}},
 }
+BESIDE = {"zeros": True, "shift": 5.0}  # what some pipelines need beside their components
 LOADING = ("path", "variant", "allow_pickle", "t5")  # keys of how weights are found
 
 
-def unloaded(cls: type[LatentPrior], settings: Mapping[str, Any]) -> tuple[LatentPrior, str]:
+def unloaded(cls: type[NetworkPrior], settings: Mapping[str, Any]) -> tuple[NetworkPrior, str]:
     """A prior whose networks have shapes and no numbers, and in words which size they have.
 
     settings: the keys of a configuration `prior`. Where its `path` is a folder here, the networks are what
@@ -129,7 +177,7 @@ def unloaded(cls: type[LatentPrior], settings: Mapping[str, Any]) -> tuple[Laten
     own = {key: value for key, value in settings.items() if key not in LOADING}
     if issubclass(cls, Controlled):
         cls = type(cls.__name__, (_Uncontrolled, cls), {})
-    parts = _parts(cls, folder if there else None, settings.get("t5", True))
+    parts = _parts(cls, folder if there else None, settings)
     return cast(Any, cls)(path=parts, **own), f"of {folder}" if there else "of the family's public size"
 
 
@@ -145,14 +193,21 @@ class _Uncontrolled(Controlled):
             return ControlNetModel.from_unet(self.unet, load_weights_from_unet=False)
 
 
-def _parts(cls: Any, folder: Path | None, t5: bool) -> Any:
+def _parts(cls: Any, folder: Path | None, settings: Mapping[str, Any]) -> Any:
     """The parts that a class takes, unloaded."""
-    if cls.family not in PUBLIC:
-        raise InputError(f"prior must be of a family that csd-bench knows: {', '.join(PUBLIC)}.")
-    large = t5 and (folder is None or (folder / "text_encoder_3").is_dir())
+    large = settings.get("t5", True) and (folder is None or (folder / "text_encoder_3").is_dir())
     classes = classes_of(cls.parts) | (LARGE if issubclass(cls, StableDiffusion3) and large else {})
     made = {part: _part(cls.family, folder, part, kind) for part, kind in classes.items()}
-    return cls.parts(**made, **({"zeros": True} if issubclass(cls, StableDiffusionXL) else {}))
+    if issubclass(cls, AnimateDiff) and not isinstance(made["unet"], UNetMotionModel):
+        made["unet"] = _moving(made["unet"], Path(str(settings.get("motion"))).expanduser() / "config.json")
+    return cls.parts(**made, **{name: value for name, value in BESIDE.items() if name in cls.parts._fields})
+
+
+def _moving(unet: Any, adapter: Path) -> UNetMotionModel:
+    """A UNet of pictures with a motion adapter, that of a file or the public one."""
+    config = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
+    with torch.device("meta"):
+        return UNetMotionModel.from_unet2d(unet, MotionAdapter.from_config(config), load_weights=False)
 
 
 def _part(family: str, folder: Path | None, part: str, cls: Any) -> Any:
@@ -166,6 +221,8 @@ def _part(family: str, folder: Path | None, part: str, cls: Any) -> Any:
         config = json.loads((folder / part / name).read_text(encoding="utf-8"))
     if not issubclass(cls, nn.Module):
         return cls.from_config(config)
+    if config.get("_class_name") == UNetMotionModel.__name__:
+        cls = UNetMotionModel
     with torch.device("meta"):
         return cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class(**config))
 
