@@ -1,5 +1,6 @@
 """Where a run goes and which processes make it, whoever has started them."""
 
+import json
 import os
 import shlex
 import socket
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from scenes import write_scene
 from torch import distributed
 
 import csd_exp
@@ -293,6 +295,67 @@ def test_a_late_rank_joins_and_a_killed_one_ends_the_other_in_one_line(shared: P
         "csd: Another process of this run has ended or does not answer, and so this one ends; go on with: "
     )
     assert line.endswith(f"ckpt_path={(run / 'last.ckpt').relative_to(shared)}")
+
+
+TINY = {
+    "images": ["experiment=images", "modality.path=pictures", "metrics=nearness", "prior=analytic"],
+    "video": ["experiment=video", "modality.path=pictures", "metrics=video", "prior=analytic"],
+    "clips": [
+        *("experiment=video", "modality=clips", "modality.path=pictures", "prior=analytic_clips"),
+        *("prior.frames=3", "prior.period=2"),
+    ],
+    "scene": [
+        *("experiment=scene", "modality.path=scene", "modality.reconstruction_steps=3", "modality.views=2"),
+        *("modality.edit_steps=2", "modality.fit_steps=2", "modality.frames=3", "modality.trajectory=orbit"),
+        *("modality.field.resolutions=[8]", "modality.field.rays=32", "prior=analytic"),
+    ],
+}
+
+
+def pictures_of(run: Path) -> dict[str, np.ndarray]:
+    return {str(file.relative_to(run)): np.asarray(Image.open(file)) for file in run.glob("media/**/*.png")}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", TINY)
+def test_two_processes_write_what_one_does_and_write_it_once(kind, tmp_path, monkeypatch) -> None:
+    generator = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for i in range(6):
+        pixels = generator.integers(0, 256, (24, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"pictures/{i}.png")
+    write_scene(tmp_path / "scene", 4, 3, 16)
+    own = ["prior.window=16", "+prior.prompts.warm=[0,1]", "prompt=warm", "logger=csv", "steps=4"]
+    given = [*TINY[kind], *own]
+    made = subprocess.run(
+        [sys.executable, "-m", "csd_exp", *given, *TWO, "hydra.run.dir=two"],
+        env=environment(CSD_EXP_CACHE=str(tmp_path / "cache")),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == "run directory: two\n"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CSD_EXP_CACHE", str(tmp_path / "cache"))
+    csd_exp.edit(*given, "trainer=cpu", "hydra.run.dir=one")
+    one, both = tmp_path / "one", tmp_path / "two"
+    names = [{str(f.relative_to(run)) for f in run.rglob("*") if f.is_file()} for run in (one, both)]
+    assert {name for name in names[1] if not name.startswith((".hydra/", "csd.log"))} == names[0]
+    pictures = pictures_of(one), pictures_of(both)
+    assert pictures[0]
+    for name, picture in pictures[0].items():
+        assert np.abs(picture.astype(int) - pictures[1][name]).max() <= 1, name
+    logged = [(run / "metrics.csv").read_text().splitlines() for run in (one, both)]
+    assert [line.partition(",")[0] for line in logged[0]] == [line.partition(",")[0] for line in logged[1]]
+    measured = [json.loads((run / "metrics.json").read_text()) for run in (one, both)]
+    values = [
+        {name: entry["value"] for name, entry in found.items() if entry["value"] is not None}
+        for found in measured
+    ]
+    assert values[0]
+    assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-5)
 
 
 # A callback that refuses on the second process alone.
