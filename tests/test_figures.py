@@ -15,6 +15,7 @@ from PIL import Image
 from csd_exp.config import check, composed, conf_dir
 from csd_exp.errors import InputError
 from csd_exp.figures import cache, engine, forms, plan
+from csd_exp.figures.against import against
 from csd_exp.figures.drawing import Bars, Curves, Pictures, captioned, rendered
 from csd_exp.figures.plan import QUIET, Cell
 from csd_exp.figures.results import Equal, Record, Results, summary
@@ -35,6 +36,56 @@ ONE_METHOD = 'figure.sizes.quick.choose.step-method=["official / full"]'
 def record(method, guidance, seed, picture="a", **values):
     place = {"method": method, "guidance": guidance, "picture": picture}
     return Record(place, seed, values, run=Path("x") if values else None)
+
+
+ENDS = {
+    "a": {("x", 0): 1.0, ("x", 1): 2.0, ("y", 0): 3.0},
+    "b": {("x", 0): 1.5, ("x", 1): 2.0, ("y", 0): 5.0},
+}
+
+
+class TestAgainst:
+    """Two methods on two pictures and two seeds, of which one run has failed."""
+
+    def results(self, equal=None):
+        records = []
+        for method, ends in ENDS.items():
+            for (picture, seed), end in ends.items():
+                path = [{"step": k, "s": k / 2, "v": k * end} for k in range(3 if method == "a" else 2)]
+                place = {"method": method, "picture": picture}
+                records.append(Record(place, seed, {"v": end}, path=path, run=Path("x")))
+            last = {"v": 9.0} if method == "a" else {}  # that of b has failed
+            place = {"method": method, "picture": "y"}
+            records.append(
+                Record(place, 1, last, path=[{"step": k, "s": k / 2, "v": 9 * k} for k in range(3)])
+            )
+        return Results(records, ["method"], equal)
+
+    def test_runs_alike_in_all_else_are_paired(self):
+        (row,) = against(self.results(), ("a",), ["v"])
+        differences = np.array([0.5, 0.0, 2.0])
+        assert (row["at"], row["method"], row["metric"], row["pairs"], row["lower"]) == (
+            "end",
+            "b",
+            "v",
+            3,
+            0,
+        )
+        assert row["difference"] == pytest.approx(differences.mean())
+        assert row["half"] == pytest.approx(4.3027 * differences.std(ddof=1) / 3**0.5, rel=1e-4)
+        (back,) = against(self.results(), ("b",), ["v"])
+        assert (back["difference"], back["lower"]) == (-row["difference"], 2)
+
+    def test_at_equal_strength_where_both_come_up_to_it(self):
+        end, equal = against(self.results(Equal("s", "step")), ("a",), ["v"])
+        assert end["at"] == "end"
+        step = 2 * float(equal["at"])  # each run has v = step x end there
+        assert 0 < step <= 1
+        assert equal["difference"] == pytest.approx(step * end["difference"], rel=1e-2)
+        assert equal["pairs"] == 3
+
+    def test_one_pair_decides_nothing(self):
+        assert against(replace(self.results(), records=self.results().records[::4]), ("a",), ["v"]) == []
 
 
 class TestArithmetic:

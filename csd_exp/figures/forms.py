@@ -9,6 +9,7 @@ from torch import Tensor
 from csd_exp.build import constructed
 from csd_exp.errors import InputError
 from csd_exp.evaluate import build_metrics
+from csd_exp.figures.against import against
 from csd_exp.figures.drawing import Pictures, captioned, rendered, strip
 from csd_exp.figures.plan import Cell
 from csd_exp.figures.references import references
@@ -42,10 +43,18 @@ class Paper:
     """PNG and PDF with a caption, every run as CSV, the table as CSV and LaTeX, the paper's numbers beside.
 
     Their names tell another size and scale.
+
+    against: a method, by its values on the axes that tell methods apart, which all others are held against in
+    one more CSV, see `csd_exp.figures.against`.
     """
 
+    def __init__(self, against: Sequence[str] = ()):
+        self.against = tuple(against)
+
     def check(self, figure: DictConfig, cells: Sequence[Cell], configs: Sequence[DictConfig]) -> None:
-        """Raises InputError where these runs cannot be written so: never."""
+        """Raises InputError where no run is of the method that others are held against."""
+        if not any(set(self.against) <= set(cell.place.values()) for cell in cells):
+            raise InputError(f"figure.form.against={list(self.against)} is no method of this figure's runs.")
 
     def __call__(self, figure: DictConfig, results: Results, config: DictConfig, about: str) -> Files:
         """config: of the first run. about: the caption."""
@@ -54,13 +63,17 @@ class Paper:
         draw, name = constructed(figure.draw), file_name(figure)
         drawn = captioned(draw(results, found, columns), about)
         label = of_figure(about) if isinstance(draw, Pictures) else UNLABELLED
-        return {
+        files: Files = {
             f"{name}.png": rendered(drawn, "png", label),
             f"{name}.pdf": rendered(drawn, "pdf", label),
             f"{name}.csv": records_csv(results.records, list(columns)),
             f"{name}_table.csv": table_csv(found, list(figure.rows), list(columns)),
             f"{name}.tex": latex(found, list(figure.rows), columns, about, f"fig:{name}"),
         }
+        if self.against:
+            pairs = against(results, self.against, list(columns))
+            files[f"{name}_against.csv"] = written(pairs)
+        return files
 
 
 class Comparison:
