@@ -69,42 +69,71 @@ def counts(**landed: int) -> dict[str, int]:
     return dict.fromkeys([*answers_of("season"), NOTHING], 0) | landed
 
 
+def of_runs(*counted: dict[str, int]) -> dict[tuple[str, str], dict[str, int]]:
+    """By picture and seed."""
+    return {("picture", str(seed)): counts for seed, counts in enumerate(counted)}
+
+
 def test_every_run_counts_the_same_and_errors_are_over_runs():
-    reference = [counts(snow=1, autumn=1), counts(snow=3, autumn=3, none=2)]
-    one = landing("season", [counts(snow=9), counts(autumn=1), counts(none=4)], reference)
+    reference = of_runs(*[counts(snow=1, autumn=1), counts(snow=3, autumn=3, none=2)] * 2)
+    one = landing("season", of_runs(counts(snow=9), counts(autumn=1), counts(none=4)), reference)
     assert one.shares.tolist() == [0.5, 0.5, 0]
     assert one.landed == pytest.approx(10 / 14)
-    assert (one.divergence, one.entropy) == pytest.approx((0, 1))
-    agreed = landing("season", [counts(snow=5)] * 4, reference)
+    assert (one.divergence, one.entropy, one.p) == pytest.approx((0, 1, 1))
+    agreed = landing("season", of_runs(*[counts(snow=5)] * 4), reference)
     assert agreed.divergence == pytest.approx(2 - 0.75 * np.log2(3) - 0.5)
     assert agreed.errors.tolist() == [0, 0, 0]
-    # Four fair coins: heads in 0 to 4 of them, each against (1/2, 1/2).
+    # Four fair coins: heads in 0 to 4 of them, each against (1/2, 1/2); two in sixteen fall alike.
     fair = [divergence(np.array([k, 4 - k]) / 4, np.array([0.5, 0.5])) for k in range(5)]
     assert agreed.floor == pytest.approx(np.dot(fair, np.array([1, 4, 6, 4, 1]) / 16), rel=0.1)
+    assert agreed.p == pytest.approx(2 / 16, rel=0.2)
 
 
-FORM = Bias("edit", "method", "samples")
+def test_runs_are_drawn_anew_together_with_those_of_the_reference():
+    """What pictures do to both is no error of their difference."""
+    both = of_runs(*[counts(snow=4)] * 3, *[counts(autumn=4)] * 3)
+    same = landing("season", both, both)
+    assert (same.divergence, same.divergence_error) == (0, 0)
+    assert same.errors[0] == pytest.approx((0.25 / 6) ** 0.5, rel=0.1)
+
+
+def test_where_nothing_landed_nothing_is_said_of_shares():
+    none = landing("season", of_runs(counts(none=4)), of_runs(counts(snow=1)))
+    assert none.landed == 0
+    assert np.isnan([*none.shares, none.divergence, none.entropy, none.floor, none.p]).all()
+
+
+FORM = Bias("edit", "method", "samples", ["guidance"])
 
 
 def test_what_it_is_written_as(tmp_path):
     source, records = picture(), []
-    for number, (method, edit) in enumerate((("samples", snow), ("samples", autumn), ("csd", snow))):
+    runs = (
+        ("samples", 0, snow),
+        ("samples", 1, autumn),
+        ("csd", 0, snow),
+        ("csd", 1, snow),
+        ("lost", 0, lambda x: x),
+    )
+    for number, (method, seed, edit) in enumerate(runs):
         run = written(tmp_path / str(number), source, edit(source))
-        place = {"edit": "season", "method": method}
-        records.append(Record(place, number, {"strength": 1.0}, run=run))
+        place = {"edit": "season", "guidance": "1", "method": method}
+        records.append(Record(place, seed, {"strength": 1.0}, run=run))
     figure = OmegaConf.create(
         {"name": "bias", "size": "quick", "scale": "embedded", "columns": {"strength": "strength"}}
-        | {"draw": {"_target_": "csd_exp.figures.bias.Shares"}}
     )
     files = FORM(figure, Results(records, ["edit", "method"]), OmegaConf.create(), "About it.")
     assert list(files) == ["bias.png", "bias.pdf", "bias.csv", "bias_table.csv"]
     runs = list(csv.DictReader(io.StringIO(files["bias.csv"])))
     assert [(run["method"], run["snow"], run["autumn"]) for run in runs] == [
-        *(("samples", "3", ""), ("samples", "", "3"), ("csd", "3", "")),
+        *(("samples", "3", ""), ("samples", "", "3"), ("csd", "3", ""), ("csd", "3", ""), ("lost", "", "")),
     ]
     lines = list(csv.DictReader(io.StringIO(files["bias_table.csv"])))
-    assert [line["method"] for line in lines] == ["samples", "csd"]
-    assert [float(line["divergence"]) for line in lines] == pytest.approx([0, 0.3113], abs=1e-4)
+    assert [(line["guidance"], line["method"]) for line in lines] == [
+        ("1", m) for m in ("samples", "csd", "lost")
+    ]
+    assert [float(line["divergence"]) for line in lines[:2]] == pytest.approx([0, 0.3113], abs=1e-4)
+    assert (lines[2]["landed"], lines[2]["divergence"], lines[2]["shares"]) == ("0.0", "", "")
     assert lines[1]["shares"].startswith("snow 1.00 ± 0.00; autumn 0.00")
 
 
@@ -112,7 +141,11 @@ def test_what_it_is_written_as(tmp_path):
     ("places", "said"),
     [
         ([{"edit": "night", "method": "samples"}], "has 'night'; accepted are painting, tint, season"),
-        ([{"edit": "tint", "method": "csd"}], "has no 'samples', which others are held against"),
+        ([{"edit": "tint", "method": "csd"}], "has no method 'samples', guidance , which others"),
+        (
+            [{"edit": "tint", "guidance": g, "method": m} for g, m in (("1", "samples"), ("3", "csd"))],
+            "has no method 'samples', guidance 3, which others are held against",
+        ),
     ],
 )
 def test_what_cannot_be_held_against_the_prior(places, said):

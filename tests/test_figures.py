@@ -578,6 +578,7 @@ class TestRuns:
             ("figure.pictures=nowhere.png", "nowhere.png is no file"),
             ("kernel.normalise=n", "kernel.normalise is no key, did you mean normalize"),
             ("figure.draw._target_=os.system", "is not accepted"),
+            ("figure.form.against=[matched,foo]", "figure.form.against has 'foo'"),
             (
                 "figure.overrides=['allow=[mine]']",
                 "figure=fig8 sets allow, which may be given on the command",

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,13 +11,12 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from csd_exp.answers.edits import EDITS, style_of
-from csd_exp.build import constructed
 from csd_exp.errors import InputError
 from csd_exp.facts import read_facts
 from csd_exp.figures.drawing import captioned, rendered
-from csd_exp.figures.forms import Files, file_name
+from csd_exp.figures.forms import Files, Shown, file_name
 from csd_exp.figures.plan import Cell
-from csd_exp.figures.results import Key, Results
+from csd_exp.figures.results import Key, Record, Results
 from csd_exp.figures.tables import written
 from csd_exp.images import saved_pictures
 from csd_exp.metrics.answers import Answers
@@ -38,28 +36,35 @@ class Landing:
 
     shares: [K], of the windows that landed; errors: [K]. landed: the part of all windows that did. entropy:
     of the shares, in bits. divergence, divergence_error: Jensen-Shannon, in bits, between the shares and the
-    reference's. floor: its mean where as many runs as these each land on one answer, drawn from the
-    reference: what so few runs would show without any bias.
+    reference's. floor: what so few runs show without any bias, the mean divergence where as many as landed
+    each land on one answer, drawn from a reference drawn anew; p: the part of these that come up to the
+    divergence. All but `landed` are NaN where nothing landed.
     """
 
     shares: np.ndarray
     errors: np.ndarray
     landed: float
-    entropy: float
-    divergence: float
-    divergence_error: float
-    floor: float
+    entropy: float = float("nan")
+    divergence: float = float("nan")
+    divergence_error: float = float("nan")
+    floor: float = float("nan")
+    p: float = float("nan")
 
 
 class Bias:
-    """PNG and PDF of the shares, every run's counts as CSV, and the table of `Landing` as CSV.
+    """PNG and PDF of shares and divergences, every run's counts as CSV, and the table of `Landing` as CSV.
 
     edit: the axis whose values are names of `csd_exp.answers.edits.EDITS`. method: the axis of methods.
-    reference: its value whose runs are the prior's own samples, window by window.
+    reference: its value whose runs are the prior's own samples, window by window. within: axes on whose every
+    value there is such a reference for the methods there.
     """
 
-    def __init__(self, edit: str, method: str, reference: str):
-        self.edit, self.method, self.reference = edit, method, reference
+    def __init__(self, edit: str, method: str, reference: str, within: Sequence[str] = ()):
+        self.edit, self.method, self.reference, self.within = edit, method, reference, list(within)
+
+    def shown(self, figure: DictConfig) -> Shown:
+        """Numbers alone do not tell where windows landed."""
+        return "every run"
 
     def check(self, figure: DictConfig, cells: Sequence[Cell], configs: Sequence[DictConfig]) -> None:
         """Raises InputError where an instruction has one answer alone, or the reference is not run."""
@@ -68,33 +73,45 @@ class Bias:
             if name not in EDITS or not EDITS[name].ambiguous:
                 many = ", ".join(name for name, edit in EDITS.items() if edit.ambiguous)
                 raise InputError(f"figure.axes.{self.edit} has {name!r}; accepted are {many}.")
-        if self.reference not in {cell.place.get(self.method) for cell in cells}:
-            raise InputError(
-                f"figure.axes.{self.method} has no {self.reference!r}, which others are held against."
-            )
+        have: dict[Key, set[str]] = {}
+        for cell in cells:
+            place = tuple(cell.place.get(axis, "") for axis in self.within)
+            have.setdefault(place, set()).add(cell.place.get(self.method, ""))
+        for place, methods in have.items():
+            if self.reference not in methods:
+                where = "".join(f", {axis} {value}" for axis, value in zip(self.within, place, strict=True))
+                raise InputError(
+                    f"figure.axes has no {self.method} {self.reference!r}{where}, "
+                    "which others are held against."
+                )
 
     def __call__(self, figure: DictConfig, results: Results, config: DictConfig, about: str) -> Files:
         """config: of the first run. about: the caption."""
         titles = [str(name) for name in figure.columns]
-        found: dict[Key, Landing] = {}
+        found: dict[tuple[str, str], Landing] = {}
         lines, runs = [], []
-        for (edit,), records in results.groups([self.edit]).items():
+        for (edit, *place), records in results.groups([self.edit, *self.within]).items():
             own = {
-                method: [(record, landed(record.run, edit)) for record in made if record.run]
+                method: {_paired(record): landed(record.run, edit) for record in made if record.run}
                 for (method,), made in results.groups([self.method], records).items()
             }
-            reference = [counts for _, counts in own[self.reference]]
-            for method, counted in own.items():
+            for (method,), made in results.groups([self.method], records).items():
+                counted = [(record, own[method][_paired(record)]) for record in made if record.run]
                 runs += [{**r.place, "seed": r.seed} | {k: n for k, n in c.items() if n} for r, c in counted]
-                if counted and reference:
-                    of = landing(edit, [counts for _, counts in counted], reference)
+                if counted and own[self.reference]:
+                    of = landing(edit, own[method], own[self.reference])
+                    named = {
+                        self.edit: edit,
+                        **dict(zip(self.within, place, strict=True)),
+                        self.method: method,
+                    }
+                    found[edit, ", ".join([*place, method])] = of
                     measured = {name: results.at_end([r for r, _ in counted], name) for name in titles}
-                    found[edit, method] = of
                     lines.append(
-                        _line(edit, method, of) | {k: v and round(v.mean, 4) for k, v in measured.items()}
+                        named | _line(edit, of) | {k: v and round(v.mean, 4) for k, v in measured.items()}
                     )
         name = file_name(figure)
-        drawn = captioned(constructed(figure.draw)(found), about)
+        drawn = captioned(shares_and_divergences(found), about)
         keys = dict.fromkeys(key for run in runs for key in run)
         return {
             f"{name}.png": rendered(drawn, "png"),
@@ -102,6 +119,11 @@ class Bias:
             f"{name}.csv": written([{key: run.get(key, "") for key in keys} for run in runs]),
             f"{name}_table.csv": written(lines),
         }
+
+
+def _paired(record: Record) -> Key:
+    """What a run shares with one of the reference: its picture and its seed."""
+    return record.place.get("picture", ""), str(record.seed)
 
 
 def answers_of(edit: str) -> dict[str, list[int]]:
@@ -150,77 +172,84 @@ def entropy(p: np.ndarray) -> float:
     return float(-(p * np.log2(p)).sum())
 
 
-def landing(edit: str, runs: Sequence[Counts], reference: Sequence[Counts]) -> Landing:
-    """Where the runs of one method landed, against those of the reference."""
-    names = list(answers_of(edit))
-    own, other = (np.array([[run[name] for name in names] for run in some]) for some in (runs, reference))
-    p, q = _shares(own), _shares(other)
+def landing(edit: str, runs: Mapping[Key, Counts], reference: Mapping[Key, Counts]) -> Landing:
+    """Where the runs of one method landed, against those of the reference on the same pictures and seeds."""
+    names, keys = list(answers_of(edit)), [key for key in runs if key in reference]
+    own, other = (np.array([[of[key][name] for name in names] for key in keys]) for of in (runs, reference))
+    landed = float(own.sum() / sum(sum(runs[key].values()) for key in keys))
+    if not own.any() or not other.any():
+        nothing = np.full(len(names), np.nan)
+        return Landing(nothing, nothing, landed)
+    p, q, count = _shares(own), _shares(other), int((own.sum(1) > 0).sum())
     generator = np.random.default_rng(0)
-    drawn = generator.integers(len(own), size=(RESAMPLED, len(own)))
-    again = generator.integers(len(other), size=(RESAMPLED, len(other)))
-    tried = [(_shares(own[i]), _shares(other[j])) for i, j in zip(drawn, again, strict=True)]
-    single = generator.multinomial(len(own), q, size=RESAMPLED) / len(own)
-    windows = sum(sum(run.values()) for run in runs)
+    drawn = generator.integers(len(keys), size=(RESAMPLED, len(keys)))
+    tried = [(_shares(own[i]), _shares(other[i])) for i in drawn if own[i].any() and other[i].any()]
+    single = generator.multinomial(count, q, size=len(tried)) / count
+    null = np.array([divergence(one, again) for one, (_, again) in zip(single, tried, strict=True)])
     return Landing(
         p,
         np.std([shares for shares, _ in tried], axis=0),
-        float(own.sum() / windows),
+        landed,
         entropy(p),
         divergence(p, q),
-        float(np.std([divergence(a, b) for a, b in tried])),
-        float(np.mean([divergence(shares, q) for shares in single])),
+        float(np.std([divergence(*pair) for pair in tried])),
+        float(null.mean()),
+        float((null >= divergence(p, q)).mean()),
     )
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
-    """The part of each answer [K], every run of [n, K] counting the same; all alike where none landed."""
+    """The part of each answer [K] of counts [n, K], every run of which some landed counting the same."""
     each = counts[counts.sum(1) > 0]
-    if not len(each):
-        return np.full(counts.shape[1], 1 / counts.shape[1])
     return (each / each.sum(1, keepdims=True)).mean(0)
 
 
-def _line(edit: str, method: str, of: Landing) -> dict[str, object]:
+def _line(edit: str, of: Landing) -> dict[str, object]:
     shares = dict(zip(answers_of(edit), zip(of.shares, of.errors, strict=True), strict=True))
-    numbers = ("landed", "entropy", "divergence", "divergence_error", "floor")
-    return {
-        "edit": edit,
-        "method": method,
-        **{key: round(getattr(of, key), 4) for key in numbers},
-        "shares": "; ".join(f"{name} {share:.2f} ± {error:.2f}" for name, (share, error) in shares.items()),
+    numbers = ("landed", "entropy", "divergence", "divergence_error", "floor", "p")
+    known = {key: value for key in numbers if np.isfinite(value := getattr(of, key))}
+    said = [
+        f"{name} {share:.2f} ± {error:.2f}" for name, (share, error) in shares.items() if np.isfinite(share)
+    ]
+    return {key: round(known[key], 4) if key in known else "" for key in numbers} | {
+        "shares": "; ".join(said)
     }
 
 
-@dataclass(frozen=True)
-class Shares:
-    """A panel for each edit: each method's shares side by side, its divergence with its error beside them."""
+def shares_and_divergences(found: Mapping[tuple[str, str], Landing]) -> Figure:
+    """For each edit a panel of each method's shares, and one of its divergence, with its error and floor."""
+    edits, methods = (list(dict.fromkeys(key[k] for key in found)) for k in (0, 1))
+    figure = Figure(figsize=(5.2 * len(edits) + 2, 1.7 + 0.3 * len(methods)), layout="constrained")
+    ratios = {"width_ratios": [2, 1] * len(edits)}
+    panels = figure.subplots(1, 2 * len(edits), squeeze=False, sharey=True, gridspec_kw=ratios)[0]
+    for k, edit in enumerate(edits):
+        own = {place: found[edit, m] for place, m in enumerate(methods) if (edit, m) in found}
+        own = {place: of for place, of in own.items() if np.isfinite(of.divergence)}
+        _shares_panel(panels[2 * k], edit, own)
+        _divergence_panel(panels[2 * k + 1], own)
+    panels[0].set_yticks(range(len(methods)), methods, fontsize=7)
+    panels[0].set_ylim(len(methods) - 0.5, -0.5)
+    return figure
 
-    of_runs: ClassVar[bool] = True  # numbers alone do not tell where windows landed
 
-    def __call__(self, found: Mapping[Key, Landing]) -> Figure:
-        edits, methods = (list(dict.fromkeys(key[k] for key in found)) for k in (0, 1))
-        size = (4.4 * len(edits) + 2, 1.5 + 0.32 * len(methods))
-        figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(1, len(edits), squeeze=False, sharey=True)[0]
-        for axes, edit in zip(panels, edits, strict=True):
-            own = {place: found[edit, m] for place, m in enumerate(methods) if (edit, m) in found}
-            self._panel(axes, edit, own)
-        panels[0].set_yticks(range(len(methods)), methods, fontsize=7)
-        panels[0].set_ylim(len(methods) - 0.5, -0.5)
-        return figure
+def _shares_panel(axes: Axes, edit: str, own: Mapping[int, Landing]) -> None:
+    left = np.zeros(len(own))
+    for k, name in enumerate(answers_of(edit)):
+        shares = np.array([of.shares[k] for of in own.values()])
+        axes.barh(
+            list(own), shares, left=left, color=name if name in HUES else f"C{k % 10}", alpha=0.75, label=name
+        )
+        left += shares
+    axes.set(xlim=(0, 1), title=edit, xticks=(0, 0.5, 1))
+    axes.tick_params(labelsize=7)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4, fontsize=6, frameon=False)
 
-    @staticmethod
-    def _panel(axes: Axes, edit: str, own: Mapping[int, Landing]) -> None:
-        names = list(answers_of(edit))
-        left = np.zeros(len(own))
-        for k, name in enumerate(names):
-            shares = np.array([of.shares[k] for of in own.values()])
-            colour = name if name in HUES else f"C{k % 10}"
-            axes.barh(list(own), shares, left=left, color=colour, alpha=0.75, label=name)
-            left += shares
-        for place, of in own.items():
-            text = f"{of.divergence:.2f} ± {of.divergence_error:.2f}"
-            axes.text(1.02, place, text, va="center", fontsize=7)
-        axes.set(xlim=(0, 1.32), title=edit, xticks=(0, 0.5, 1))
-        axes.tick_params(labelsize=7)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=5, fontsize=6, frameon=False)
+
+def _divergence_panel(axes: Axes, own: Mapping[int, Landing]) -> None:
+    distance, error = (
+        [getattr(of, key) for of in own.values()] for key in ("divergence", "divergence_error")
+    )
+    axes.errorbar(distance, list(own), xerr=error, fmt="o", color="black", markersize=3, linewidth=1)
+    axes.plot([of.floor for of in own.values()], list(own), "|", color="gray", markersize=8)
+    axes.set(xlim=(0, 1), title="divergence, bits", xticks=(0, 0.5, 1))
+    axes.tick_params(labelsize=7)

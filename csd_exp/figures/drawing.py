@@ -5,7 +5,6 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar
 
 import numpy as np
 from cycler import cycler
@@ -220,8 +219,6 @@ class Pictures:
     frames: of a video, those shown in the place of columns. Above stands the source or, with beside=True,
     to the left in every row, with its regions drawn in.
     """
-
-    of_runs: ClassVar[bool] = True  # numbers alone do not show it
 
     rows: Sequence[str]
     columns: Sequence[str] = ()

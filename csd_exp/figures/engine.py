@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from csd_exp.build import constructed, silence_lightning
 from csd_exp.config import allowed, check_seed, composed, quoted
 from csd_exp.errors import InputError
 from csd_exp.figures.cache import known, record
+from csd_exp.figures.forms import Shown
 from csd_exp.figures.plan import Cell, check_figure, divided, equal_of, parts, planned
 from csd_exp.figures.results import Record, Results
 from csd_exp.figures.tables import records_csv
@@ -84,7 +84,7 @@ def make(overrides: Sequence[str]) -> int:
     configs = _configs(cells, folder)
     form.check(figure, cells, configs)
     columns = [*figure.columns, *([equal.strength] if equal else [])]
-    records, reasons = _records(figure, cells, configs, folder, columns)
+    records, reasons = _records(figure, cells, configs, folder, columns, form.shown(figure))
     if len(reasons) == len(cells):
         raise InputError(f"figure={figure.name} has no run that finished; the first: {reasons[0]}")
     about = caption(figure, configs, cells, len(reasons))
@@ -118,15 +118,16 @@ def _records(
     configs: Sequence[DictConfig],
     folder: Path,
     columns: Sequence[str],
+    shown: Shown,
 ) -> tuple[list[Record], list[str]]:
     """Every run, made where it is missing, and why those that failed did; runs.csv grows with each."""
     runs = folder.parent / figure.runs if figure.runs else folder
-    remembered, shows = known(figure, columns), getattr(get_class(figure.draw._target_), "of_runs", False)
+    remembered = known(figure, columns)
     records: list[Record] = []
     reasons = []
     for number, (cell, config) in enumerate(zip(cells, configs, strict=True), 1):
         began, progress = monotonic(), f"[{number}/{len(cells)}] {figure.name}: {cell}"
-        drawn = shows and cell.seed == cells[0].seed
+        drawn = shown == "every run" or (shown == "first seed" and cell.seed == cells[0].seed)
         try:
             records.append(record(cell, config, runs, columns, {} if drawn else remembered))
             write_whole(folder / "runs.csv", records_csv(records, columns))

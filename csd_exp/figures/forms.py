@@ -1,8 +1,9 @@
 """The files that a figure is written as: as a paper prints it, or as a comparison at equal edit strength."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from hydra.utils import get_class
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -32,11 +33,20 @@ from csd_exp.origin import of_figure
 Files = dict[str, str | bytes]
 """Contents by name."""
 
+Shown = Literal["numbers", "first seed", "every run"]
+"""What of its runs a form shows beside their numbers: nothing, pictures of the first seed, or of all."""
+
 
 def file_name(figure: DictConfig) -> str:
     """What the files of a figure begin with; another size or scale than the usual is told."""
     other = [what for what in (figure.size, figure.scale) if what not in ("quick", "embedded")]
     return "_".join([figure.name, *other])
+
+
+def check_drawing(figure: DictConfig) -> None:
+    """Raises InputError for a figure that names nothing to draw it."""
+    if not isinstance(figure.draw, DictConfig) or "_target_" not in figure.draw:
+        raise InputError(f"figure.draw={figure.draw} names no class; it must have a _target_.")
 
 
 class Paper:
@@ -45,16 +55,22 @@ class Paper:
     Their names tell another size and scale.
 
     against: a method, by its values on the axes that tell methods apart, which all others are held against in
-    one more CSV, see `csd_exp.figures.against`.
+    one more CSV where it is run, see `csd_exp.figures.against`.
     """
 
     def __init__(self, against: Sequence[str] = ()):
         self.against = tuple(against)
 
+    def shown(self, figure: DictConfig) -> Shown:
+        """Only some drawings show pictures."""
+        return "first seed" if issubclass(get_class(figure.draw._target_), Pictures) else "numbers"
+
     def check(self, figure: DictConfig, cells: Sequence[Cell], configs: Sequence[DictConfig]) -> None:
-        """Raises InputError where no run is of the method that others are held against."""
-        if not any(set(self.against) <= set(cell.place.values()) for cell in cells):
-            raise InputError(f"figure.form.against={list(self.against)} is no method of this figure's runs.")
+        """Raises InputError where nothing draws it, or there is no method that others are held against."""
+        check_drawing(figure)
+        names = {part for axis in figure.axes.values() for name in axis for part in name.split(" / ")}
+        if unknown := [name for name in self.against if name not in names]:
+            raise InputError(f"figure.form.against has {unknown[0]!r}, which is no value of figure.axes.")
 
     def __call__(self, figure: DictConfig, results: Results, config: DictConfig, about: str) -> Files:
         """config: of the first run. about: the caption."""
@@ -70,8 +86,7 @@ class Paper:
             f"{name}_table.csv": table_csv(found, list(figure.rows), list(columns)),
             f"{name}.tex": latex(found, list(figure.rows), columns, about, f"fig:{name}"),
         }
-        if self.against:
-            pairs = against(results, self.against, list(columns))
+        if self.against and (pairs := against(results, self.against, list(columns))):
             files[f"{name}_against.csv"] = written(pairs)
         return files
 
@@ -83,8 +98,13 @@ class Comparison:
     strength.
     """
 
+    def shown(self, figure: DictConfig) -> Shown:
+        """The strip of pictures."""
+        return "first seed"
+
     def check(self, figure: DictConfig, cells: Sequence[Cell], configs: Sequence[DictConfig]) -> None:
         """Raises InputError where these runs cannot be compared so."""
+        check_drawing(figure)
         if figure.equal is None or not figure.equal.at:
             raise InputError("figure.equal.at must hold at least one strength.")
         known = build_metrics(configs[0].metrics)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from csd_exp.errors import InputError
-from csd_exp.figures.forms import Files
+from csd_exp.figures.forms import Files, Shown
 from csd_exp.figures.plan import QUIET, Cell
 from csd_exp.figures.results import Results
 from csd_exp.images import label_of, saved_pictures, to_uint8
@@ -28,6 +28,10 @@ class Gallery:
 
     def __init__(self, words: Mapping[str, str], most: int = 4, widest: int = 1024):
         self.words, self.most, self.widest = dict(words), most, widest
+
+    def shown(self, figure: DictConfig) -> Shown:
+        """A picture of each."""
+        return "every run"
 
     def check(self, figure: DictConfig, cells: Sequence[Cell], configs: Sequence[DictConfig]) -> None:
         """Raises InputError where nothing is said of a run."""

@@ -55,10 +55,11 @@ class FigureConfig:
     rows: axes by which lines of the table are told apart; others are averaged over. columns: the metrics of
     the table and their headings; `step` and `rows` are the steps and network rows that were spent. equal: see
     `csd_exp.figures.results.Equal`; null compares at the end only. paper: the paper's numbers, a list of rows
-    by axis and metric, and their source. draw: one of `csd_exp.figures.drawing`. form: one of
-    `csd_exp.figures.forms`, what files it is written as. known: a runs.csv that the figure has written on
-    another machine, whose numbers count where a run is not here. runs: another figure, in whose folder the
-    runs are, so that both draw the same. parts: figures to make one by one in place of this.
+    by axis and metric, and their source. form: what files it is written as, one of `csd_exp.figures.forms`,
+    or `Bias` or `Gallery`. draw: one of `csd_exp.figures.drawing`, where the form asks for one. known: a
+    runs.csv that the figure has written on another machine, whose numbers count where a run is not here.
+    runs: another figure, in whose folder the runs are, so that both draw the same. parts: figures to make one
+    by one in place of this.
     """
 
     name: str = MISSING
@@ -140,9 +141,8 @@ def planned(figure: DictConfig, others: Sequence[str], folder: Path) -> list[Cel
 
 def check_figure(figure: DictConfig) -> None:
     """Raises InputError for a figure that nothing could be drawn of."""
-    for key in ("draw", "form"):
-        if not isinstance(figure[key], DictConfig) or "_target_" not in figure[key]:
-            raise InputError(f"figure.{key}={figure[key]} names no class; it must have a _target_.")
+    if not isinstance(figure.form, DictConfig) or "_target_" not in figure.form:
+        raise InputError(f"figure.form={figure.form} names no class; it must have a _target_.")
     for key in ("seeds", "columns"):
         if not figure[key]:
             raise InputError(f"figure.{key} is empty; it must have at least one.")
