@@ -58,10 +58,10 @@ class RunConfig:
 
     name: names outputs/NAME. prompt: the instruction; prompt_file: a file that holds it instead.
     source_prompt, negative_prompt: text of the baseline and of the null conditioning. steps: optimisation
-    steps. taper, coverage: how windows of `csd_exp.particles.Panorama` are averaged; here, so that a preset
-    can say it whatever the modality. ckpt_path: `last`, or a checkpoint to continue, in its own folder.
-    optimized_metric: what a hyper-parameter search reads. skip_finished: of a multirun, leave out the jobs
-    that an earlier start of it has finished. allow: packages of your own, see
+    steps. jitter, taper, coverage: how windows of `csd_exp.particles.Panorama` lie and are averaged; here, so
+    that a preset can say it whatever the modality. ckpt_path: `last`, or a checkpoint to continue, in its own
+    folder. optimized_metric: what a hyper-parameter search reads. skip_finished: of a multirun, leave out the
+    jobs that an earlier start of it has finished. allow: packages of your own, see
     `csd_exp.targets.check_targets`. dir: the run directory, filled in at the start.
     """
 
@@ -72,6 +72,7 @@ class RunConfig:
     prompt_file: str | None = None
     source_prompt: str = ""
     negative_prompt: str = ""
+    jitter: bool = False
     taper: str = "none"
     coverage: str = "step"
     prior: Any = MISSING

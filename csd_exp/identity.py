@@ -29,7 +29,7 @@ HARMLESS = (
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
     "trainer.use_distributed_sampler",
     *("modality.cache", "modality.dir"),
-    *("taper", "coverage"),  # of a modality with windows, which has them too
+    *("jitter", "taper", "coverage"),  # of a modality with windows, which has them too
 )
 
 

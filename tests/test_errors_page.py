@@ -29,7 +29,7 @@ HEAD = """# What is said of inputs that cannot be used
 
 Each of these ends in one sentence on standard error and exit code 2, before a folder is made, and there is no
 traceback among them. Written by `tests/test_errors_page.py`, which gives every one of them to its command: a
-small run of `csd` unless another is named, with what stands on the left changed or added.
+small run of `csd` unless another is named, with what stands on the left changed, added or, after ~, left out.
 """
 RUN = {
     "csd": [
@@ -72,14 +72,14 @@ kernel.space=features features.size=100000
 TORCH_HOME=nowhere kernel.space=features features=lpips
 prior.guidance_scale=nan
 prior.std=-1
-modality=video modality.path=frames modality.fps=nan ~modality.jitter
+modality=video modality.path=frames modality.fps=nan
 modality.window=1000000000
 modality.feather=1000000000 modality.mask=[0,0,1,1]
 modality.regions=3
 modality.regions=[{prompt: x, box: [0,0,1,1], colour: red}]
-modality=generated method=csd ~modality.path ~modality.jitter modality.count=1000000000
-modality=generated method=csd ~modality.path ~modality.jitter modality.size=1000000
-modality=generated ~modality.path ~modality.jitter
+modality=generated method=csd ~modality.path modality.count=1000000000
+modality=generated method=csd ~modality.path modality.size=1000000
+modality=generated ~modality.path
 method.residual=null
 method.residual._partial_=false
 method.residual._target_=csd_exp.svgd.RBF
@@ -148,13 +148,13 @@ modality.path=missing.png
 modality.path=text.png
 modality.path=frames
 modality.path={LONG}
-modality=images ~modality.jitter modality.path=mixed
-modality=images ~modality.jitter modality.path=frames modality.prompts=[a,b]
-modality=images ~modality.jitter modality.path=frames modality.prompts=missing.txt
-modality=video ~modality.jitter modality.path=missing.mp4
-modality=video ~modality.jitter modality.path=text.mp4
-modality=video ~modality.jitter modality.path=frames modality.start=9
-modality=video ~modality.jitter modality.path=frames modality.step=0
+modality=images modality.path=mixed
+modality=images modality.path=frames modality.prompts=[a,b]
+modality=images modality.path=frames modality.prompts=missing.txt
+modality=video modality.path=missing.mp4
+modality=video modality.path=text.mp4
+modality=video modality.path=frames modality.start=9
+modality=video modality.path=frames modality.step=0
 modality.mask=small.png
 modality.regions=[{{prompt: x, mask: small.png}}]
 prompt_file=missing.txt
@@ -325,13 +325,15 @@ def said(folder: Path, monkeypatch, capsys) -> Iterator[Callable[[str], str]]:
         with pytest.MonkeyPatch.context() as patched:
             for name, value in environment.items():
                 patched.setenv(name, value)
-            given = {word.split("=")[0] for word in words}
+            given = {word.split("=")[0].lstrip("~") for word in words}
             base = [
                 word
                 for word in RUN.get(command, [])
                 if word.split("=")[0] not in given or "._target_" in word
             ]
-            patched.setattr(sys, "argv", [command, *base, *words])
+            left_out = {"~" + word.split("=")[0] for word in RUN.get(command, [])}
+            own = [word for word in words if word not in left_out]
+            patched.setattr(sys, "argv", [command, *base, *own])
             with pytest.raises(SystemExit) as ended:
                 MAINS[command]()
         _, err = capsys.readouterr()

@@ -153,7 +153,7 @@ FILES = {
         "sky.png",
     ),
     "modality.prompts": (
-        ["modality=images", "~modality.jitter", "modality.path=picture.png", "modality.prompts=FILE"],
+        ["modality=images", "modality.path=picture.png", "modality.prompts=FILE"],
         "prompts.txt",
     ),
     "features.pretrained": (
@@ -189,7 +189,7 @@ def test_a_folder_is_known_by_all_of_its_files(folder: Path) -> None:
     (folder / "frames").mkdir()
     for i, picture in enumerate(("picture", "other")):
         (folder / f"{picture}.png").rename(folder / f"frames/{i}.png")
-    overrides = ["modality=images", "~modality.jitter", "modality.path=frames"]
+    overrides = ["modality=images", "modality.path=frames"]
     before, saved = name(*overrides), save(folder / "run", *overrides)
     (folder / "frames/1.png").unlink()
     assert name(*overrides) != before
@@ -201,7 +201,7 @@ def test_prompts_are_text_even_where_a_file_has_their_name(folder: Path) -> None
     (folder / "make it snow").write_text("x")
     config = run_config(
         *("prompt=make it snow", "source_prompt=make it snow", "modality.prompts=[make it snow]"),
-        *("modality=images", "~modality.jitter", "modality.path=picture.png"),
+        *("modality=images", "modality.path=picture.png"),
     )
     assert list(inputs(config)) == ["modality.path"]
 

@@ -232,13 +232,13 @@ def test_the_public_code_counts_whatever_an_experiment_says(tmp_path):
 
     def averaged(*overrides):
         modality = composed([*overrides, f"hydra.searchpath=[file://{tmp_path}]"]).modality
-        return modality.taper, modality.coverage
+        return modality.jitter, modality.taper, modality.coverage
 
-    assert averaged("experiment=tapered") == ("hann", "expected")
+    assert averaged("experiment=tapered") == (True, "hann", "expected")
     for preset in ("official", "official_nosvgd", "paper"):
-        assert averaged("experiment=tapered", f"preset={preset}") == ("none", "step")
+        assert averaged("experiment=tapered", f"preset={preset}") == (False, "none", "step")
         assert "taper" not in composed(["experiment=video", f"preset={preset}"]).modality
-    assert averaged("experiment=tapered", "preset=official", "modality.taper=hann") == ("hann", "step")
+    assert averaged("experiment=tapered", "preset=official", "modality.taper=hann") == (False, "hann", "step")
 
 
 @pytest.mark.parametrize("key", ["taper", "coverage"])

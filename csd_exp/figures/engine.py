@@ -80,11 +80,12 @@ def make(overrides: Sequence[str]) -> int:
     check_figure(figure)
     check_targets(OmegaConf.create({"draw": figure.draw, "form": figure.form, "allow": allowed(others)}))
     folder, form, equal = Path(config.folder), constructed(figure.form), equal_of(figure)
+    shown = form.shown(figure)
     cells = planned(figure, others, Path(config.dir))
     configs = _configs(cells, folder)
     form.check(figure, cells, configs)
     columns = [*figure.columns, *([equal.strength] if equal else [])]
-    records, reasons = _records(figure, cells, configs, folder, columns, form.shown(figure))
+    records, reasons = _records(figure, cells, configs, folder, columns, shown)
     if len(reasons) == len(cells):
         raise InputError(f"figure={figure.name} has no run that finished; the first: {reasons[0]}")
     about = caption(figure, configs, cells, len(reasons))

@@ -62,12 +62,12 @@ class Paper:
         self.against = tuple(against)
 
     def shown(self, figure: DictConfig) -> Shown:
-        """Only some drawings show pictures."""
+        """Pictures, if it is drawn as such. Raises InputError where nothing draws it."""
+        check_drawing(figure)
         return "first seed" if issubclass(get_class(figure.draw._target_), Pictures) else "numbers"
 
     def check(self, figure: DictConfig, cells: Sequence[Cell], configs: Sequence[DictConfig]) -> None:
-        """Raises InputError where nothing draws it, or there is no method that others are held against."""
-        check_drawing(figure)
+        """Raises InputError where there is no method that others are held against."""
         names = {part for axis in figure.axes.values() for name in axis for part in name.split(" / ")}
         if unknown := [name for name in self.against if name not in names]:
             raise InputError(f"figure.form.against has {unknown[0]!r}, which is no value of figure.axes.")
@@ -99,12 +99,12 @@ class Comparison:
     """
 
     def shown(self, figure: DictConfig) -> Shown:
-        """The strip of pictures."""
+        """The strip of pictures. Raises InputError where nothing draws the curves."""
+        check_drawing(figure)
         return "first seed"
 
     def check(self, figure: DictConfig, cells: Sequence[Cell], configs: Sequence[DictConfig]) -> None:
         """Raises InputError where these runs cannot be compared so."""
-        check_drawing(figure)
         if figure.equal is None or not figure.equal.at:
             raise InputError("figure.equal.at must hold at least one strength.")
         known = build_metrics(configs[0].metrics)
