@@ -1,6 +1,7 @@
 """The gallery: its pictures as they are written, and commands that a shell takes."""
 
 import io
+import re
 import shlex
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from csd_exp.config import composed
+from csd_exp.answers.photos import DATA, split_of
+from csd_exp.config import composed, conf_dir
 from csd_exp.errors import InputError
 from csd_exp.figures.gallery import GAP, Gallery, command
 from csd_exp.figures.plan import QUIET, Cell
@@ -65,3 +67,11 @@ def test_every_run_has_its_words():
         Gallery({"day": "Bright."}).check(OmegaConf.create(), [Cell({"piece": "night"}, 0, [])], [])
     figure = composed(["figure=gallery"], "figure").figure
     assert list(figure.axes.piece) == list(figure.form.words)
+
+
+def test_no_photograph_of_the_gallery_was_trained_on():
+    text = (conf_dir() / "figure/gallery.yaml").read_text(encoding="utf-8")
+    files = [DATA / name for name in re.findall(r"\$\{data:([^}]+)\}", text)]
+    assert len(files) > 5
+    assert {split_of(file) for file in files} == {"held_out"}
+    assert all(file.is_file() for file in files)
