@@ -16,7 +16,7 @@ from csd_exp.config import check, composed, conf_dir
 from csd_exp.errors import InputError
 from csd_exp.figures import cache, engine, forms, plan
 from csd_exp.figures.against import against
-from csd_exp.figures.drawing import Bars, Curves, Pictures, captioned, rendered
+from csd_exp.figures.drawing import Bars, Curves, Differences, Pictures, captioned, rendered
 from csd_exp.figures.plan import QUIET, Cell
 from csd_exp.figures.results import Equal, Record, Results, summary
 from csd_exp.figures.tables import END, QUOTED, escaped, latex, lines, methods, records_csv, table_csv
@@ -62,7 +62,7 @@ class TestAgainst:
         return Results(records, ["method"], equal)
 
     def test_runs_alike_in_all_else_are_paired(self):
-        (row,) = against(self.results(), ("a",), ["v"])
+        (row,) = (one.row for one in against(self.results(), ("a",), ["v"]))
         differences = np.array([0.5, 0.0, 2.0])
         assert (row["at"], row["method"], row["metric"], row["pairs"], row["lower"]) == (
             "end",
@@ -72,17 +72,37 @@ class TestAgainst:
             0,
         )
         assert row["difference"] == pytest.approx(differences.mean())
+        assert (row["of"], row["p_holm"]) == (4, row["p"])
         assert row["half"] == pytest.approx(4.3027 * differences.std(ddof=1) / 3**0.5, rel=1e-4)
-        (back,) = against(self.results(), ("b",), ["v"])
+        (back,) = (one.row for one in against(self.results(), ("b",), ["v"]))
         assert (back["difference"], back["lower"]) == (-row["difference"], 2)
 
     def test_at_equal_strength_where_both_come_up_to_it(self):
-        end, equal = against(self.results(Equal("s", "step")), ("a",), ["v"])
+        end, equal = (one.row for one in against(self.results(Equal("s", "step")), ("a",), ["v"]))
         assert end["at"] == "end"
         step = 2 * float(equal["at"])  # each run has v = step x end there
         assert 0 < step <= 1
         assert equal["difference"] == pytest.approx(step * end["difference"], rel=1e-2)
         assert equal["pairs"] == 3
+
+    def test_one_of_several_tests_has_a_larger_p(self):
+        results = self.results()
+        third = [
+            replace(r, place=r.place | {"method": "c"}) for r in results.records if r.place["method"] == "b"
+        ]
+        rows = against(replace(results, records=[*results.records, *third]), ("a",), ["v"])
+        assert [row.method for row in rows] == [{"method": "b"}, {"method": "c"}]
+        assert [row.p for row in rows] == [pytest.approx(min(1, 2 * rows[0].test.p))] * 2
+
+    def test_they_are_drawn_with_their_intervals(self):
+        figure = Differences(against=["a"], metrics=["v"])(self.results(), [], {"v": "V"})
+        (axes,) = figure.axes
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["b"]
+        assert axes.get_title() == "V"
+        (bars,) = axes.containers
+        assert bars.lines[0].get_xdata()[0] == pytest.approx(2.5 / 3)
+        half = against(self.results(), ("a",), ["v"])[0].test.half
+        assert np.ptp(bars.lines[2][0].get_segments()[0][:, 0]) == pytest.approx(2 * half)
 
     def test_one_pair_decides_nothing(self):
         assert against(replace(self.results(), records=self.results().records[::4]), ("a",), ["v"]) == []

@@ -1,72 +1,78 @@
 """Every method of a figure against one of them, over pairs of runs that are alike in all else."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from csd_exp.figures.results import Key, Record, Results
-from csd_exp.figures.statistics import paired
-from csd_exp.figures.strength import Point, at_strength
+from csd_exp.figures.statistics import Paired, holm, paired
+from csd_exp.figures.strength import at_strength
 from csd_exp.figures.tables import END, methods
 
 
-def against(results: Results, reference: Key, columns: Sequence[str]) -> list[dict[str, object]]:
-    """A row for each other method and column: at the end and, of runs along their steps, at equal strength.
+@dataclass(frozen=True)
+class Difference:
+    """A method less the one it is held against, in one metric, over pairs of runs.
 
-    reference: the one, its values on the axes `methods(results)`. difference: the method less the
-    reference, the mean over the pairs; half: half of its 95 % interval; p: of the two-sided paired t-test;
-    lower: in how many of the pairs the method is lower. A pair counts where both of its runs come up to the
-    strength, which is that of the figure's table.
+    method: its values on the axes `methods(results)`. at: `end`, or the strength at which both are read off,
+    that of the figure's table. test: of the pairs whose runs both come up to it, out of `of`; seeds of one
+    picture count as pairs of their own. lower: in how many of them the method is lower. p: of the test,
+    adjusted by Holm to all methods that are held against the one in this metric.
+    """
+
+    method: Mapping[str, str]
+    metric: str
+    at: str
+    test: Paired
+    of: int
+    lower: int
+    p: float
+
+    @property
+    def row(self) -> dict[str, object]:
+        """As a line of a table; `half` is half of the 95 % interval."""
+        test = self.test
+        numbers = {"difference": test.difference, "half": test.half, "p": test.p, "p_holm": self.p}
+        counts = {"pairs": test.seeds, "of": self.of, "lower": self.lower}
+        return {"at": self.at, **self.method, "metric": self.metric, **numbers, **counts}
+
+
+def against(results: Results, reference: Key, columns: Sequence[str]) -> list[Difference]:
+    """All methods but `reference` in all columns: at the end and, along steps, at equal strength.
+
+    What has fewer than two pairs is left out.
     """
     axes = methods(results)
-    others = results.groups(axes)
-    base = _by_rest(others.pop(reference, []), axes)
     along = results.equal is not None and results.equal.along == "step"
     strength = results.strength(axes) if along else None
-    rows = []
-    for read_off in (None, *([] if strength is None else [strength])):
-        for key, records in others.items():
-            own = _by_rest(records, axes)
-            pairs = [
-                [_read(results, of[rest], read_off) for of in (base, own)] for rest in own if rest in base
-            ]
-            named = {
-                "at": END if read_off is None else f"{read_off:.3g}",
-                **dict(zip(axes, key, strict=True)),
-            }
-            rows += [named | row for column in columns if (row := _row(column, pairs)) is not None]
-    return rows
+    read_off = [None] if strength is None else [None, strength]
+    return [row for at in read_off for column in columns for row in _column(results, reference, column, at)]
+
+
+def _column(results: Results, reference: Key, column: str, at: float | None) -> list[Difference]:
+    axes = methods(results)
+    groups = {key: _by_rest(own, axes) for key, own in results.groups(axes).items()}
+    base, found = groups.pop(reference, {}), []
+    for key, own in groups.items():
+        rests = [rest for rest in own if rest in base]
+        read = [[_read(results, of[rest], at).get(column) for of in (base, own)] for rest in rests]
+        both = [(a, b) for a, b in read if a is not None and b is not None]
+        if (test := paired([a for a, _ in both], [b for _, b in both])) is not None:
+            named, shown = dict(zip(axes, key, strict=True)), END if at is None else f"{at:.3g}"
+            lower = sum(b < a for a, b in both)
+            found.append(Difference(named, column, shown, test, len(rests), lower, test.p))
+    adjusted = holm([one.test.p for one in found])
+    return [replace(one, p=p) for one, p in zip(found, adjusted, strict=True)]
 
 
 def _by_rest(records: Sequence[Record], axes: Sequence[str]) -> dict[Key, Record]:
     """Records by their seed and their values on all other axes."""
-    return {
-        (
-            str(record.seed),
-            *(f"{axis}={name}" for axis, name in record.place.items() if axis not in axes),
-        ): record
-        for record in records
-    }
+    places = [[f"{axis}={name}" for axis, name in r.place.items() if axis not in axes] for r in records]
+    return {(str(r.seed), *place): r for r, place in zip(records, places, strict=True)}
 
 
 def _read(results: Results, record: Record, strength: float | None) -> Mapping[str, float]:
     """What a run says at its end, or where it first comes up to a strength; nothing where it never does."""
     if strength is None:
         return record.values
-    curve: list[Point] = [point for point, _ in results.points([record])] if record.values else []
+    curve = [point for point, _ in results.points([record])] if record.values else []
     return at_strength(curve, strength) or {}
-
-
-def _row(column: str, pairs: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, object] | None:
-    both = [
-        (first[column], second[column]) for first, second in pairs if column in first and column in second
-    ]
-    test = paired(*zip(*both, strict=True)) if both else None
-    if test is None:
-        return None
-    return {
-        "metric": column,
-        "difference": test.difference,
-        "half": test.half,
-        "p": test.p,
-        "pairs": test.seeds,
-        "lower": sum(second < first for first, second in both),
-    }

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from csd_exp.figures.against import against
 from csd_exp.figures.results import Key, Record, Results, Summary
 from csd_exp.figures.strength import Curve, at_strength
 from csd_exp.figures.tables import END, Line, methods
@@ -210,6 +211,45 @@ class Intervals:
 def _named(line: Line) -> str:
     name = ", ".join(line.names.values())
     return name if line.at == END else f"{name} ({line.at})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differences:
+    """Every method less one, with the 95 % interval over pairs of runs, see `csd_exp.figures.against`.
+
+    against: the one, by its values on the axes that tell methods apart. metrics: a panel for each; they are
+    read off at equal strength where runs go along their steps, else at the end. `strength` and what was
+    spent are always those of the end.
+    """
+
+    against: Sequence[str]
+    metrics: Sequence[str]
+
+    def __call__(self, results: Results, lines: Sequence[Line], titles: Mapping[str, str]) -> Figure:
+        rows = against(results, tuple(self.against), self.metrics)
+        names = list(dict.fromkeys(", ".join(row.method.values()) for row in rows))
+        size = (1.6 + 2.4 * len(self.metrics), 0.9 + 0.19 * len(names))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(1, len(self.metrics), squeeze=False, sharey=True)[0]
+        for axes, metric in zip(panels, self.metrics, strict=True):
+            own = [row for row in rows if row.metric == metric]
+            last = END if metric == _strength(results) else own[-1].at if own else END
+            own = [row for row in own if row.at == last]
+            places = [names.index(", ".join(row.method.values())) for row in own]
+            halves = [row.test.half for row in own]
+            differences = [row.test.difference for row in own]
+            axes.errorbar(differences, places, xerr=halves, fmt="o", markersize=3, linewidth=1, color="C0")
+            axes.axvline(0, color="gray", linewidth=0.8)
+            axes.set_title(titles.get(metric, metric) + ("" if last == END else f" at {last}"), fontsize=7)
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.3)
+        panels[0].set_yticks(range(len(names)), names, fontsize=7)
+        panels[0].set_ylim(len(names) - 0.5, -0.5)
+        return figure
+
+
+def _strength(results: Results) -> str | None:
+    return None if results.equal is None else results.equal.strength
 
 
 @dataclass(frozen=True, kw_only=True)

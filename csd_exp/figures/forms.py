@@ -87,7 +87,7 @@ class Paper:
             f"{name}.tex": latex(found, list(figure.rows), columns, about, f"fig:{name}"),
         }
         if self.against and (pairs := against(results, self.against, list(columns))):
-            files[f"{name}_against.csv"] = written(pairs)
+            files[f"{name}_against.csv"] = written([pair.row for pair in pairs])
         return files
 
 
