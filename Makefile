@@ -9,6 +9,7 @@ EXTRAS := .venv-extras
 
 demo: $(INSTALLED)
 	$(BIN)/csd experiment=demo
+	@echo "open $$(ls -t outputs/demo/*/report.html | head -n 1)"
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal

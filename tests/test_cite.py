@@ -120,6 +120,15 @@ def test_every_method_can_be_cited():
         assert cited(f"method={method}", "prior=analytic")
 
 
+@pytest.mark.parametrize("group", ["experiment", "preset", "update"])
+def test_every_experiment_cites_its_method_and_its_prior(group):
+    for name in sorted(file.stem for file in (conf_dir() / group).glob("*.yaml")):
+        config = composed([f"{group}={name}"])
+        text = "\n".join(cite.bibliography(config))
+        for part in ("method.", "prior="):
+            assert re.search(rf"^% .*\b{re.escape(part)}.*\n@", text, re.MULTILINE), (name, part)
+
+
 @pytest.fixture
 def run(tmp_path) -> Path:
     config = composed(["experiment=panorama", "modality.path=x.jpg", "prompt=x", "metrics=none"])

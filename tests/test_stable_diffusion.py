@@ -21,7 +21,10 @@ from pipelines import NEGATIVE, PROMPT, T
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
+from csd_exp.answers.photos import DATA, load
 from csd_exp.errors import InputError
+from csd_exp.files import ASSETS
+from csd_exp.images import resized
 from csd_exp.particles import Images
 from csd_exp.priors import InstructPix2Pix, StableDiffusion, folders
 from csd_exp.priors.base import Cond, Query, ViewShape, placed, predict, row_count
@@ -272,6 +275,24 @@ def test_large_images_go_through_the_autoencoder_in_tiles(folder):
     assert torch.equal(tiled.encode(small), whole.encode(small))
     with pytest.raises(InputError, match=r"prior\.tile must be a multiple of 16"):
         InstructPix2Pix(folder(), tile=72)
+
+
+@pytest.mark.soak
+def test_where_tiles_of_the_shipped_autoencoder_meet_columns_step_as_elsewhere():
+    path = ASSETS / "instruct_pix2pix"
+    picture = resized(load(DATA / "panoramas/pmndrs_park.jpg")[None], 256, 768)
+    with torch.no_grad():
+        whole, tiled = (
+            prior.decode(prior.encode(picture))
+            for prior in (InstructPix2Pix(path, tile=None), InstructPix2Pix(path, tile=256))
+        )
+    assert (tiled - whole).square().mean().sqrt() < 0.01
+    of_difference, of_tiled, of_whole = (
+        (x[..., 1:] - x[..., :-1]).abs().mean((0, 1, 2)) for x in (tiled - whole, tiled, whole)
+    )
+    for border in (192, 256, 384, 448, 576, 640):  # tiles begin every 192 pixels, and blend over the next 64
+        assert of_difference[border - 1] < 2 * of_difference.quantile(0.99)
+        assert float(of_tiled[border - 1] / of_whole[border - 1]) == pytest.approx(1, abs=0.1)
 
 
 def test_tiles_leave_no_seam(folder):
