@@ -212,3 +212,24 @@ def test_a_gif_without_a_label_stays_as_it_is(tmp_path):
     before = (tmp_path / "x.gif").read_bytes()
     label_gif(tmp_path / "x.gif", Label())
     assert (tmp_path / "x.gif").read_bytes() == before
+
+
+CHARTS = {
+    "advice_night",
+    "bias_night",
+    "fig5",
+    "fig8",
+    "flow",
+    "matched_step",
+    "particles",
+    "table1",
+    "taper_night",
+}
+
+
+def test_every_picture_of_the_documents_says_what_made_it():
+    files = list((Path(__file__).parents[1] / "docs").rglob("*.jpg"))
+    assert len(files) > 20
+    for file in files:
+        with Image.open(file) as image:
+            assert (EDITED.encode() in image.info.get("xmp", b"")) == (file.stem not in CHARTS), file
