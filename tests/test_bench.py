@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import time
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,6 @@ from torch import nn
 
 from csd_exp import bench, methods
 from csd_exp.bench import step
-from csd_exp.bench.step import Recorded
 from csd_exp.errors import InputError
 from csd_exp.priors import InstructPix2Pix, StableDiffusion
 from csd_exp.priors.base import ViewShape, predict
@@ -26,21 +27,39 @@ from csd_exp.schedules import Level
 class Doubling(nn.Module):
     config = None
 
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
     def forward(self, x, scale=1):
-        self.seen = (x, scale)
+        self.seen.append((x, scale))
         return 2 * scale * x
 
 
-def test_a_replay_is_the_same_calls_and_counts_their_rows():
-    network = Recorded(Doubling())
+@pytest.fixture
+def ticking(monkeypatch):
+    """A clock that goes on by a second whenever it is looked at."""
+    seconds = count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(seconds)))
+
+
+def test_a_network_is_timed_where_it_is_called_and_keeps_one_call_of_each_number_of_rows(ticking):
+    prior = SimpleNamespace(denoiser="unet", unet=Doubling(), device=torch.device("cpu"))
+    network = step.recorded(prior)
+    assert prior.unet is network
     assert torch.equal(network(torch.ones(3), scale=2), torch.full((3,), 4.0))
-    last = torch.zeros(2)
-    network(last)
-    network.network.seen = None
-    assert network.replay() == 5
-    assert network.network.seen[0] is last
-    assert network.calls == []
-    assert network.replay() == 0
+    network(torch.zeros(2))
+    network(torch.zeros(3), scale=5)
+    calls = network.taken()
+    assert [(rows, call.rows, call.count, len(call.spans)) for rows, call in calls.items()] == [
+        (3, 3, 2, 2),
+        (2, 2, 1, 1),
+    ]
+    assert sum(step.elapsed(*span) for call in calls.values() for span in call.spans) == 3
+    network.network.seen.clear()
+    network.replay(calls[3])
+    assert [(len(x), scale) for x, scale in network.network.seen] == [(3, 2), (3, 2)]
+    assert network.taken() == {}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +75,7 @@ def test_csd_bench_writes_what_it_measured(tmp_path, write_image):
         f"prior.path={tmp_path / 'prior'}",
         f"modality.path={image}",
         "modality.batch=3",
-        "repeats=2",
+        "repeats=1",
         "warmup=1",
         f"json={tmp_path / 'new' / 'cost.json'}",
     ]
@@ -65,8 +84,12 @@ def test_csd_bench_writes_what_it_measured(tmp_path, write_image):
     assert cost.ratio == pytest.approx(cost.step_seconds / cost.network_seconds)
     assert cost.rows_per_second == pytest.approx(15 / cost.step_seconds)
     assert min(cost.step_seconds, cost.network_seconds, cost.kernel_seconds, cost.row_flops) > 0
-    parts = cost.network_seconds + cost.kernel_seconds + cost.rest_seconds
-    assert (cost.views, cost.processes, parts) == (3, 1, pytest.approx(cost.step_seconds))
+    assert (cost.calls, cost.views, cost.processes) == (1, 3, 1)
+    assert cost.inside_seconds < cost.step_seconds
+    # Of one step, all that is neither of the network within it nor of the kernel is the rest.
+    parts = cost.inside_seconds + cost.kernel_seconds + cost.rest_seconds
+    assert parts == pytest.approx(cost.step_seconds)
+    assert cost.share == pytest.approx(1 - cost.inside_seconds / cost.step_seconds)
     assert cost.limit_seconds == pytest.approx(15 * cost.row_flops / cost.peak_flops)
     saved = json.loads((tmp_path / "new" / "cost.json").read_text())
     assert saved == json.loads(json.dumps(vars(cost)))

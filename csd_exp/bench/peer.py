@@ -9,7 +9,7 @@ Precision and compilation are told by runs of their own.
 from dataclasses import asdict, dataclass
 from math import log
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -19,13 +19,12 @@ from rich.table import Table
 from torch import Tensor
 
 from csd_exp.bench.step import (
-    Recorded,
     built,
-    denoiser,
     fitted,
     machine,
     now,
     peak_flops,
+    recorded,
     row_flops,
     write,
 )
@@ -48,6 +47,7 @@ OURS = "a whole step here"
 class Way:
     """One way to take a step: its network calls and rows, its median seconds, how many times faster it is.
 
+    rows: the filling of compiled calls included.
     limit_seconds: the rows' operations at the rate of a large matrix product in the same precision.
     """
 
@@ -67,14 +67,12 @@ def bench(config: DictConfig) -> dict[str, Any]:
     rounds = SideBySide(module)
     fitted(plain, module, rounds)
     seconds = {name: median(all[config.warmup :]) for name, all in rounds.seconds.items()}
-    first, row = next(iter(seconds.values())), _row_limit(module)
+    first, row = next(iter(seconds.values())), rounds.row_limit()
     ways = [
         Way(name, *rounds.counts[name], s, first / s, rounds.counts[name][1] * row)
         for name, s in seconds.items()
     ]
-    for name, overrides in _others(config):
-        other, row = _alone(config, overrides)
-        ways.append(Way(name, *rounds.counts[OURS], other, first / other, rounds.counts[OURS][1] * row))
+    ways += [_alone(config, name, overrides, first) for name, overrides in _others(config)]
     prior: Any = module.prior
     found = {
         "ways": [asdict(way) for way in ways],
@@ -105,25 +103,16 @@ def _others(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
     return others + ([("the same compiled", {"compile": True})] if config.prior.compile else [])
 
 
-def _alone(config: DictConfig, settings: dict[str, Any]) -> tuple[float, float]:
-    """Median seconds of our own step under other settings, and what one of its rows takes at least."""
+def _alone(config: DictConfig, name: str, settings: dict[str, Any], first: float) -> Way:
+    """Our own step under other settings, beside `first` seconds."""
     other = _plainly(config)
     for key, value in settings.items():
         other.prior[key] = value
     module = built(other)
     rounds = SideBySide(module, {})
     fitted(other, module, rounds)
-    return median(rounds.seconds[OURS][config.warmup :]), _row_limit(module)
-
-
-def _row_limit(module: CSDModule) -> float:
-    """Seconds that the operations of one row take at the rate of a large matrix product."""
-    prior: Any = module.prior
-    network, latent = Recorded(denoiser(prior)), module.particles.latent
-    setattr(prior, prior.denoiser, network)
-    Straightforward(module).gradient(cast(Any, latent).detach(), 0)
-    setattr(prior, prior.denoiser, network.network)
-    return row_flops(prior, network.network, network.calls[-1]) / peak_flops(prior)
+    taken, (calls, rows) = median(rounds.seconds[OURS][config.warmup :]), rounds.counts[OURS]
+    return Way(name, calls, rows, taken, first / taken, rows * rounds.row_limit())
 
 
 def check(module: CSDModule) -> None:
@@ -238,7 +227,7 @@ class SideBySide(L.Callback):
     """
 
     def __init__(self, module: CSDModule, ways: dict[str, tuple[bool, bool]] = WAYS):
-        self.module = module
+        self.module, self.network = module, recorded(module.prior)
         self.ways = {name: Straightforward(module, *how) for name, how in ways.items()}
         self.seconds: dict[str, list[float]] = {name: [] for name in (*ways, OURS)}
         self.counts: dict[str, tuple[int, int]] = {}
@@ -249,8 +238,9 @@ class SideBySide(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
         self.seconds[OURS].append(now(self.module.prior) - self._start)
-        step, rows = trainer.global_step - 1, self.module.rows - self._rows
-        self.counts[OURS] = -(-rows // self.module.prior.row_chunk), rows
+        step, calls = trainer.global_step - 1, list(self.network.taken().values())
+        self.counts[OURS] = sum(c.count for c in calls), sum(c.count * c.rows for c in calls)
+        self.call = calls[-1]
         self.views = len(self.module.particles.choose(Draw(self.module.seed, step)))
         latent: Any = self.module.particles.latent
         for name, way in self.ways.items():
@@ -262,10 +252,16 @@ class SideBySide(L.Callback):
             self.difference = max(self.difference, float(difference))
         self._next()
 
+    def row_limit(self) -> float:
+        """Seconds that the operations of one row take at the rate of a large matrix product."""
+        prior = self.module.prior
+        return row_flops(prior, self.network.network, self.call) / peak_flops(prior)
+
     def _next(self) -> None:
         """A step begins at these latents, and at this time."""
         latent: Any = self.module.particles.latent
-        self._before, self._rows = latent.detach().clone(), self.module.rows
+        self._before = latent.detach().clone()
+        self.network.taken()
         self._start = now(self.module.prior)
 
 

@@ -134,8 +134,8 @@ def _print(found: dict[str, Any]) -> None:
         if "failed" in point:
             table.add_row(point["axis"], str(point["at"]), "failed")
             continue
-        times = [f"{point[key] * 1e3:.1f}" for key in ("step_seconds", "network_seconds", "limit_seconds")]
-        shares = [f"{point[key] / point['step_seconds']:.1%}" for key in ("kernel_seconds", "rest_seconds")]
+        times = [f"{point[key] * 1e3:.1f}" for key in ("step_seconds", "inside_seconds", "limit_seconds")]
+        shares = [f"{point[key] / point['step_seconds']:.2%}" for key in ("kernel_seconds", "rest_seconds")]
         rows, memory = str(point["rows"]), f"{point['peak_memory_gib']:.2f}"
         table.add_row(point["axis"], str(point["at"]), rows, *times, *shares, memory)
     Console().print(table)
@@ -150,9 +150,10 @@ def _plot(found: dict[str, Any], file: Path) -> None:
     drawn = figure.subplots(2, len(AXES), sharex="col", squeeze=False)
     lines = {
         "step_seconds": "whole step",
-        "network_seconds": "bare network",
+        "inside_seconds": "the network within it",
         "limit_seconds": "its operations at the peak",
         "kernel_seconds": "kernel",
+        "rest_seconds": "all else",
     }
     for column, (axis, title) in enumerate(AXES.items()):
         points = [p for p in found["points"] if p["axis"] == axis and "failed" not in p]

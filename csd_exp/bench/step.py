@@ -1,17 +1,19 @@
 """What a step of CSD-Edit costs beyond the network itself, and beside what the machine could do.
 
-Every step of a Lightning run is timed whole, and right after it the bare network and the bare kernel on the
-very inputs that the step gave them, so that all meet the same machine; medians over the steps are compared.
+Every step of a Lightning run is timed whole and, within it, its network calls; right after it the bare
+network and the bare kernel on inputs that the step gave them, so that all meet the same machine. Medians over
+the steps are compared, and medians of what is left of each step by itself.
 """
 
 import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -24,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from csd_exp.build import build_module, constructed
 from csd_exp.callbacks.throughput import peak_memory
-from csd_exp.devices import name_of
+from csd_exp.devices import elapsed, mark, name_of
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
 from csd_exp.module import CSDModule
@@ -38,21 +40,26 @@ SIDE = 2048  # of the matrices whose product shows what the machine can do
 class Cost:
     """Medians over `repeats` steps, of the first of `processes` alone.
 
-    rows: network rows of a step, the filling of compiled calls included. views: of a step.
-    step_seconds: a whole step. network_seconds: the bare network on the same rows, in the same calls.
-    kernel_seconds: the kernel on the same views. rest_seconds: what is neither. ratio: step over network.
+    rows: network rows of a step, the filling of compiled calls included; calls: that they went through the
+    network in. views: of a step. step_seconds: a whole step. inside_seconds: the network within it.
+    network_seconds: the bare network on as many rows, in the same calls. kernel_seconds: the kernel on the
+    same views. rest_seconds: of a step, what neither the network within it takes nor the kernel.
+    share: of a step, all but the network within it. ratio: step over bare network.
     rows_per_second: of the whole step. peak_memory_gib: of the process so far, allocated on CUDA, resident
     in RAM otherwise. row_flops: of one row. peak_flops: a second, of a product of matrices of side 2048 in
     the network's precision. limit_seconds: the rows' operations at that rate.
     """
 
     rows: int
+    calls: int
     views: int
     processes: int
     step_seconds: float
+    inside_seconds: float
     network_seconds: float
     kernel_seconds: float
     rest_seconds: float
+    share: float
     ratio: float
     rows_per_second: float
     peak_memory_gib: float
@@ -84,22 +91,25 @@ def write(config: DictConfig, found: Any) -> None:
 def measured(config: DictConfig) -> Cost:
     """The cost of a step of a configuration."""
     module = built(config)
-    network, kernel = Recorded(denoiser(module.prior)), RecordedKernel(module.kernel)
-    setattr(module.prior, cast(Any, module.prior).denoiser, network)
-    vars(module).update(kernel=kernel)
-    clock = Clock(network, kernel, module.prior)
-    trainer = fitted(config, module, clock)
     prior, warm = module.prior, config.warmup
-    step, bare, pairs = (median(seconds[warm:]) for seconds in (clock.steps, clock.bare, clock.kernels))
-    flops, peak = row_flops(prior, network.network, clock.last), peak_flops(prior)
+    network, kernel = recorded(prior), RecordedKernel(module.kernel)
+    vars(module).update(kernel=kernel)
+    clock = Clock(network, kernel, prior)
+    trainer = fitted(config, module, clock)
+    times = clock.times[warm:]
+    step, inside, bare, pairs = (median(t) for t in zip(*times, strict=True))
+    flops, peak = row_flops(prior, network.network, clock.call), peak_flops(prior)
     return Cost(
         rows=clock.rows,
+        calls=clock.calls,
         views=kernel.views,
         processes=trainer.world_size,
         step_seconds=step,
+        inside_seconds=inside,
         network_seconds=bare,
         kernel_seconds=pairs,
-        rest_seconds=step - bare - pairs,
+        rest_seconds=median(t.step - t.inside - t.kernel for t in times),
+        share=median(1 - t.inside / t.step for t in times),
         ratio=step / bare,
         rows_per_second=clock.rows / step,
         peak_memory_gib=peak_memory(prior.device) / 2**30,
@@ -137,34 +147,54 @@ def fitted(config: DictConfig, module: CSDModule, clock: L.Callback) -> L.Traine
     return trainer
 
 
-def denoiser(prior: Any) -> nn.Module:
-    """The network that rows go through."""
-    return getattr(prior, prior.denoiser)
+def recorded(prior: Any) -> "Recorded":
+    """The network that rows go through; from here on it remembers them."""
+    network = Recorded(getattr(prior, prior.denoiser), prior)
+    setattr(prior, prior.denoiser, network)
+    return network
+
+
+@dataclass
+class Call:
+    """A call of a network with `rows` rows, how often there was one such, and from when to when they went."""
+
+    rows: int
+    inputs: tuple
+    options: dict[str, Any]
+    count: int = 0
+    spans: list[tuple[Any, Any]] = field(default_factory=list)
 
 
 class Recorded(nn.Module):
-    """A network that remembers what it was called with, to be called with it again."""
+    """A network that remembers its calls, of those of equally many rows one, to be called with it again."""
 
-    def __init__(self, network: nn.Module):
+    prior: Prior
+
+    def __init__(self, network: Any, prior: Prior):
         super().__init__()
         self.network, self.config = network, network.config
-        self.calls: list[tuple[tuple, dict]] = []
+        vars(self).update(prior=prior)  # what holds this network is no part of it
+        self.calls: dict[int, Call] = {}
 
     def forward(self, *inputs, **options):
-        self.calls.append((inputs, options))
-        return self.network(*inputs, **options)
+        rows = len(inputs[0] if inputs else options["hidden_states"])
+        call = self.calls.setdefault(rows, Call(rows, inputs, options))
+        call.count += 1
+        start = mark(self.prior.device)
+        out = self.network(*inputs, **options)
+        call.spans.append((start, mark(self.prior.device)))
+        return out
+
+    def taken(self) -> dict[int, Call]:
+        """The calls since this was asked last, by their rows."""
+        calls, self.calls = self.calls, {}
+        return calls
 
     @torch.no_grad()
-    def replay(self) -> int:
-        """Call the bare network as since the last replay; the number of rows."""
-        calls, self.calls = self.calls, []
-        for inputs, options in calls:
-            self.network(*inputs, **options)
-        return sum(_rows(*call) for call in calls)
-
-
-def _rows(inputs: tuple, options: dict) -> int:
-    return len(inputs[0] if inputs else options["hidden_states"])
+    def replay(self, call: Call) -> None:
+        """Call the bare network as often as it was called so."""
+        for _ in range(call.count):
+            self.network(*call.inputs, **call.options)
 
 
 class RecordedKernel:
@@ -192,30 +222,38 @@ class RecordedKernel:
             self.views = len(phi)
 
 
+class Times(NamedTuple):
+    """Seconds of a whole step, the loop around it included, of the network within it; of both parts bare."""
+
+    step: float
+    inside: float
+    bare: float
+    kernel: float
+
+
 class Clock(L.Callback):
-    """Seconds of each whole step, the loop around it included, and of network and kernel replayed bare."""
+    """Takes the times of each step; of the last one its calls, their rows, and one of them."""
 
     def __init__(self, network: Recorded, kernel: RecordedKernel, prior: Prior):
         self.network, self.kernel, self.prior = network, kernel, prior
-        self.steps: list[float] = []
-        self.bare: list[float] = []
-        self.kernels: list[float] = []
-        self.rows = 0
+        self.times: list[Times] = []
+        self.rows = self.calls = 0
 
     def on_train_start(self, *_) -> None:
-        self.network.calls, self.kernel.seen = [], []
+        self.network.taken()
+        self.kernel.seen = []
         self._start = now(self.prior)
 
     def on_train_batch_end(self, *_) -> None:
-        end = now(self.prior)
-        self.steps.append(end - self._start)
-        self.last = self.network.calls[-1]
-        self.rows = self.network.replay()
-        between = now(self.prior)
-        self.kernel.replay()
+        step = now(self.prior) - self._start
+        calls = list(self.network.taken().values())
+        inside = sum(elapsed(*span) for call in calls for span in call.spans)
+        bare = sum(seconds(self.prior, partial(self.network.replay, call)) for call in calls)
+        pairs = seconds(self.prior, self.kernel.replay)
+        self.times.append(Times(step, inside, bare, pairs))
+        self.calls, self.rows = sum(c.count for c in calls), sum(c.count * c.rows for c in calls)
+        self.call = calls[-1]
         self._start = now(self.prior)
-        self.bare.append(between - end)
-        self.kernels.append(self._start - between)
 
 
 def now(prior: Prior) -> float:
@@ -226,12 +264,11 @@ def now(prior: Prior) -> float:
 
 
 @torch.no_grad()
-def row_flops(prior: Prior, network: nn.Module, call: tuple[tuple, dict]) -> float:
+def row_flops(prior: Prior, network: nn.Module, call: Call) -> float:
     """Floating-point operations of one row of a network that was called so."""
-    inputs, options = call
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        network(*inputs, **options)
-    return counter.get_total_flops() / _rows(inputs, options)
+        network(*call.inputs, **call.options)
+    return counter.get_total_flops() / call.rows
 
 
 @torch.no_grad()
@@ -260,12 +297,19 @@ def machine(device: torch.device) -> str:
 @rank_zero_only
 def _print(cost: Cost) -> None:
     table = Table(title="one step of CSD-Edit", title_justify="left", show_header=False)
-    share = [f"{part / cost.step_seconds:.1%}" for part in (cost.kernel_seconds, cost.rest_seconds)]
+    shares = [f"{taken / cost.step_seconds:.2%}" for taken in (cost.kernel_seconds, cost.rest_seconds)]
     for name, value in (
-        ("whole step", f"{cost.step_seconds * 1e3:.1f} ms for {cost.rows} rows of {cost.views} views"),
-        ("bare network, same rows", f"{cost.network_seconds * 1e3:.1f} ms"),
-        ("ratio", f"{cost.ratio:.3f}"),
-        ("kernel, and all else", f"{share[0]} and {share[1]} of the step"),
+        (
+            "whole step",
+            f"{cost.step_seconds * 1e3:.1f} ms: {cost.rows} rows of {cost.views} views, {cost.calls} calls",
+        ),
+        ("network within it", f"{cost.inside_seconds * 1e3:.1f} ms"),
+        ("bare network, as many rows", f"{cost.network_seconds * 1e3:.1f} ms"),
+        ("step over bare network", f"{cost.ratio:.3f}"),
+        (
+            "all but the network",
+            f"{cost.share:.2%} of the step; the kernel {shares[0]}, the rest {shares[1]}",
+        ),
         ("rows per second", f"{cost.rows_per_second:.1f}"),
         (
             "these rows at its peak",
