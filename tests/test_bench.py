@@ -9,14 +9,17 @@ from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers_folder import save_pipeline
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
 from csd_exp import bench, methods
 from csd_exp.bench import step
+from csd_exp.bench.noise import drawn
 from csd_exp.errors import InputError
 from csd_exp.priors import InstructPix2Pix, StableDiffusion
 from csd_exp.priors.base import ViewShape, predict
@@ -68,12 +71,11 @@ def small_product(monkeypatch):
     monkeypatch.setattr(step, "SIDE", 64)
 
 
-def test_csd_bench_writes_what_it_measured(tmp_path, write_image):
+def test_csd_bench_writes_what_it_measured(tmp_path):
     save_pipeline(tmp_path / "prior")
-    image = write_image(32, 96)
     overrides = [
         f"prior.path={tmp_path / 'prior'}",
-        f"modality.path={image}",
+        "drawn=[32,96]",
         "modality.batch=3",
         "repeats=1",
         "warmup=1",
@@ -158,9 +160,7 @@ def test_every_point_of_the_scaling_is_a_step_of_its_own(pipeline, tmp_path, mon
 
     def measured(command, stderr, **_):
         own = dict(word.split("=", 1) for word in command[4:])
-        asked.append(
-            (own, sorted(Image.open(f).size for f in Path(own["modality.path"]).parent.rglob("*.png")))
-        )
+        asked.append(own)
         if own.get("trainer.devices") == "2":
             return SimpleNamespace(returncode=2, stderr="a warning\ncsd-bench: no memory.\n")
         cost = dict.fromkeys(step.Cost.__dataclass_fields__, 1.0) | {"device": "a CPU"}
@@ -175,14 +175,35 @@ def test_every_point_of_the_scaling_is_a_step_of_its_own(pipeline, tmp_path, mon
         *(("particles", 2, None), ("width", 3, None), ("frames", 4, None), ("processes", 1, None)),
         ("processes", 2, "csd-bench: no memory."),
     ]
-    assert all(own["prior.row_chunk"] == "8" for own, _ in asked)
-    assert [own["modality"] for own, _ in asked] == ["images", "panorama", "video", "images", "images"]
-    assert [own["modality.batch"] for own, _ in asked] == ["null", "4", "4", "null", "null"]
-    assert (96, 32) in asked[1][1]
+    assert all(own["prior.row_chunk"] == "8" for own in asked)
+    assert [own["modality"] for own in asked] == ["images", "panorama", "video", "images", "images"]
+    assert [own["modality.batch"] for own in asked] == ["null", "4", "4", "null", "null"]
+    assert [own["drawn"] for own in asked] == ["[2,32,32]", "[32,96]", "[4,32,32]", *["[8,32,32]"] * 2]
     assert "processes 2 failed: csd-bench: no memory." in capsys.readouterr().out
-    for wrong in ("modality.batch=3", "scaling.frames=[0]"):
+    for wrong in ("modality.batch=3", "drawn=[9,9]", "scaling.frames=[0]"):
         with pytest.raises(InputError, match=wrong.split("=")[0]):
             scaling(pipeline, tmp_path, wrong)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes"), [("[8,16]", [(16, 8)]), ("[3,8,16]", [(16, 8)] * 3), ("null", None)]
+)
+def test_pictures_are_drawn_in_the_size_asked_for_and_gone_afterwards(asked, sizes):
+    config = OmegaConf.create({"modality": {"path": "mine.png"}, "drawn": None})
+    config.merge_with_dotlist([f"drawn={asked}"])
+    with drawn(config):
+        path = Path(config.modality.path)
+        pictures = (
+            [Image.open(f) for f in sorted(path.iterdir() if path.is_dir() else [path])] if sizes else []
+        )
+        assert [picture.size for picture in pictures] == (sizes or [])
+        assert all(np.asarray(picture).std() > 50 for picture in pictures)
+        assert sizes or path == Path("mine.png")
+    assert not path.exists()
+    for wrong in ("[8]", "[0,8]", "8x16", "[1,2,3,4]"):
+        config.merge_with_dotlist([f"drawn={wrong}"])
+        with pytest.raises(InputError, match=r"drawn must be \[height, width\]"), drawn(config):
+            pass
 
 
 @pytest.mark.soak

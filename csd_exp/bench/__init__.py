@@ -9,6 +9,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from csd_exp.bench.noise import drawn
 from csd_exp.build import silence_lightning
 from csd_exp.config import RunConfig, check, composed
 from csd_exp.errors import InputError
@@ -25,7 +26,7 @@ Each prints and writes a table.
   csd-bench                                                              the embedded prior on the CPU
   csd-bench prior=random_sd15 prior.dtype=bfloat16 trainer=gpu           the size of Stable Diffusion 1.5
   csd-bench repeats=100 modality.batch=null prior.row_chunk=64 json=big.json
-  csd-bench peer prior=random_sd15 prior.dtype=bfloat16 prior.compile=true trainer=gpu
+  csd-bench peer prior=random_sd15 prior.dtype=bfloat16 prior.compile=true trainer=gpu "drawn=[512,1920]"
   csd-bench memory prior=flux                                            FLUX.1, or the folder prior.path
 
 KEY is any of csd's, or one of the benchmark's:
@@ -33,20 +34,22 @@ KEY is any of csd's, or one of the benchmark's:
 """
 # And what each has where no preset is given.
 COMMANDS: dict[str, list[str]] = {"step": [], "peer": ["preset=official"], "scaling": [], "memory": []}
-OWN = ["warmup", "repeats", "json", "scaling"]
+OWN = ["warmup", "repeats", "json", "drawn", "scaling"]
 
 
 @dataclass
 class BenchConfig(RunConfig):
     """The keys of a run, and: steps that are not timed, steps that are, and the file to write.
 
-    command: which of the benchmarks it is. scaling: of each axis, where it is measured.
+    command: which of the benchmarks it is. drawn: pictures of noise, see `csd_exp.bench.noise`. scaling: of
+    each axis, where it is measured.
     """
 
     command: str = "step"
     warmup: int = MISSING
     repeats: int = MISSING
     json: str = MISSING
+    drawn: Any = None
     scaling: Any = MISSING
 
 
@@ -78,9 +81,10 @@ def bench(command: str, overrides: Sequence[str]) -> Any:
         raise InputError(f"csd-bench {command} is no benchmark; accepted are {', '.join(COMMANDS)}.")
     own = [] if any(override.startswith("preset=") for override in overrides) else COMMANDS[command]
     config = composed([*own, *overrides, f"command={command}"], "bench")
-    check(config)
     if config.warmup < 0 or config.repeats < 1:
         raise InputError(
             f"repeats must be at least 1 and warmup at least 0, not {config.repeats} and {config.warmup}."
         )
-    return import_module(f"csd_exp.bench.{command}").bench(config)
+    with drawn(config):
+        check(config)
+        return import_module(f"csd_exp.bench.{command}").bench(config)

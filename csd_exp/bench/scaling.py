@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -47,7 +45,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
     """Measure, print, write and plot every point; one that fails has its reason in the place of numbers."""
     given = [str(o) for o in config.hydra.overrides.task if not str(o).startswith(OWN)]
     for override in given:
-        if override.startswith(("modality", "trainer.devices", "trainer=ddp")):
+        if override.startswith(("modality", "drawn", "trainer.devices", "trainer=ddp")):
             raise InputError(f"{override} is what csd-bench scaling changes by itself; leave it out.")
     for axis in AXES:
         if any(not isinstance(at, int) or at < 1 for at in config.scaling[axis]):
@@ -58,7 +56,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
             "axes": AXES,
             "points": [
                 {"axis": point.axis, "at": point.at, **_measured([*given, *point.overrides], Path(folder))}
-                for point in _points(config, side, Path(folder))
+                for point in _points(config, side)
             ],
         }
     write(config, found)
@@ -77,15 +75,13 @@ def _side(config: DictConfig) -> int:
     return views.window * views.factor
 
 
-def _points(config: DictConfig, side: int, folder: Path) -> Iterator[Point]:
+def _points(config: DictConfig, side: int) -> Iterator[Point]:
     for axis in AXES:
         for at in config.scaling[axis]:
-            where = folder / f"{axis}{at}"
-            count = {"particles": at, "width": 1, "frames": at, "processes": 8}[axis]
-            _draw(where, count, side, side * (at if axis == "width" else 1))
+            count = {"particles": [at], "width": [], "frames": [at], "processes": [8]}[axis]
+            sides = [side, side * (at if axis == "width" else 1)]
             modality = {"width": "panorama", "frames": "video"}.get(axis, "images")
-            path = where / "0000.png" if axis == "width" else where
-            overrides = [f"modality={modality}", f"modality.path={path}"]
+            overrides = [f"modality={modality}", f"drawn=[{','.join(map(str, count + sides))}]"]
             overrides.append(f"modality.batch={4 if axis in ('width', 'frames') else 'null'}")
             if axis == "processes":
                 ddp = ["trainer=ddp", f"trainer.devices={at}", f"trainer.accelerator={_accelerator(config)}"]
@@ -95,15 +91,6 @@ def _points(config: DictConfig, side: int, folder: Path) -> Iterator[Point]:
 
 def _accelerator(config: DictConfig) -> str:
     return str(config.trainer.accelerator)
-
-
-def _draw(folder: Path, count: int, height: int, width: int) -> None:
-    """Pictures of noise."""
-    folder.mkdir()
-    draw = np.random.default_rng(0)
-    for i in range(count):
-        pixels = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i:04d}.png")
 
 
 def _measured(overrides: list[str], folder: Path) -> dict[str, Any]:
