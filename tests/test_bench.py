@@ -65,6 +65,42 @@ def test_a_network_is_timed_where_it_is_called_and_keeps_one_call_of_each_number
     assert network.taken() == {}
 
 
+def test_one_call_of_each_number_of_rows_stands_for_all(ticking):
+    prior = SimpleNamespace(denoiser="unet", unet=Doubling(), device=torch.device("cpu"))
+    network = step.recorded(prior, once=True)
+    clock = step.Clock(network, step.RecordedKernel(lambda phi: (phi, phi)), prior)
+    clock.on_train_start()
+    outs = [network(torch.full((rows,), float(i))) for i, rows in enumerate((3, 2, 3, 3, 2))]
+    assert [float(out[0]) for out in outs] == [0, 2, 0, 0, 2]
+    assert [len(out) for out in outs] == [3, 2, 3, 3, 2]
+    clock.on_train_batch_end()
+    # Each look at the clock takes a second: two calls within the five of the step, three more as long.
+    assert clock.times == [step.Times(step=5 + 3, inside=5, bare=5, kernel=1)]
+    assert (clock.calls, clock.rows) == (5, 13)
+    assert len(network.network.seen) == 4
+
+
+def test_an_extrapolated_step_begins_at_noise_and_calls_the_network_once(pipeline, tmp_path, monkeypatch):
+    rows, encoded = [], []
+    monkeypatch.setattr(InstructPix2Pix, "unscaled", lambda *_: encoded.append(1))
+    calls = InstructPix2Pix.network
+    monkeypatch.setattr(
+        InstructPix2Pix,
+        "network",
+        lambda self, x, *rest: rows.append(len(x)) or calls(self, x, *rest),
+    )
+    own = [f"prior.path={pipeline}", "warmup=0", "repeats=1", f"json={tmp_path / 'step.json'}"]
+    many = ["modality=images", "drawn=[4,32,32]", "prior.row_chunk=5", "extrapolate=true"]
+    cost = bench.bench("step", [*own, *many])
+    assert not encoded
+    assert rows == [5] * 4
+    assert (cost.rows, cost.calls, cost.views, cost.extrapolated) == (20, 4, 4, True)
+    parts = cost.inside_seconds + cost.kernel_seconds + cost.rest_seconds
+    assert parts == pytest.approx(cost.step_seconds)
+    with pytest.raises(InputError, match="extrapolate is for csd-bench step and scaling, not for peer"):
+        bench.bench("peer", [*own, "extrapolate=true"])
+
+
 @pytest.fixture(autouse=True)
 def small_product(monkeypatch):
     """What the machine can do is told by a small product."""

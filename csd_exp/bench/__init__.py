@@ -27,6 +27,8 @@ Each prints and writes a table.
   csd-bench prior=random_sd15 prior.dtype=bfloat16 trainer=gpu           the size of Stable Diffusion 1.5
   csd-bench repeats=100 modality.batch=null prior.row_chunk=64 json=big.json
   csd-bench peer prior=random_sd15 prior.dtype=bfloat16 prior.compile=true trainer=gpu "drawn=[512,1920]"
+  csd-bench scaling prior=random_sd15 extrapolate=true "scaling.particles=[256]" warmup=1 repeats=3 \
+      prior.row_chunk=4 "scaling.width=[]" "scaling.frames=[]" "scaling.processes=[]"
   csd-bench memory prior=flux                                            FLUX.1, or the folder prior.path
 
 KEY is any of csd's, or one of the benchmark's:
@@ -34,15 +36,17 @@ KEY is any of csd's, or one of the benchmark's:
 """
 # And what each has where no preset is given.
 COMMANDS: dict[str, list[str]] = {"step": [], "peer": ["preset=official"], "scaling": [], "memory": []}
-OWN = ["warmup", "repeats", "json", "drawn", "scaling"]
+EXTRAPOLATED = ("step", "scaling")
+OWN = ["warmup", "repeats", "json", "drawn", "extrapolate", "scaling"]
 
 
 @dataclass
 class BenchConfig(RunConfig):
     """The keys of a run, and: steps that are not timed, steps that are, and the file to write.
 
-    command: which of the benchmarks it is. drawn: pictures of noise, see `csd_exp.bench.noise`. scaling: of
-    each axis, where it is measured.
+    command: which of the benchmarks it is. drawn: pictures of noise, see `csd_exp.bench.noise`. extrapolate:
+    whether one network call stands for all of a step, see `csd_exp.bench.step`. scaling: of each axis, where
+    it is measured.
     """
 
     command: str = "step"
@@ -50,6 +54,7 @@ class BenchConfig(RunConfig):
     repeats: int = MISSING
     json: str = MISSING
     drawn: Any = None
+    extrapolate: bool = False
     scaling: Any = MISSING
 
 
@@ -85,6 +90,8 @@ def bench(command: str, overrides: Sequence[str]) -> Any:
         raise InputError(
             f"repeats must be at least 1 and warmup at least 0, not {config.repeats} and {config.warmup}."
         )
+    if config.extrapolate and command not in EXTRAPOLATED:
+        raise InputError(f"extrapolate is for csd-bench {' and '.join(EXTRAPOLATED)}, not for {command}.")
     with drawn(config):
         check(config)
         return import_module(f"csd_exp.bench.{command}").bench(config)

@@ -114,7 +114,8 @@ def _measured(overrides: list[str], folder: Path) -> dict[str, Any]:
 def _print(found: dict[str, Any]) -> None:
     known = [point for point in found["points"] if "failed" not in point]
     machine = known[0]["device"] if known else ""
-    table = Table(title=f"a step, {machine}", title_justify="left")
+    how = ", extrapolated from one network call" * any(point["extrapolated"] for point in known)
+    table = Table(title=f"a step, {machine}{how}", title_justify="left")
     for column in ("axis", "at", "rows", "step ms", "network", "at peak", "kernel", "rest", "GiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for point in found["points"]:

@@ -3,6 +3,10 @@
 Every step of a Lightning run is timed whole and, within it, its network calls; right after it the bare
 network and the bare kernel on inputs that the step gave them, so that all meet the same machine. Medians over
 the steps are compared, and medians of what is left of each step by itself.
+
+Where it is extrapolated, of a step's calls of equally many rows the first alone is made, and its output is
+that of the others, which count as if they had taken as long: so a step of many rows takes little longer than
+one call, while all of it but the network is measured whole. Latents begin as noise.
 """
 
 import json
@@ -13,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
@@ -30,6 +34,9 @@ from csd_exp.devices import elapsed, mark, name_of
 from csd_exp.errors import InputError
 from csd_exp.files import write_whole
 from csd_exp.module import CSDModule
+from csd_exp.particles import Particles
+from csd_exp.particles.images import WholePictures
+from csd_exp.particles.panorama import Panorama
 from csd_exp.priors import Prior
 from csd_exp.ranks import part
 
@@ -44,7 +51,8 @@ class Cost:
     network in. views: of a step. step_seconds: a whole step. inside_seconds: the network within it.
     network_seconds: the bare network on as many rows, in the same calls. kernel_seconds: the kernel on the
     same views. rest_seconds: of a step, what neither the network within it takes nor the kernel.
-    share: of a step, all but the network within it. ratio: step over bare network.
+    share: of a step, all but the network within it. ratio: step over bare network. extrapolated: whether the
+    network's times, as parts of a step too, are those of one call of each number of rows times their number.
     rows_per_second: of the whole step. peak_memory_gib: of the process so far, allocated on CUDA, resident
     in RAM otherwise. row_flops: of one row. peak_flops: a second, of a product of matrices of side 2048 in
     the network's precision. limit_seconds: the rows' operations at that rate.
@@ -61,6 +69,7 @@ class Cost:
     rest_seconds: float
     share: float
     ratio: float
+    extrapolated: bool
     rows_per_second: float
     peak_memory_gib: float
     row_flops: float
@@ -92,8 +101,10 @@ def measured(config: DictConfig) -> Cost:
     """The cost of a step of a configuration."""
     module = built(config)
     prior, warm = module.prior, config.warmup
-    network, kernel = recorded(prior), RecordedKernel(module.kernel)
+    network, kernel = recorded(prior, config.extrapolate), RecordedKernel(module.kernel)
     vars(module).update(kernel=kernel)
+    if config.extrapolate:
+        _unencoded(module.particles)
     clock = Clock(network, kernel, prior)
     trainer = fitted(config, module, clock)
     times = clock.times[warm:]
@@ -111,6 +122,7 @@ def measured(config: DictConfig) -> Cost:
         rest_seconds=median(t.step - t.inside - t.kernel for t in times),
         share=median(1 - t.inside / t.step for t in times),
         ratio=step / bare,
+        extrapolated=config.extrapolate,
         rows_per_second=clock.rows / step,
         peak_memory_gib=peak_memory(prior.device) / 2**30,
         row_flops=flops,
@@ -147,32 +159,71 @@ def fitted(config: DictConfig, module: CSDModule, clock: L.Callback) -> L.Traine
     return trainer
 
 
-def recorded(prior: Any) -> "Recorded":
+def _unencoded(particles: Particles) -> None:
+    """Have latents begin as noise, that of their counted draws."""
+    if not isinstance(particles, WholePictures | Panorama):
+        raise InputError("modality must be images, a panorama or a video where extrapolate is true.")
+    begin = particles.begin
+    vars(particles).update(begin=lambda prior, draw: begin(cast(Any, Unencoded(prior)), draw))
+
+
+class Unencoded:
+    """An autoencoder, as particles are handed it, whose latents are noise."""
+
+    def __init__(self, prior: Any):
+        self.prior, self.views, self.device = prior, prior.views, prior.device
+
+    def encode(self, image: Tensor, noise: Tensor) -> Tensor:
+        return noise
+
+    def condition(self, image: Tensor, noise: Tensor) -> Tensor | None:
+        encoded = self.prior.conditioned == self.views.channels
+        return noise if encoded else self.prior.condition(image, noise)
+
+
+def recorded(prior: Any, once: bool = False) -> "Recorded":
     """The network that rows go through; from here on it remembers them."""
-    network = Recorded(getattr(prior, prior.denoiser), prior)
+    network = Recorded(getattr(prior, prior.denoiser), prior, once)
     setattr(prior, prior.denoiser, network)
     return network
 
 
 @dataclass
 class Call:
-    """A call of a network with `rows` rows, how often there was one such, and from when to when they went."""
+    """A call of a network with `rows` rows and its output, where that answers for others.
+
+    count: of calls with as many rows. spans: from when to when those that were made went.
+    """
 
     rows: int
     inputs: tuple
     options: dict[str, Any]
     count: int = 0
     spans: list[tuple[Any, Any]] = field(default_factory=list)
+    answer: Any = None
+
+    @property
+    def inside(self) -> float:
+        """Seconds that those made took, or all where one answers for them."""
+        return sum(elapsed(*span) for span in self.spans) * self.of_all
+
+    @property
+    def of_all(self) -> float:
+        """How many calls each of those made stands for."""
+        return self.count / len(self.spans)
 
 
 class Recorded(nn.Module):
-    """A network that remembers its calls, of those of equally many rows one, to be called with it again."""
+    """A network that remembers its calls, of those of equally many rows one, to be called with it again.
+
+    once: whether that one answers for the others.
+    """
 
     prior: Prior
 
-    def __init__(self, network: Any, prior: Prior):
+    def __init__(self, network: Any, prior: Prior, once: bool = False):
         super().__init__()
-        self.network, self.config = network, network.config
+        self.network, self.config, self.once = network, network.config, once
         vars(self).update(prior=prior)  # what holds this network is no part of it
         self.calls: dict[int, Call] = {}
 
@@ -180,9 +231,12 @@ class Recorded(nn.Module):
         rows = len(inputs[0] if inputs else options["hidden_states"])
         call = self.calls.setdefault(rows, Call(rows, inputs, options))
         call.count += 1
+        if call.answer is not None:
+            return call.answer
         start = mark(self.prior.device)
         out = self.network(*inputs, **options)
         call.spans.append((start, mark(self.prior.device)))
+        call.answer = out if self.once else None
         return out
 
     def taken(self) -> dict[int, Call]:
@@ -192,8 +246,8 @@ class Recorded(nn.Module):
 
     @torch.no_grad()
     def replay(self, call: Call) -> None:
-        """Call the bare network as often as it was called so."""
-        for _ in range(call.count):
+        """Call the bare network as often as it was called so, where one answered for others once."""
+        for _ in call.spans:
             self.network(*call.inputs, **call.options)
 
 
@@ -247,8 +301,9 @@ class Clock(L.Callback):
     def on_train_batch_end(self, *_) -> None:
         step = now(self.prior) - self._start
         calls = list(self.network.taken().values())
-        inside = sum(elapsed(*span) for call in calls for span in call.spans)
-        bare = sum(seconds(self.prior, partial(self.network.replay, call)) for call in calls)
+        inside = sum(c.inside for c in calls)
+        step += sum(c.inside * (1 - 1 / c.of_all) for c in calls)  # what was not called
+        bare = sum(c.of_all * seconds(self.prior, partial(self.network.replay, c)) for c in calls)
         pairs = seconds(self.prior, self.kernel.replay)
         self.times.append(Times(step, inside, bare, pairs))
         self.calls, self.rows = sum(c.count for c in calls), sum(c.count * c.rows for c in calls)
@@ -296,7 +351,8 @@ def machine(device: torch.device) -> str:
 
 @rank_zero_only
 def _print(cost: Cost) -> None:
-    table = Table(title="one step of CSD-Edit", title_justify="left", show_header=False)
+    title = "one step of CSD-Edit" + ", extrapolated from one network call" * cost.extrapolated
+    table = Table(title=title, title_justify="left", show_header=False)
     shares = [f"{taken / cost.step_seconds:.2%}" for taken in (cost.kernel_seconds, cost.rest_seconds)]
     for name, value in (
         (
