@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,9 +20,12 @@ from PIL import Image
 from torch import nn
 
 from csd_exp import bench, methods
-from csd_exp.bench import step
-from csd_exp.bench.noise import drawn
+from csd_exp.bench import overhead, step
+from csd_exp.bench.noise import draw
+from csd_exp.callbacks import LastCheckpoint, Progress, Throughput
 from csd_exp.errors import InputError
+from csd_exp.loggers import Csv
+from csd_exp.module import CSDModule
 from csd_exp.priors import InstructPix2Pix, StableDiffusion
 from csd_exp.priors.base import ViewShape, predict
 from csd_exp.priors.random import RandomInstructPix2Pix, sd15_parts
@@ -68,15 +73,17 @@ def test_a_network_is_timed_where_it_is_called_and_keeps_one_call_of_each_number
 def test_one_call_of_each_number_of_rows_stands_for_all(ticking):
     prior = SimpleNamespace(denoiser="unet", unet=Doubling(), device=torch.device("cpu"))
     network = step.recorded(prior, once=True)
-    clock = step.Clock(network, step.RecordedKernel(lambda phi: (phi, phi)), prior)
+    kernel = step.RecordedKernel(lambda phi: (phi, phi))
+    clock = step.Clock(network, kernel, prior)
     clock.on_train_start()
     outs = [network(torch.full((rows,), float(i))) for i, rows in enumerate((3, 2, 3, 3, 2))]
     assert [float(out[0]) for out in outs] == [0, 2, 0, 0, 2]
     assert [len(out) for out in outs] == [3, 2, 3, 3, 2]
+    kernel(torch.zeros(4, 7))
     clock.on_train_batch_end()
-    # Each look at the clock takes a second: two calls within the five of the step, three more as long.
-    assert clock.times == [step.Times(step=5 + 3, inside=5, bare=5, kernel=1)]
-    assert (clock.calls, clock.rows) == (5, 13)
+    # A second from look to look at the clock: seven in the step, two in calls, three more calls as long.
+    assert clock.times == [step.Times(step=7 + 3, inside=5, kernel=1, bare=5)]
+    assert (clock.calls, clock.rows, kernel.views) == (5, 13, 4)
     assert len(network.network.seen) == 4
 
 
@@ -221,25 +228,66 @@ def test_every_point_of_the_scaling_is_a_step_of_its_own(pipeline, tmp_path, mon
             scaling(pipeline, tmp_path, wrong)
 
 
-@pytest.mark.parametrize(
-    ("asked", "sizes"), [("[8,16]", [(16, 8)]), ("[3,8,16]", [(16, 8)] * 3), ("null", None)]
-)
-def test_pictures_are_drawn_in_the_size_asked_for_and_gone_afterwards(asked, sizes):
-    config = OmegaConf.create({"modality": {"path": "mine.png"}, "drawn": None})
-    config.merge_with_dotlist([f"drawn={asked}"])
-    with drawn(config):
-        path = Path(config.modality.path)
-        pictures = (
-            [Image.open(f) for f in sorted(path.iterdir() if path.is_dir() else [path])] if sizes else []
-        )
-        assert [picture.size for picture in pictures] == (sizes or [])
-        assert all(np.asarray(picture).std() > 50 for picture in pictures)
-        assert sizes or path == Path("mine.png")
-    assert not path.exists()
+@pytest.mark.parametrize(("asked", "sizes"), [("[8,16]", [(16, 8)]), ("[3,8,16]", [(16, 8)] * 3)])
+def test_pictures_are_drawn_in_the_size_asked_for(asked, sizes, tmp_path):
+    config = OmegaConf.create({"modality": {"path": "mine.png"}, "drawn": None, "dir": str(tmp_path)})
+    draw(config)
+    assert config.modality.path == "mine.png"
     for wrong in ("[8]", "[0,8]", "8x16", "[1,2,3,4]"):
         config.merge_with_dotlist([f"drawn={wrong}"])
-        with pytest.raises(InputError, match=r"drawn must be \[height, width\]"), drawn(config):
-            pass
+        with pytest.raises(InputError, match=r"drawn must be \[height, width\]"):
+            draw(config)
+    config.merge_with_dotlist([f"drawn={asked}"])
+    draw(config)
+    path = Path(config.modality.path)
+    pictures = [Image.open(f) for f in sorted(path.iterdir() if path.is_dir() else [path])]
+    assert [picture.size for picture in pictures] == sizes
+    assert all(np.asarray(picture).std() > 50 for picture in pictures)
+
+
+def test_every_block_of_the_overhead_does_what_its_name_says_and_no_more(pipeline, tmp_path, monkeypatch):
+    done, turns, few = Counter(), [], 2
+    monkeypatch.setattr(overhead, "BLOCK", few)
+    ways = [replace(way, logs=min(way.logs, few)) for way in overhead.WAYS]
+    monkeypatch.setattr(overhead, "WAYS", ways)
+    for owner, name in (
+        (CSDModule, "_require_finite"),
+        (CSDModule, "log_dict"),
+        (overhead.Draw, "normal"),
+        (Csv, "log_metrics"),
+        (Progress, "on_train_batch_end"),
+        (Throughput, "on_train_batch_start"),
+        (LastCheckpoint, "on_train_batch_end"),
+    ):
+        real = getattr(owner, name)
+
+        def counted(*given, real=real, name=f"{owner.__name__}.{name}", **named):
+            done[turns[0].way.name if turns else "", name] += 1
+            return real(*given, **named)
+
+        monkeypatch.setattr(owner, name, counted)
+    of_turns = overhead.Turns.__init__
+    monkeypatch.setattr(overhead.Turns, "__init__", lambda self, *a: of_turns(self, *a) or turns.append(self))
+    own = [f"prior.path={pipeline}", "drawn=[32,32]", f"json={tmp_path / 'overhead.json'}"]
+    found = bench.bench("overhead", [*own, "warmup=0", "repeats=1"])
+    assert json.loads((tmp_path / "overhead.json").read_text()) == found
+    names = [way["name"] for way in found["ways"]]
+    every, last, callbacks, everything = names[3:7]
+    for name, expected in {
+        "CSDModule._require_finite": {"finite checks": few, everything: few},
+        "Draw.normal": {"counted draws": few, everything: few},
+        "CSDModule.log_dict": {every: 2 * few, last: 2 * few, everything: 3 * few},
+        "Csv.log_metrics": {every: few, last: 1, everything: few},
+        "Throughput.on_train_batch_start": {callbacks: few, everything: few},
+        "LastCheckpoint.on_train_batch_end": {callbacks: few, everything: few},
+        "Progress.on_train_batch_end": {callbacks: few, everything: few},
+    }.items():
+        assert {way: n for (way, what), n in done.items() if what == name and way in names[1:7]} == expected
+    assert (found["rows"], found["callbacks"][0], found["loggers"]) == (5, "checkpoint", ["csv"])
+    bare = found["ways"][0]["blocks"]
+    for way in found["ways"]:
+        assert way["seconds"] == way["blocks"][0] > 0
+        assert way["over"] == pytest.approx(way["blocks"][0] / bare[0] - 1)
 
 
 @pytest.mark.soak

@@ -1,25 +1,27 @@
-"""`csd-bench`: what a step costs beyond the network, against another code, at which size, in what memory."""
+"""`csd-bench`: what a step costs beyond the network and the bare step, beside another code, at which size."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from csd_exp.bench.noise import drawn
+from csd_exp.bench.noise import draw
 from csd_exp.build import silence_lightning
-from csd_exp.config import RunConfig, check, composed
+from csd_exp.config import RunConfig, check, composed, literal
 from csd_exp.errors import InputError
 
-USAGE = """csd-bench [step | peer | scaling | memory] [KEY=VALUE ...]
+USAGE = """csd-bench [step | peer | scaling | overhead | memory] [KEY=VALUE ...]
 
-step    Times whole optimisation steps and, in turn, the bare network on the same rows.
-peer    Times them beside a straightforward step, as the public code takes it, and tells why it is slower.
-scaling Times them against particles, width, frames and processes, `scaling.AXIS=[...]`; writes a plot, too.
-memory  What a prior's weights and its rows take of memory at every precision; nothing is loaded or allocated.
+step     Times whole optimisation steps and, in turn, the bare network on the same rows.
+peer     Times them beside a straightforward step, as the public code takes it, and tells why it is slower.
+scaling  Times them against particles, width, frames and processes, `scaling.AXIS=[...]`; writes a plot, too.
+overhead What finite checks, draws, logs and callbacks cost, each against the bare step of the same run.
+memory   What a prior's weights and its rows take of memory at every precision; nothing is allocated.
 
 Each prints and writes a table.
 
@@ -34,8 +36,14 @@ Each prints and writes a table.
 KEY is any of csd's, or one of the benchmark's:
 
 """
-# And what each has where no preset is given.
-COMMANDS: dict[str, list[str]] = {"step": [], "peer": ["preset=official"], "scaling": [], "memory": []}
+# And what each has where nothing else is given.
+COMMANDS: dict[str, list[str]] = {
+    "step": [],
+    "peer": ["preset=official"],
+    "scaling": [],
+    "overhead": ["callbacks=default", "logger=csv", "warmup=1", "repeats=5"],
+    "memory": [],
+}
 EXTRAPOLATED = ("step", "scaling")
 OWN = ["warmup", "repeats", "json", "drawn", "extrapolate", "scaling"]
 
@@ -84,7 +92,8 @@ def bench(command: str, overrides: Sequence[str]) -> Any:
     """
     if command not in COMMANDS:
         raise InputError(f"csd-bench {command} is no benchmark; accepted are {', '.join(COMMANDS)}.")
-    own = [] if any(override.startswith("preset=") for override in overrides) else COMMANDS[command]
+    given = {override.partition("=")[0] for override in overrides}
+    own = [override for override in COMMANDS[command] if override.partition("=")[0] not in given]
     config = composed([*own, *overrides, f"command={command}"], "bench")
     if config.warmup < 0 or config.repeats < 1:
         raise InputError(
@@ -92,6 +101,8 @@ def bench(command: str, overrides: Sequence[str]) -> Any:
         )
     if config.extrapolate and command not in EXTRAPOLATED:
         raise InputError(f"extrapolate is for csd-bench {' and '.join(EXTRAPOLATED)}, not for {command}.")
-    with drawn(config):
+    with TemporaryDirectory() as folder:
+        config.dir = literal(folder)  # where callbacks would write
+        draw(config)
         check(config)
         return import_module(f"csd_exp.bench.{command}").bench(config)

@@ -116,13 +116,13 @@ def _print(found: dict[str, Any]) -> None:
     machine = known[0]["device"] if known else ""
     how = ", extrapolated from one network call" * any(point["extrapolated"] for point in known)
     table = Table(title=f"a step, {machine}{how}", title_justify="left")
-    for column in ("axis", "at", "rows", "step ms", "network", "at peak", "kernel", "rest", "GiB"):
+    for column in ("axis", "at", "rows", "step, ms", "network", "at peak", "kernel", "rest", "GiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for point in found["points"]:
         if "failed" in point:
             table.add_row(point["axis"], str(point["at"]), "failed")
             continue
-        times = [f"{point[key] * 1e3:.1f}" for key in ("step_seconds", "inside_seconds", "limit_seconds")]
+        times = [_shown(point[key]) for key in ("step_seconds", "inside_seconds", "limit_seconds")]
         shares = [f"{point[key] / point['step_seconds']:.2%}" for key in ("kernel_seconds", "rest_seconds")]
         rows, memory = str(point["rows"]), f"{point['peak_memory_gib']:.2f}"
         table.add_row(point["axis"], str(point["at"]), rows, *times, *shares, memory)
@@ -130,6 +130,10 @@ def _print(found: dict[str, Any]) -> None:
     for point in found["points"]:
         if "failed" in point:
             print(f"{point['axis']} {point['at']} failed: {point['failed']}")
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}" if seconds < 100 else f"{seconds:.0f} s"
 
 
 def _plot(found: dict[str, Any], file: Path) -> None:

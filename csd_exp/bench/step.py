@@ -1,8 +1,8 @@
 """What a step of CSD-Edit costs beyond the network itself, and beside what the machine could do.
 
-Every step of a Lightning run is timed whole and, within it, its network calls; right after it the bare
-network and the bare kernel on inputs that the step gave them, so that all meet the same machine. Medians over
-the steps are compared, and medians of what is left of each step by itself.
+Every step of a Lightning run is timed whole and, within it, its network calls and the kernel; right after it
+the bare network on inputs that the step gave it, so that both meet the same machine. Medians over the steps
+are compared, and medians of what is left of each step by itself.
 
 Where it is extrapolated, of a step's calls of equally many rows the first alone is made, and its output is
 that of the others, which count as if they had taken as long: so a step of many rows takes little longer than
@@ -49,8 +49,8 @@ class Cost:
 
     rows: network rows of a step, the filling of compiled calls included; calls: that they went through the
     network in. views: of a step. step_seconds: a whole step. inside_seconds: the network within it.
-    network_seconds: the bare network on as many rows, in the same calls. kernel_seconds: the kernel on the
-    same views. rest_seconds: of a step, what neither the network within it takes nor the kernel.
+    network_seconds: the bare network on as many rows, in the same calls. kernel_seconds: the kernel and its
+    repulsion within the step. rest_seconds: of a step, what neither network nor kernel takes within it.
     share: of a step, all but the network within it. ratio: step over bare network. extrapolated: whether the
     network's times, as parts of a step too, are those of one call of each number of rows times their number.
     rows_per_second: of the whole step. peak_memory_gib: of the process so far, allocated on CUDA, resident
@@ -108,7 +108,7 @@ def measured(config: DictConfig) -> Cost:
     clock = Clock(network, kernel, prior)
     trainer = fitted(config, module, clock)
     times = clock.times[warm:]
-    step, inside, bare, pairs = (median(t) for t in zip(*times, strict=True))
+    step, inside, pairs, bare = (median(t) for t in zip(*times, strict=True))
     flops, peak = row_flops(prior, network.network, clock.call), peak_flops(prior)
     return Cost(
         rows=clock.rows,
@@ -137,11 +137,11 @@ def measured(config: DictConfig) -> Cost:
     )
 
 
-def built(config: DictConfig) -> CSDModule:
-    """The module of a configuration, whose steps are `warmup` and `repeats`."""
+def built(config: DictConfig, steps: int | None = None) -> CSDModule:
+    """The module of a configuration, whose steps are `warmup` and `repeats` where they are not given."""
     if "sampler" in config.method:
         raise InputError("method must be one that optimises; csd-bench measures steps of csd, not of DDIM.")
-    config.steps = config.warmup + config.repeats
+    config.steps = config.warmup + config.repeats if steps is None else steps
     prior = constructed(config.prior)
     if not prior.networks:
         raise InputError("prior must have a network to compare with, as every latent diffusion model has.")
@@ -150,10 +150,10 @@ def built(config: DictConfig) -> CSDModule:
     return module
 
 
-def fitted(config: DictConfig, module: CSDModule, clock: L.Callback) -> L.Trainer:
-    """Take the steps of a configuration under a clock, with nothing else of a run around them."""
+def fitted(config: DictConfig, module: CSDModule, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
+    """Take the steps of a configuration under a clock, with no more of a run around them than is given."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = constructed(config.trainer, callbacks=[clock], **quiet)
+    trainer = constructed(config.trainer, callbacks=list(callbacks), **quiet | settings)
     trainer.fit(module, range(config.steps))
     part()
     return trainer
@@ -252,37 +252,35 @@ class Recorded(nn.Module):
 
 
 class RecordedKernel:
-    """A kernel that remembers what it saw, to see it again; else it is the kernel itself."""
+    """A kernel that is timed where it is called; else it is the kernel itself. views: that it saw last."""
 
     def __init__(self, kernel: Any):
         self.kernel = kernel
         self.views = 0
-        self.seen: list[Tensor] = []
+        self.spans: list[tuple[Any, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.kernel, name)
 
     def __call__(self, phi: Tensor) -> tuple[Tensor, Tensor]:
-        self.seen.append(phi)
-        return self.kernel(phi)
+        start, self.views = mark(phi.device), len(phi)
+        out = self.kernel(phi)
+        self.spans.append((start, mark(phi.device)))
+        return out
 
-    @torch.no_grad()
-    def replay(self) -> None:
-        """What a step does with the kernel: K, its repulsion, and the product with residuals."""
-        seen, self.seen = self.seen, []
-        for phi in seen:
-            k, repulsion = self.kernel(phi)
-            _ = k @ phi + repulsion
-            self.views = len(phi)
+    def taken(self) -> list[tuple[Any, Any]]:
+        """From when to when it went since this was asked last."""
+        spans, self.spans = self.spans, []
+        return spans
 
 
 class Times(NamedTuple):
-    """Seconds of a whole step, the loop around it included, of the network within it; of both parts bare."""
+    """Seconds of a whole step with the loop around it, of network and kernel in it, of the bare network."""
 
     step: float
     inside: float
-    bare: float
     kernel: float
+    bare: float
 
 
 class Clock(L.Callback):
@@ -295,7 +293,7 @@ class Clock(L.Callback):
 
     def on_train_start(self, *_) -> None:
         self.network.taken()
-        self.kernel.seen = []
+        self.kernel.taken()
         self._start = now(self.prior)
 
     def on_train_batch_end(self, *_) -> None:
@@ -304,8 +302,8 @@ class Clock(L.Callback):
         inside = sum(c.inside for c in calls)
         step += sum(c.inside * (1 - 1 / c.of_all) for c in calls)  # what was not called
         bare = sum(c.of_all * seconds(self.prior, partial(self.network.replay, c)) for c in calls)
-        pairs = seconds(self.prior, self.kernel.replay)
-        self.times.append(Times(step, inside, bare, pairs))
+        kernel = sum(elapsed(*span) for span in self.kernel.taken())
+        self.times.append(Times(step, inside, kernel, bare))
         self.calls, self.rows = sum(c.count for c in calls), sum(c.count * c.rows for c in calls)
         self.call = calls[-1]
         self._start = now(self.prior)
