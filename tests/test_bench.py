@@ -87,6 +87,20 @@ def test_one_call_of_each_number_of_rows_stands_for_all(ticking):
     assert len(network.network.seen) == 4
 
 
+def test_the_peak_is_of_as_many_products_as_were_waited_for(ticking, monkeypatch):
+    prior = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    assert step.peak_flops(prior) == 2 * 64**3  # in a second of the clock
+    assert step.precision(prior) == "float32"
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=False))
+    assert step.precision(on_gpu) == "float32, TF32 in convolutions"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert step.precision(on_gpu) == "float32, TF32 in convolutions and products"
+    on_gpu.dtype = torch.bfloat16
+    assert step.precision(on_gpu) == "bfloat16"
+
+
 def test_an_extrapolated_step_begins_at_noise_and_calls_the_network_once(pipeline, tmp_path, monkeypatch):
     rows, encoded = [], []
     monkeypatch.setattr(InstructPix2Pix, "unscaled", lambda *_: encoded.append(1))

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from csd_exp.bench.step import built, fitted, machine, now, write
+from csd_exp.bench.step import built, fitted, machine, now, precision, write
 from csd_exp.build import constructed
 from csd_exp.callbacks import Interruption
 from csd_exp.module import CSDModule
@@ -88,7 +88,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
         "loggers": sorted(config.logger or {}),
         "callbacks": sorted(config.callbacks or {}),
         "device": machine(prior.device),
-        "dtype": str(prior.dtype).removeprefix("torch."),
+        "dtype": precision(prior),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -40,7 +40,9 @@ from csd_exp.particles.panorama import Panorama
 from csd_exp.priors import Prior
 from csd_exp.ranks import part
 
-SIDE = 2048  # of the matrices whose product shows what the machine can do
+# Sides of the matrices whose product shows what the machine can do, and how many of them between two waits: a
+# GPU is done with a small one before it has begun to be busy.
+SIDE, GPU_SIDE, GPU_PRODUCTS = 2048, 8192, 10
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Cost:
     share: of a step, all but the network within it. ratio: step over bare network. extrapolated: whether the
     network's times, as parts of a step too, are those of one call of each number of rows times their number.
     rows_per_second: of the whole step. peak_memory_gib: of the process so far, allocated on CUDA, resident
-    in RAM otherwise. row_flops: of one row. peak_flops: a second, of a product of matrices of side 2048 in
-    the network's precision. limit_seconds: the rows' operations at that rate.
+    in RAM otherwise. row_flops: of one row. peak_flops: a second, of a product of large matrices in the
+    network's precision. limit_seconds: the rows' operations at that rate.
     """
 
     rows: int
@@ -130,7 +132,7 @@ def measured(config: DictConfig) -> Cost:
         limit_seconds=clock.rows * flops / peak,
         repeats=config.repeats,
         device=machine(prior.device),
-        dtype=str(getattr(prior, "dtype", torch.float32)).removeprefix("torch."),
+        dtype=precision(prior),
         parameters=sum(p.numel() for p in network.parameters()),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -326,10 +328,40 @@ def row_flops(prior: Prior, network: nn.Module, call: Call) -> float:
 
 @torch.no_grad()
 def peak_flops(prior: Any, repeats: int = 5) -> float:
-    """Floating-point operations a second of a product of square matrices, the best of a few."""
-    dtype = getattr(prior, "dtype", torch.float32)
-    a, b = torch.randn(2, SIDE, SIDE).to(prior.device, dtype)
-    return 2 * SIDE**3 / min(seconds(prior, lambda: a @ b) for _ in range(repeats))
+    """Floating-point operations a second of a product of square matrices, the best of a few.
+
+    Of float32 on a GPU by TF32 where any operation of a network may use it.
+    """
+    gpu = prior.device.type == "cuda"
+    side, products = (GPU_SIDE, GPU_PRODUCTS) if gpu else (SIDE, 1)
+    a, b = torch.randn(2, side, side).to(prior.device, getattr(prior, "dtype", torch.float32))
+
+    def multiplied() -> None:
+        for _ in range(products):
+            torch.mm(a, b)
+
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = bool(_tf32(prior))
+    try:
+        return products * 2 * side**3 / min(seconds(prior, multiplied) for _ in range(repeats))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def precision(prior: Any) -> str:
+    """What a network is held in, and of float32 on a GPU which of its operations use TF32."""
+    dtype, tf32 = str(getattr(prior, "dtype", torch.float32)).removeprefix("torch."), _tf32(prior)
+    return f"{dtype}, TF32 in {' and '.join(tf32)}" if tf32 else dtype
+
+
+def _tf32(prior: Any) -> list[str]:
+    if prior.device.type != "cuda" or getattr(prior, "dtype", torch.float32) != torch.float32:
+        return []
+    used = {
+        "convolutions": torch.backends.cudnn.allow_tf32,
+        "products": torch.backends.cuda.matmul.allow_tf32,
+    }
+    return [name for name, allowed in used.items() if allowed]
 
 
 def seconds(prior: Prior, call: Callable[[], Any]) -> float:
