@@ -181,17 +181,20 @@ def test_an_estimate_does_not_depend_on_the_chunks(folder, chunk):
     torch.testing.assert_close(backwards, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_a_compiled_network_sees_one_shape_only_and_says_the_same(folder):
+def test_a_compiled_network_sees_four_shapes_at_most_and_says_the_same(folder):
     plain = InstructPix2Pix(folder())
     condition, x_t = plain.condition(image())[0], latent()
     expected = guided(plain, x_t, [plain.guidance(PROMPT, condition)])
-    prior = InstructPix2Pix(folder(), compile=True, row_chunk=2)
+    prior = InstructPix2Pix(folder(), compile=True, row_chunk=8)
     assert prior.unet._compiled_call_impl is not None
     shapes = []
     prior.unet.conv_in.register_forward_hook(lambda _, inputs, __: shapes.append(len(inputs[0])))
     with torch.compiler.set_stance("force_eager"):
         out = guided(prior, x_t, [prior.guidance(PROMPT, condition)])
-    assert shapes == [2, 2]
+    assert shapes == [4]
+    assert [prior.filled(n) for n in range(1, 10)] == [2, 2, 4, 4, 6, 6, 8, 8, 9]
+    prior.row_chunk = 10
+    assert {prior.filled(n) for n in range(1, 11)} == {3, 6, 9, 10}
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 

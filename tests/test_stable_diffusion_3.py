@@ -202,7 +202,7 @@ def test_a_compiled_network_is_filled_up_by_blocks(folder, held, monkeypatch):
     query = Query(latent(16), T, [prior.guidance(PROMPT, prior.condition(picture())[0])])
     (expected,) = predict(prior, [query])
     monkeypatch.setattr(prior, "_fill", True)
-    monkeypatch.setattr(prior, "row_chunk", 4)
+    monkeypatch.setattr(prior, "row_chunk", 8)
     hook = prior.transformer.pos_embed.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
     torch.testing.assert_close(predict(prior, [query])[0], expected, rtol=1e-5, atol=1e-5)
     hook.remove()

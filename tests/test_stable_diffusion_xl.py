@@ -225,12 +225,12 @@ def test_a_compiled_network_is_filled_up_and_says_the_same(held, monkeypatch):
     query = Query(latent(), T, [prior.placed(guidance, (8, 8, 0, 0))])
     (expected,) = predict(prior, [query])
     monkeypatch.setattr(prior, "_fill", True)
-    monkeypatch.setattr(prior, "row_chunk", 2)
+    monkeypatch.setattr(prior, "row_chunk", 8)
     rows = []
     hook = prior.unet.conv_in.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
     torch.testing.assert_close(predict(prior, [query])[0], expected, rtol=1e-5, atol=1e-5)
     hook.remove()
-    assert rows == [2, 2]
+    assert rows == [4]
 
 
 def test_a_folder_of_another_family_is_refused_with_its_name(folder, tmp_path):

@@ -33,7 +33,7 @@ from csd_exp.errors import InputError
 from csd_exp.module import CSDModule
 from csd_exp.particles.images import WholePictures
 from csd_exp.particles.panorama import Panorama
-from csd_exp.priors.base import Cond
+from csd_exp.priors.base import Cond, evenly
 from csd_exp.schedules import Draw, Level
 
 WAYS = {
@@ -182,7 +182,7 @@ class Straightforward:
             estimates = torch.cat(
                 [
                     self._network(rows[at : at + chunk], conds[at : at + chunk], t)
-                    for chunk in [self.module.prior.row_chunk]
+                    for chunk in [evenly(len(rows), self.module.prior.row_chunk)]
                     for at in range(0, len(rows), chunk)
                 ]
             )

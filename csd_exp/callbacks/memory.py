@@ -10,7 +10,7 @@ import torch
 
 from csd_exp.errors import InputError, notice
 from csd_exp.module import ParticleModule
-from csd_exp.priors.base import placed
+from csd_exp.priors.base import evenly, placed
 from csd_exp.schedules import Draw
 
 GIB = 2**30
@@ -82,7 +82,8 @@ class Memory(L.Callback):
         factor = module.prior.views.factor if particles.space == "pixel" else 1
         self.view = tuple(side // factor for side in sides)
         most = max(len(prompts) for prompts in particles.prompts(chosen))
-        self.rows = min(module.prior.row_chunk, self.views * QUERIES * (GUIDED + most))
+        prior: Any = module.prior
+        self.rows = prior.filled(min(prior.row_chunk, self.views * QUERIES * (GUIDED + most)))
 
     @property
     def _kind(self) -> str:
@@ -97,11 +98,12 @@ class Memory(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: ParticleModule, *_) -> None:
         if self._before is None:
             return
+        prior: Any = module.prior
         allocated, rows = self._before
-        at_once = min(module.rows - rows, module.prior.row_chunk)
-        if at_once > 0:
+        if module.rows > rows:
+            at_once = prior.filled(evenly(module.rows - rows, prior.row_chunk))
             taken = torch.cuda.max_memory_allocated(self.device) - allocated
-            self.memory.remember(cast(Any, module.prior), self.view, self._kind, -(-taken // at_once))
+            self.memory.remember(prior, self.view, self._kind, -(-taken // at_once))
 
     def _measurable(self, module: ParticleModule) -> bool:
         """Whether a GPU evaluates rows, and nothing else that takes much, whose size is not known yet."""

@@ -204,9 +204,9 @@ def predict(prior: Prior | Learner, queries: Sequence[Query]) -> list[Tensor]:
 
     Weights of one (query, view, conditioning) are summed before rows are built and rows of weight 0 are
     dropped, so a CSD-Edit view costs 5 rows, not 6 (4, 3 or 2 where guidance scales coincide). Rows go
-    through the network `prior.row_chunk` at a time; a view's estimate does not depend on the chunks. Where
-    memory is short for as many, `row_chunk` is halved for good, which each process does by itself. Of a
-    learner only noise can be asked.
+    through the network in calls of equally many, `prior.row_chunk` at most; a view's estimate does not depend
+    on them. Where memory is short for as many, `row_chunk` is halved for good, which each process does by
+    itself. Of a learner only noise can be asked.
     Raises InputError where not even one row fits.
     """
     out = [torch.zeros_like(query.x_t) for query in queries]
@@ -219,7 +219,8 @@ def predict(prior: Prior | Learner, queries: Sequence[Query]) -> list[Tensor]:
             for cond, weight in _merged(guidance)
         ]
         while rows:
-            chunk, rest = rows[: prior.row_chunk], rows[prior.row_chunk :]
+            size = evenly(len(rows), prior.row_chunk)
+            chunk, rest = rows[:size], rows[size:]
             estimate = getattr(prior, "clean" if clean else "eps")
             estimates = _estimated(estimate, queries, chunk)
             if isinstance(estimates, str):
@@ -229,6 +230,11 @@ def predict(prior: Prior | Learner, queries: Sequence[Query]) -> list[Tensor]:
                 out[q][view] += weight * row
             rows = rest
     return out
+
+
+def evenly(rows: int, most: int) -> int:
+    """How many rows each of the fewest calls of at most so many has: 20 by 16 are 10 and 10, not 16 and 4."""
+    return -(-rows // -(-rows // most))
 
 
 def _estimated(

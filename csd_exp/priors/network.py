@@ -43,7 +43,8 @@ class NetworkPrior(Prior):
         device, float64 where caller and weights are.
     device: null, the Trainer's; `cpu`, `cuda` (of this rank) or `cuda:N`.
     row_chunk: most rows per network call. channels_last: memory format of the convolutions.
-    compile: torch.compile the network; every call is then filled up to row_chunk rows.
+    compile: torch.compile the network; a call is then filled up to whole quarters of row_chunk, as every
+        number of rows is compiled by itself.
     offload: whether the denoiser's layers stay in RAM and are brought to the device one by one, by diffusers'
         group offloading; slower, and for weights that the device cannot hold.
     lora, lora_scale: a LoRA's .safetensors file, and the weight of what it adds; fused into the weights, so
@@ -256,13 +257,18 @@ class NetworkPrior(Prior):
         if not self._arrived:
             self._arrive()
         n = len(x)
+        more = self.filled(n) - n
         seen, t = self.seen(x, conds), t.to(self.device)
-        if self._fill and n < self.row_chunk:
-            more = self.row_chunk - n
+        if more:
             seen, t = (torch.cat([rows, rows[-1:].expand(more, *rows.shape[1:])]) for rows in (seen, t))
             conds = [*conds, *[conds[-1]] * more]
         out = self.network(self.held(seen), t, conds)
         return self.returned(out[:n], x)
+
+    def filled(self, n: int) -> int:
+        """How many rows go through the network in a call of n: those of compiled calls are of few numbers."""
+        quarter = -(-self.row_chunk // 4)
+        return max(n, min(-(-n // quarter) * quarter, self.row_chunk)) if self._fill else n
 
     def _arrive(self) -> None:
         for name, network in self.networks.items():
