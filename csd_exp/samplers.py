@@ -335,7 +335,10 @@ class SamplingModule(ParticleModule):
         self.late.settle()
         self.x_t = x_t
         self._show(x_0)
-        self.log_dict({"step/timestep": float(level.t), "step/rows": float(self.rows)})
+        logged = {"step/timestep": float(level.t), "step/rows": float(self.rows)}
+        self.log_dict(
+            {name: torch.tensor(value) for name, value in logged.items()}
+        )  # a GPU waits for numbers
         draw = Draw(self.seed, self.global_step)
         # Lightning counts its steps by the optimizer's.
         cast(LightningOptimizer, self.optimizers()).step()

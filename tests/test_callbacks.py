@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from csd_exp import devices
 from csd_exp.callbacks import (
     LastCheckpoint,
     Media,
@@ -27,10 +28,10 @@ from csd_exp.callbacks import (
     Provenance,
     Throughput,
     provenance,
-    throughput,
 )
 from csd_exp.callbacks.steps import Steps
 from csd_exp.callbacks.throughput import peak_memory
+from csd_exp.devices import Late
 from csd_exp.errors import InputError
 from csd_exp.images import to_uint8
 from csd_exp.loggers import Csv, Wandb
@@ -194,24 +195,30 @@ def test_making_a_wandb_logger_makes_no_folder(run):
     assert not run.exists()
 
 
-def test_throughput_counts_rows_over_the_time_of_the_step_alone(panorama, fit, run, monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_throughput_counts_rows_over_the_time_of_the_step_alone(panorama, fit, run, monkeypatch, late):
     now = [0.0]
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Late, "applies", staticmethod(lambda device: late))
 
     class Slow(L.Callback):
-        """A step of a quarter of a second, and half a second of other work after it."""
+        """Steps of a quarter, a half, one second, and half a second of other work after each."""
 
-        def on_before_optimizer_step(self, *_):
-            now[0] += 0.25
+        def on_before_optimizer_step(self, trainer, *_):
+            now[0] += 0.25 * 2**trainer.global_step
 
         def on_train_batch_start(self, *_):
             now[0] += 0.5
 
     fit(panorama(), 3, logger=Csv(run), callbacks=[Slow(), Throughput()], log_every_n_steps=1)
-    for row in rows(run / "metrics.csv"):
+    logged = rows(run / "metrics.csv")
+    # A GPU's step is logged with the next.
+    speeds = ["", "4.0", "2.0"] if late else ["4.0", "2.0", "1.0"]
+    assert [row["step/steps_per_second"] for row in logged] == speeds
+    for row in logged[late:]:
         # Four windows, five rows each.
-        assert float(row["step/rows_per_second"]) == pytest.approx(4 * 5 / 0.25)
-        assert float(row["step/steps_per_second"]) == pytest.approx(4)
+        speed = float(row["step/steps_per_second"])
+        assert float(row["step/rows_per_second"]) == pytest.approx(4 * 5 * speed)
         assert float(row["step/memory_gib"]) == pytest.approx(
             peak_memory(torch.device("cpu")) / 2**30, rel=0.2
         )

@@ -5,11 +5,12 @@
 
 import resource
 import sys
-import time
+from typing import Any
 
 import lightning as L
 import torch
 
+from csd_exp.devices import Late, elapsed, mark
 from csd_exp.module import ParticleModule
 
 
@@ -19,14 +20,23 @@ class Throughput(L.Callback):
     `step/rows_per_second`: network rows of all ranks together, padding included.
     `step/steps_per_second`.
     `step/memory_gib`: the peak so far of this process, allocated on CUDA, resident in RAM otherwise.
+
+    A GPU is not waited for: it notes by itself when it begins and ends a step, and at each step the speed of
+    the one before is logged.
     """
 
+    _last: tuple[Any, Any, int] | None = None
+
     def on_train_batch_start(self, trainer: L.Trainer, module: ParticleModule, *_) -> None:
-        self._start, self._rows = time.perf_counter(), module.rows
+        self._start, self._rows = mark(module.device), module.rows
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ParticleModule, *_) -> None:
-        steps_per_second = 1 / (time.perf_counter() - self._start)
-        rows = (module.rows - self._rows) * trainer.world_size
+        step = self._start, mark(module.device), (module.rows - self._rows) * trainer.world_size
+        known, self._last = self._last if Late.applies(module.device) else step, step
+        if known is None:
+            return
+        start, end, rows = known
+        steps_per_second = 1 / elapsed(start, end)
         logged = {
             "step/rows_per_second": rows * steps_per_second,
             "step/steps_per_second": steps_per_second,
