@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers_folder import save_3, save_control, save_flux, save_pipeline, save_wan, save_xl
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from csd_exp import bench, errors, methods
@@ -234,6 +235,50 @@ def test_weights_that_do_not_fit_are_refused_with_the_keys_to_change(begun):
     with pytest.raises(InputError, match=r"give another GPU by prior\.device\."):
         begun(1000, dtype="bfloat16", offload=True)
     begun(1000, torch.device("cpu"))  # where they are already
+
+
+def test_a_text_encoder_that_does_not_fit_is_refused_though_the_rest_is_offloaded(begun, monkeypatch):
+    _, trainer, module = begun(2**40, offload=True)
+    module.prior.encoders["text_encoder_2"] = nn.Linear(2**10, 2**10)
+    together = memory.held(module.prior.vae) + 4 * (2**20 + 2**10)
+    monkeypatch.setattr(memory, "available", lambda _: together)
+    Memory().setup(trainer, module, "fit")
+    monkeypatch.setattr(memory, "available", lambda _: together - 1)
+    with pytest.raises(InputError) as e:
+        Memory().setup(trainer, module, "fit")
+    assert str(e.value) == (
+        "The largest text encoder of the prior and its autoencoder, while a text is read, take 0.0 GiB and "
+        "cuda:0 has 0.0 GiB free; give prior.dtype=bfloat16 or another GPU by prior.device."
+    )
+
+
+class Moved(nn.Module):
+    """A text encoder that notes where it was asked, beside which others."""
+
+    def __init__(self, among):
+        super().__init__()
+        self.where, self.seen, self.among = "cpu", [], among
+        among.append(self)
+
+    def to(self, device):
+        self.where = str(device)
+
+    def forward(self, prompt):
+        self.seen.append([encoder.where for encoder in self.among])
+        if not prompt:
+            raise RuntimeError("no memory")
+
+
+def test_text_encoders_are_on_the_device_one_after_the_other_whatever_happens(monkeypatch):
+    prior, encoders = InstructPix2Pix(), []
+    prior.device, prior.encoders = GPU, {"a": Moved(encoders), "b": Moved(encoders)}
+    monkeypatch.setattr(prior, "embed", lambda prompt: [encoder(prompt) for encoder in encoders])
+    prior.embedding("x")
+    assert [encoder.seen for encoder in encoders] == [[["cuda:0", "cpu"]], [["cpu", "cuda:0"]]]
+    with pytest.raises(RuntimeError, match="no memory"):
+        prior.embedding("")
+    assert [encoder.where for encoder in encoders] == ["cpu", "cpu"]
+    assert not any(encoder._forward_hooks or encoder._forward_pre_hooks for encoder in encoders)
 
 
 def test_rows_that_may_not_fit_are_said_with_the_chunk_that_does(begun, capsys):

@@ -21,7 +21,8 @@ GUIDED = 2  # rows of a query beside one for each of its prompts
 class Memory(L.Callback):
     """Estimates, on every process, what the prior takes of its device: weights, rows, the encoder's graph.
 
-    Raises InputError before anything is moved where a GPU cannot hold the weights; says before the first step
+    Raises InputError before anything is moved where a GPU cannot hold the weights, or a text encoder, which
+    comes whole whatever `prior.offload` says; says before the first step
     that the rest may not fit, and which key to change. What a row takes is counted once for a prior, a view,
     a precision and a device, see `csd_exp.priors.memory`, and measured on a GPU in the second step of the
     first such run, from which on the peak of the device is counted anew.
@@ -41,10 +42,16 @@ class Memory(L.Callback):
         self.free, self.weights = memory.available(self.device), memory.weights(prior)
         if self.device.type == "cpu":
             self.weights = 0  # of what is free, they have their part
-        elif self.free is not None and self.weights > self.free:
+        elif self.free is not None:
+            self._check("The weights of the prior take", self.weights, _lighter(prior))
+            alone = "The largest text encoder of the prior and its autoencoder, while a text is read, take"
+            self._check(alone, memory.texts(prior), _lighter(prior, offloads=False))
+
+    def _check(self, what: str, size: int, lighter: str) -> None:
+        """Raise InputError for what the device cannot hold."""
+        if self.free is not None and size > self.free:
             raise InputError(
-                f"The weights of the prior take {_gib(self.weights)} and {self.device} has "
-                f"{_gib(self.free)} free; give {_lighter(prior)}."
+                f"{what} {_gib(size)} and {self.device} has {_gib(self.free)} free; give {lighter}."
             )
 
     def on_train_start(self, trainer: L.Trainer, module: ParticleModule) -> None:
@@ -112,10 +119,10 @@ class Memory(L.Callback):
         return not self.memory.row(cast(Any, module.prior), self.view, self._kind).measured
 
 
-def _lighter(prior: Any) -> str:
-    """The keys that make a prior take less."""
+def _lighter(prior: Any, offloads: bool = True) -> str:
+    """The keys that make a prior take less. offloads: whether what does not fit can stay in RAM."""
     keys = ["prior.dtype=bfloat16"] if prior.dtype == torch.float32 else []
-    if not prior.offload:
+    if offloads and not prior.offload:
         keys.append("prior.offload=true")
     return " or ".join([*keys, "another GPU by prior.device"])
 

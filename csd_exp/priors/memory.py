@@ -49,6 +49,12 @@ def weights(prior: NetworkPrior) -> int:
     )
 
 
+def texts(prior: NetworkPrior) -> int:
+    """Bytes on the prior's device while its first text is embedded: an encoder, beside the autoencoder."""
+    beside = [held(network) for name, network in prior.networks.items() if name == "vae"]
+    return sum(beside) + max((held(encoder) for encoder in prior.encoders.values()), default=0)
+
+
 def held(network: nn.Module) -> int:
     """Bytes of a network's weights and buffers."""
     return sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))

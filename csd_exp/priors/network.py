@@ -3,7 +3,8 @@
 import hashlib
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -158,7 +159,7 @@ class NetworkPrior(Prior):
     def keep(self, networks: dict[str, Any], encoders: dict[str, Any]) -> None:
         """Freeze the networks in `dtype`; those that convolve in the memory format asked for.
 
-        encoders: of texts, which are on the device only while a new text is embedded.
+        encoders: of texts, one of which is on the device while a new text is embedded.
         """
         self.networks, self.encoders = networks, encoders
         if self.lora is not None:
@@ -237,12 +238,25 @@ class NetworkPrior(Prior):
     def embedding(self, prompt: str) -> Cond:
         """What the text encoders make of a prompt, as diffusers' pipelines do; once for each string."""
         if prompt not in self._embeddings:
-            for encoder in self.encoders.values():
-                encoder.to(self.device)
-            self._embeddings[prompt] = self.embed(prompt)
-            for encoder in self.encoders.values():
-                encoder.to("cpu")
+            with self._in_turn():
+                self._embeddings[prompt] = self.embed(prompt)
         return self._embeddings[prompt]
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Within it each text encoder is on the device only while it is asked."""
+
+        def come(encoder: nn.Module, _: Any) -> None:
+            encoder.to(self.device)
+
+        def go(encoder: nn.Module, *_: Any) -> None:
+            encoder.to("cpu")
+
+        with ExitStack() as hooks:
+            for encoder in self.encoders.values():
+                hooks.enter_context(encoder.register_forward_pre_hook(come))
+                hooks.enter_context(encoder.register_forward_hook(go, always_call=True))
+            yield
 
     @abstractmethod
     def embed(self, prompt: str) -> Cond:
