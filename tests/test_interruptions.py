@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import distributed
 
 import csd_exp
 from csd_exp.callbacks import Interruption, Media
@@ -252,3 +253,31 @@ def test_a_signal_whose_exception_python_drops_comes_again(where: str) -> None:
     assert said == ["gone on"]
     assert watched() is None
     assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_ranks_agree_on_the_end_from_host_to_host(backend: str, monkeypatch) -> None:
+    asked, made, others = [], [], [0]
+
+    def all_reduce(answer, op, group):
+        asked.append((answer.device.type, op, group))
+        answer.fill_(max(int(answer), *others))
+
+    there = {
+        "is_initialized": lambda: True,
+        "get_world_size": lambda: 2,
+        "get_backend": lambda group: backend,
+    }
+    for name, fake in (there | {"all_reduce": all_reduce}).items():
+        monkeypatch.setattr(distributed, name, fake)
+    monkeypatch.setattr(distributed, "new_group", lambda backend: made.append(backend) or "hosts")
+    callback = Interruption()
+    for own, other, agreed in ((False, 0, False), (False, 1, True), (True, 0, True)):
+        others[:] = [other]
+        assert callback._any(own) is agreed
+    group = distributed.group.WORLD if backend == "gloo" else "hosts"
+    assert asked == [("cpu", distributed.ReduceOp.MAX, group)] * 3
+    assert made == ([] if backend == "gloo" else ["gloo"])
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 1)
+    assert callback._any(True) is True
+    assert len(asked) == 3
