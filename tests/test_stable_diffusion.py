@@ -198,6 +198,24 @@ def test_a_compiled_network_sees_four_shapes_at_most_and_says_the_same(folder):
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_mode_of_compilation_is_torchs_and_every_call_a_step_of_its_graphs(folder, monkeypatch):
+    asked, marked = [], []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: asked.append((type(self).__name__, how))
+    )
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marked.append(1))
+    plain, prior = (InstructPix2Pix(folder(), compile=how, row_chunk=2) for how in (True, "reduce-overhead"))
+    assert asked == [
+        ("UNet2DConditionModel", {"dynamic": False, "mode": mode}) for mode in (None, "reduce-overhead")
+    ]
+    x_t, condition = latent(), plain.condition(image())[0]
+    outs = [guided(one, x_t, [one.guidance(PROMPT, condition)]) for one in (plain, prior)]
+    assert torch.equal(*outs)
+    assert len(marked) == 2  # three rows by two, of the second alone
+    with pytest.raises(InputError, match=r"prior\.compile must be .* reduce-overhead"):
+        InstructPix2Pix(folder(), compile="fast")
+
+
 def test_channels_last_changes_nothing(folder):
     plain, last = (InstructPix2Pix(folder(), channels_last=flag) for flag in (False, True))
     assert last.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)

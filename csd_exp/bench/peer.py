@@ -101,7 +101,9 @@ def _others(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
     """What our own step is measured under, beside the configuration."""
     half = config.prior.dtype in ("bfloat16", "float16")
     others: list[tuple[str, dict[str, Any]]] = [("the same in float32", {"dtype": "float32"})] if half else []
-    return others + ([("the same compiled", {"compile": True})] if config.prior.compile else [])
+    return others + (
+        [("the same compiled", {"compile": config.prior.compile})] if config.prior.compile else []
+    )
 
 
 def _alone(config: DictConfig, name: str, settings: dict[str, Any], first: float) -> Way:

@@ -250,6 +250,7 @@ class Recorded(nn.Module):
     def replay(self, call: Call) -> None:
         """Call the bare network as often as it was called so, where one answered for others once."""
         for _ in call.spans:
+            torch.compiler.cudagraph_mark_step_begin()
             self.network(*call.inputs, **call.options)
 
 

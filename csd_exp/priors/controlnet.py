@@ -76,8 +76,7 @@ class Controlled(StableDiffusion):
             self.freeze(net)
             net.to(memory_format=self._layout)
             self.networks[f"control_{k}"] = net
-            if self._fill:
-                net.compile(dynamic=False)
+        self.compiled(self.nets)
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:

@@ -53,8 +53,7 @@ class DeepFloydIF(NetworkPrior):
         multiple = 2 ** (len(config.block_out_channels) - 1)
         self.views = ViewShape(1, config.in_channels, config.sample_size, multiple)
         self.unet.to(memory_format=self._layout)
-        if self._fill:
-            self.unet.compile(dynamic=False)
+        self.compiled([self.unet])
 
     @staticmethod
     def check_fit(path: str | Path, configs: Mapping[str, dict]) -> None:

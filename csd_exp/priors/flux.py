@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from csd_exp.errors import InputError
 from csd_exp.priors.base import Cond, Guidance, ViewShape
 from csd_exp.priors.latent import LatentFlow
-from csd_exp.priors.network import compile_blocks, settings, tokenized
+from csd_exp.priors.network import blocks, settings, tokenized
 
 T5_TOKENS = 512  # as in diffusers' pipelines
 WINDOW = 128  # latents, of the 1024 px that it was trained at
@@ -65,8 +65,7 @@ class Flux(LatentFlow):
         scheduler = parts.scheduler.config
         self.alphas_cumprod = self.places(scheduler.num_train_timesteps, own_shift(scheduler))
         self.views = ViewShape(self.factor, self.transformer.config.in_channels // 4, WINDOW, 2)
-        if self._fill:
-            compile_blocks(self.transformer)
+        self.compiled(blocks(self.transformer))
 
     @staticmethod
     def check_fit(path: str | Path, configs: Mapping[str, dict]) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from importlib.util import find_spec
@@ -29,6 +29,7 @@ from csd_exp.priors.lora import add_lora, check_lora
 from csd_exp.priors.weights import Quantization, Weights, plain_tensors
 from csd_exp.schedules import Draw
 
+Mode = Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]  # of torch.compile
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 T5 = ("t5", "umt5")  # text encoders that overflow in float16
 
@@ -44,8 +45,9 @@ class NetworkPrior(Prior):
         device, float64 where caller and weights are.
     device: null, the Trainer's; `cpu`, `cuda` (of this rank) or `cuda:N`.
     row_chunk: most rows per network call. channels_last: memory format of the convolutions.
-    compile: torch.compile the network; a call is then filled up to whole quarters of row_chunk, as every
-        number of rows is compiled by itself.
+    compile: torch.compile the network, also in one of its modes: `reduce-overhead` and `max-autotune` replay
+        CUDA graphs. A call is then filled up to whole quarters of row_chunk, as every number of rows is
+        compiled by itself.
     offload: whether the denoiser's layers stay in RAM and are brought to the device one by one, by diffusers'
         group offloading; slower, and for weights that the device cannot hold.
     lora, lora_scale: a LoRA's .safetensors file, and the weight of what it adds; fused into the weights, so
@@ -72,7 +74,7 @@ class NetworkPrior(Prior):
         device: str | None = None,
         row_chunk: int = 16,
         channels_last: bool = False,
-        compile: bool = False,
+        compile: bool | Mode = False,
         offload: bool = False,
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
@@ -80,6 +82,10 @@ class NetworkPrior(Prior):
         quantization: Quantization | None = None,
     ):
         accept("prior.dtype", dtype, get_args(Dtype))
+        if not isinstance(compile, bool) and compile not in get_args(Mode):
+            raise InputError(
+                f"prior.compile must be true, false, {', '.join(get_args(Mode))}, not {compile!r}."
+            )
         if row_chunk < 1:
             raise InputError(f"prior.row_chunk must be at least 1, not {row_chunk}.")
         if compile and offload:
@@ -87,7 +93,8 @@ class NetworkPrior(Prior):
         check_place(device)
         self.variant, self.allow_pickle = variant, allow_pickle
         self.dtype, self.place = getattr(torch, dtype), device
-        self.guidance_scale, self.row_chunk, self._fill = guidance_scale, row_chunk, compile
+        self.guidance_scale, self.row_chunk = guidance_scale, row_chunk
+        self._fill, self._mode = bool(compile), compile if isinstance(compile, str) else None
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._embeddings: dict[str, Cond] = {}
         self.networks: dict[str, nn.Module] = {}
@@ -180,7 +187,7 @@ class NetworkPrior(Prior):
 
     def settled(self) -> None:
         """Take the networks for being where they are to be."""
-        self._arrived, self._fill = True, False
+        self._arrived, self._fill, self._mode = True, False, None
 
     def to(self, device: torch.device) -> None:
         """The networks come with the first row, when texts are embedded."""
@@ -276,8 +283,17 @@ class NetworkPrior(Prior):
         if more:
             seen, t = (torch.cat([rows, rows[-1:].expand(more, *rows.shape[1:])]) for rows in (seen, t))
             conds = [*conds, *[conds[-1]] * more]
+        if (
+            self._mode is not None
+        ):  # a graph that is replayed writes where its last output was, which is used up
+            torch.compiler.cudagraph_mark_step_begin()
         out = self.network(self.held(seen), t, conds)
         return self.returned(out[:n], x)
+
+    def compiled(self, networks: Iterable[nn.Module]) -> None:
+        """Have them compiled when they are called first, where `compile` asks for it."""
+        for network in networks if self._fill else ():
+            network.compile(dynamic=False, mode=self._mode)
 
     def filled(self, n: int) -> int:
         """How many rows go through the network in a call of n: those of compiled calls are of few numbers."""
@@ -313,11 +329,10 @@ class NetworkPrior(Prior):
         return out.to(caller.device, torch.float64 if double else torch.float32)
 
 
-def compile_blocks(network: nn.Module) -> None:
-    """torch.compile the blocks that a transformer repeats: one compilation serves all."""
+def blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """What a transformer repeats: one compilation serves all."""
     for child in network.children():
-        for block in child if isinstance(child, nn.ModuleList) else ():
-            block.compile(dynamic=False)
+        yield from child if isinstance(child, nn.ModuleList) else ()
 
 
 def tokenized(tokenizer: Any, prompt: str, limit: int | None = None) -> Any:

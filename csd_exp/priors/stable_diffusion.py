@@ -54,8 +54,7 @@ class StableDiffusion(LatentPrior):
         )
         for network in (self.unet, self.vae):
             network.to(memory_format=self._layout)
-        if self._fill:
-            self.unet.compile(dynamic=False)
+        self.compiled([self.unet])
 
     @staticmethod
     def check_fit(path: str | Path, configs: Mapping[str, dict]) -> None:

@@ -14,7 +14,7 @@ from csd_exp.errors import InputError, accept
 from csd_exp.priors.base import Cond, ViewShape
 from csd_exp.priors.folders import check_channels, config_of
 from csd_exp.priors.latent import Conditioning, Editing, LatentFlow
-from csd_exp.priors.network import compile_blocks, settings, tokenized
+from csd_exp.priors.network import blocks, settings, tokenized
 
 Recipe = Literal["ultraedit", "diffusers"]
 T5_TOKENS = 256  # as in diffusers' pipeline
@@ -63,8 +63,7 @@ class StableDiffusion3(LatentFlow):
         self.alphas_cumprod = self.places(scheduler.num_train_timesteps, scheduler.shift)
         config = parts.transformer.config
         self.views = ViewShape(self.factor, config.out_channels, config.sample_size, config.patch_size)
-        if self._fill:
-            compile_blocks(self.transformer)
+        self.compiled(blocks(self.transformer))
 
     @classmethod
     def needed(cls, path: str | Path, folder: Path, t5: bool = True) -> dict[str, type]:

@@ -14,7 +14,7 @@ from csd_exp.errors import InputError
 from csd_exp.priors.base import Cond, ViewShape
 from csd_exp.priors.folders import check_channels, config_of
 from csd_exp.priors.latent import Conditioning, Editing, LatentFlow
-from csd_exp.priors.network import compile_blocks, settings, tokenized
+from csd_exp.priors.network import blocks, settings, tokenized
 
 TOKENS = 512  # as in diffusers' pipelines
 SIDE = 832  # pixels, the longer one that it was trained at
@@ -67,8 +67,7 @@ class Wan(LatentFlow):
         self.alphas_cumprod = self.places(1000, parts.shift)
         channels, (_, patch, _) = self.vae.config.z_dim, self.transformer.config.patch_size
         self.views = ViewShape(self.factor, channels, SIDE // self.factor, patch, frames, period)
-        if self._fill:
-            compile_blocks(self.transformer)
+        self.compiled(blocks(self.transformer))
 
     @classmethod
     def needed(cls, path: str | Path, folder: Path) -> dict[str, type]:
