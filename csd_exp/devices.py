@@ -50,11 +50,27 @@ def elapsed(start: Any, end: Any) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def later(tensor: Tensor) -> Callable[[], Tensor]:
+    """What asks for a tensor: a GPU's is sent to the host now, and no more than that is waited for."""
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensor.device))
+
+    def arrived() -> Tensor:
+        event.synchronize()
+        return host
+
+    return arrived
+
+
 class Late:
     """Checks that raise their error at once, on a GPU when they are to be settled."""
 
     def __init__(self) -> None:
-        self._asked: list[tuple[Tensor, Any, Callable[[], Exception]]] = []
+        self._asked: list[tuple[Callable[[], Tensor], Callable[[], Exception]]] = []
 
     @staticmethod
     def applies(device: torch.device) -> bool:
@@ -63,27 +79,13 @@ class Late:
 
     def check(self, passed: Tensor, error: Callable[[], Exception]) -> None:
         """Have an error raised where `passed`, a boolean on the device, turns out to be false."""
+        self._asked.append((later(passed), error))
         if not self.applies(passed.device):
-            self._raise(passed, error)
-            return
-        gpu = passed.device.type == "cuda"
-        host = torch.empty((), dtype=torch.bool, pin_memory=gpu)
-        host.copy_(passed, non_blocking=True)
-        event = None
-        if gpu:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(passed.device))
-        self._asked.append((host, event, error))
+            self.settle()
 
     def settle(self) -> None:
         """Raise the error of the first check that has not passed."""
         asked, self._asked = self._asked, []
-        for host, event, error in asked:
-            if event is not None:
-                event.synchronize()
-            self._raise(host, error)
-
-    @staticmethod
-    def _raise(passed: Tensor, error: Callable[[], Exception]) -> None:
-        if not passed:
-            raise error()
+        for passed, error in asked:
+            if not passed():
+                raise error()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from csd_exp.devices import Late, sent
+from csd_exp.devices import Late, later, sent
 from csd_exp.errors import InputError, accept
 from csd_exp.lazy import untouched
 from csd_exp.methods import Residual, Views
@@ -70,6 +70,10 @@ class ParticleModule(L.LightningModule):
         self.rows = 0  # network rows this rank has evaluated
         self.begun = False
         self.late = Late()
+        self._logs: dict[
+            tuple[int, int], dict[str, Callable[[], Tensor]]
+        ] = {}  # of step and epoch, not handed on
+        self._step = 0  # the one under way, or the last
 
     def setup(self, stage: str) -> None:
         """Lightning's hook, on every rank: what is optimised begins once the rank has its device."""
@@ -138,8 +142,32 @@ class ParticleModule(L.LightningModule):
         self.late.check(finite, error)
         return finite
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
+    def log_dict(self, dictionary: Mapping[str, Any], **how: Any) -> None:  # type: ignore[override]
+        """Log a step's numbers; on a GPU as tensors, which loggers are handed when `settle` is called."""
+        if not Late.applies(self.device) or how.get("logger") is False:
+            super().log_dict(dictionary, **how)
+            return
+        super().log_dict(dictionary, **how | {"logger": False})
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.trainer.loggers and every and (self._step + 1) % every == 0:
+            kept = self._logs.setdefault((self._step, self.current_epoch), {})
+            kept.update({name: later(torch.as_tensor(value)) for name, value in dictionary.items()})
+
+    def settle(self) -> None:
+        """Raise the errors, and hand loggers the numbers, of the steps that a GPU has been given."""
         self.late.settle()
+        logs, self._logs = self._logs, {}
+        for (step, epoch), values in logs.items():
+            numbers = {name: float(value()) for name, value in values.items()}
+            for logger in self.trainer.loggers:
+                logger.log_metrics({**numbers, "epoch": epoch}, step=step)
+                logger.save()
+
+    def on_train_end(self) -> None:
+        self.settle()
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        self.settle()
         checkpoint["csd_exp"] = {"prior": self.prior.fingerprint, "rows": self.rows}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -215,7 +243,8 @@ class CSDModule(ParticleModule):
             self.residual.begin(self.prior, Draw(self.seed, 0))
 
     def training_step(self, batch: object, batch_idx: int) -> Tensor:
-        self.late.settle()
+        self.settle()
+        self._step = self.global_step
         draw = Draw(self.seed, self.global_step, len(self._chosen))
         chosen = self.particles.choose(draw)
         self._chosen.append(chosen)

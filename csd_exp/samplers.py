@@ -332,13 +332,13 @@ class SamplingModule(ParticleModule):
         level, following = [*self.levels, None][self.global_step : self.global_step + 2]
         assert level is not None
         x_t, x_0 = self.sampler.step(self.x_t, level, following, self)
-        self.late.settle()
+        self.settle()
+        self._step = self.global_step
         self.x_t = x_t
         self._show(x_0)
         logged = {"step/timestep": float(level.t), "step/rows": float(self.rows)}
-        self.log_dict(
-            {name: torch.tensor(value) for name, value in logged.items()}
-        )  # a GPU waits for numbers
+        # A tensor stays on the host, where a number would be sent to the GPU and waited for.
+        self.log_dict({name: torch.tensor(value) for name, value in logged.items()})
         draw = Draw(self.seed, self.global_step)
         # Lightning counts its steps by the optimizer's.
         cast(LightningOptimizer, self.optimizers()).step()

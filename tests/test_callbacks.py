@@ -257,9 +257,15 @@ def test_progress_is_a_bar_in_a_terminal_and_leaves_it_usable(panorama, fit, cap
     assert printed.rindex(show_cursor) > printed.rindex(hide_cursor)
 
 
-def test_a_run_that_crashed_goes_on_with_the_same_bits_and_the_same_metrics(panorama, fit, run, tmp_path):
+@pytest.mark.parametrize("late", [False, True])
+def test_a_run_that_crashed_goes_on_with_the_same_bits_and_the_same_metrics(
+    panorama, fit, run, tmp_path, monkeypatch, late
+):
+    """The whole one, too, where a GPU's numbers are handed on when the next step begins."""
     whole = panorama()
     fit(whole, 7, logger=Csv(tmp_path / "whole"), callbacks=[Throughput()], log_every_n_steps=1)
+
+    monkeypatch.setattr(Late, "applies", staticmethod(lambda device: late))
 
     def keeping(*more):
         callbacks = [Throughput(), LastCheckpoint(run, 2), *more]
@@ -267,7 +273,7 @@ def test_a_run_that_crashed_goes_on_with_the_same_bits_and_the_same_metrics(pano
 
     with pytest.raises(RuntimeError, match="power cut"):
         fit(panorama(), 7, **keeping(StopAt(5)))
-    assert len(rows(run / "metrics.csv")) == 5
+    assert len(rows(run / "metrics.csv")) == 5 - late  # whose last is not handed on in the crash
     assert not list(run.glob("*.part"))
     saved = torch.load(run / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 4

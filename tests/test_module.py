@@ -17,6 +17,7 @@ from csd_exp import methods
 from csd_exp.devices import Late
 from csd_exp.errors import InputError
 from csd_exp.images import read_image
+from csd_exp.loggers import Csv
 from csd_exp.module import CSDModule
 from csd_exp.particles import Images, Panorama
 from csd_exp.priors.analytic import GaussianMixture
@@ -556,6 +557,22 @@ def test_a_residual_that_is_not_finite_stops_the_run_and_names_the_place(
         assert module.prior.calls == 3
     saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
     assert saved["global_step"] == 2
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_a_gpu_logs_is_handed_on_later_and_the_same(
+    write_image, build, fit, tmp_path, monkeypatch, every
+):
+    written = {}
+    for late in (False, True):
+        monkeypatch.setattr(Late, "applies", staticmethod(lambda device, late=late: late))
+        module = build(Network(), frames(write_image))
+        trainer = fit(module, 5, logger=Csv(tmp_path / str(late)), log_every_n_steps=every)
+        written[late] = (tmp_path / str(late) / "metrics.csv").read_text()
+        assert (trainer.logged_metrics == {}) is late  # by Lightning, which asks at once
+        assert {"step/residual_norm", "step/rows"} <= trainer.callback_metrics.keys()
+    assert written[True] == written[False]
+    assert len(written[True].splitlines()) == 1 + 5 // every
 
 
 class Questions(TorchDispatchMode):

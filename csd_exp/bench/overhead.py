@@ -6,6 +6,9 @@ take kept noise in place of a draw. What callbacks do now and then, pictures, me
 out.
 """
 
+# The hook takes a CSDModule, narrower than Lightning declares.
+# mypy: disable-error-code="override"
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -129,9 +132,10 @@ class Turns(L.Callback):
             for hook in ("on_train_batch_start", "on_train_batch_end"):
                 setattr(callback, hook, self._in_turn(getattr(callback, hook)))
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, _: Any, i: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: CSDModule, _: Any, i: int) -> None:
         block, begun = divmod(i, BLOCK)
         if begun == 0:
+            module.settle()  # of the last step, too
             end = now(self.prior)
             if block > 0:
                 self.seconds[(block - 1) % len(WAYS)].append((end - self._start) / BLOCK)

@@ -304,7 +304,7 @@ class Clock(L.Callback):
         calls = list(self.network.taken().values())
         inside = sum(c.inside for c in calls)
         step += sum(c.inside * (1 - 1 / c.of_all) for c in calls)  # what was not called
-        bare = sum(c.of_all * seconds(self.prior, partial(self.network.replay, c)) for c in calls)
+        bare = sum(c.of_all * timed(self.prior, partial(self.network.replay, c)) for c in calls)
         kernel = sum(elapsed(*span) for span in self.kernel.taken())
         self.times.append(Times(step, inside, kernel, bare))
         self.calls, self.rows = sum(c.count for c in calls), sum(c.count * c.rows for c in calls)
@@ -344,7 +344,7 @@ def peak_flops(prior: Any, repeats: int = 5) -> float:
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = bool(_tf32(prior))
     try:
-        return products * 2 * side**3 / min(seconds(prior, multiplied) for _ in range(repeats))
+        return products * 2 * side**3 / min(timed(prior, multiplied) for _ in range(repeats))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
@@ -365,7 +365,7 @@ def _tf32(prior: Any) -> list[str]:
     return [name for name, allowed in used.items() if allowed]
 
 
-def seconds(prior: Prior, call: Callable[[], Any]) -> float:
+def timed(prior: Prior, call: Callable[[], Any]) -> float:
     """How long a call takes on the prior's device."""
     start = now(prior)
     call()
