@@ -126,8 +126,10 @@ class Turns(L.Callback):
         self.prior, self.callbacks, self.way = module.prior, callbacks, WAYS[0]
         self.seconds: list[list[float]] = [[] for _ in WAYS]
         self._start = 0.0
-        self._finite, self._log, self._known = module._require_finite, module.log_dict, dict[Any, Tensor]()
-        vars(module).update(_require_finite=self._checked, log_dict=self._logged)
+        self._finite, self._known = module._require_finite, dict[Any, Tensor]()
+        # What is logged is made in one of these and handed on by the other.
+        logging = {name: self._logged(getattr(module, name)) for name in ("_log_step", "log_dict")}
+        vars(module).update(_require_finite=self._checked, **logging)
         for callback in callbacks:
             for hook in ("on_train_batch_start", "on_train_batch_end"):
                 setattr(callback, hook, self._in_turn(getattr(callback, hook)))
@@ -165,16 +167,11 @@ class Turns(L.Callback):
             self._known["finite"] = torch.ones((), dtype=torch.bool, device=values.device)
         return self._known["finite"]
 
-    def _logged(self, *what: Any, **how: Any) -> None:
-        if self.way.logs:
-            self._log(*what, **how)
+    def _logged(self, log: Any) -> Any:
+        return lambda *what, **how: log(*what, **how) if self.way.logs else None
 
     def _in_turn(self, hook: Any) -> Any:
-        def hooked(*given: Any) -> None:
-            if self.way.callbacks:
-                hook(*given)
-
-        return hooked
+        return lambda *given: hook(*given) if self.way.callbacks else None
 
 
 @rank_zero_only
