@@ -33,7 +33,9 @@ Each prints and writes a table.
       prior.row_chunk=4 "scaling.width=[]" "scaling.frames=[]" "scaling.processes=[]"
   csd-bench memory prior=flux                                            FLUX.1, or the folder prior.path
 
-KEY is any of csd's, or one of the benchmark's:
+KEY is any of csd's, or one of the benchmark's. drawn: pictures of noise in place of modality.path,
+[height, width] of one, [n, height, width] of n. extrapolate: of a step's network calls of equally many rows
+make the first alone and count it as often; latents begin as noise.
 
 """
 # And what each has where nothing else is given.
