@@ -45,7 +45,7 @@ from csd_exp.config import (
     sentence,
     source,
 )
-from csd_exp.errors import InputError, RankLost
+from csd_exp.errors import FirstLost, InputError, RankLost
 from csd_exp.files import short, unwritable
 from csd_exp.interruption import SIGNALS, Interrupted, handle, handled, ignored, leave, stop
 from csd_exp.launch import Place, group, is_child, is_first, made, placed, together
@@ -62,6 +62,8 @@ def main() -> None:
         try:
             csd(sys.argv[1:])
             sys.stdout.flush()
+        except FirstLost as e:
+            _refuse(str(e), speaks=True)
         except (InputError, FloatingPointError, RankLost) as e:
             _refuse(str(e))
         except (HydraException, OmegaConfBaseException) as e:
@@ -78,8 +80,8 @@ def main() -> None:
             _refuse(str(unwritable(e)))
 
 
-def _refuse(message: str) -> NoReturn:
-    if is_first():
+def _refuse(message: str, speaks: bool = False) -> NoReturn:
+    if speaks or is_first():
         print(f"csd: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -22,6 +22,10 @@ class RankLost(RuntimeError):
     """Another process of a run has ended, which ends this one; the message is one plain sentence."""
 
 
+class FirstLost(RankLost):
+    """The same of the first process, which usually speaks, so that this one has to."""
+
+
 def accept(key: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise an InputError that names the key, the value and what is accepted, unless value is a choice."""
     if value not in choices:

@@ -3,31 +3,40 @@
 import atexit
 import json
 import os
+import re
+import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from csd_exp.config import at_home, check_values, composed, is_allow, literal, quoted
-from csd_exp.errors import InputError
+from csd_exp.errors import FirstLost, InputError, RankLost, say
+from csd_exp.files import short, write_whole
 from csd_exp.identity import check_same_science
+from csd_exp.saved import FAILED
 from csd_exp.trust import check_links
 
-CHILD = "CSD_EXP_RANK_OF"  # the folder of the run that Lightning has started this process for
+if TYPE_CHECKING:
+    from csd_exp.ranks import Watch
+
+CHILD = "CSD_EXP_RANK_OF"  # the process that has let Lightning start this one for a run of its own
 PATIENCE = timedelta(minutes=10)  # with the first process of a run, which checks it
 LINGER = 60.0  # seconds in which the others should have heard that the first refuses
+SILENCE = 30.0  # seconds after which a first process that fails, or has lost another one, should have said so
 
 
 @dataclass(frozen=True)
@@ -198,11 +207,54 @@ def is_child() -> bool:
 
 def is_first() -> bool:
     """Whether this is the one process of a run that checks, makes folders and speaks."""
+    return _number() == 0
+
+
+def is_second() -> bool:
+    """Whether this is the one that speaks where the first cannot."""
+    return _number() == 1
+
+
+def _number() -> int:
+    """The rank, as far as it tells the first and the second process of a run from all others."""
     if "RANK" in os.environ and not is_child():
-        return os.environ["RANK"] == "0"
+        return int(os.environ["RANK"])
     if _in_slurm():
-        return os.environ["SLURM_PROCID"] == "0"
-    return all(os.environ.get(rank, "0") == "0" for rank in ("NODE_RANK", "LOCAL_RANK"))
+        return int(os.environ["SLURM_PROCID"])
+    return sum(int(os.environ.get(rank, 0)) for rank in ("NODE_RANK", "LOCAL_RANK"))
+
+
+def _parent() -> int | None:
+    return int(os.environ[CHILD]) if is_child() else None
+
+
+def silent(said: Callable[[], bool]) -> bool:
+    """Whether the first process says nothing of a run that fails, because it has ended or hangs.
+
+    said: whether it has. One that hangs is ended here, where it is the one that has started this process.
+    """
+    parent, until = _parent(), time.monotonic() + SILENCE
+    while not said():
+        if parent is not None and os.getppid() != parent:
+            return not said()
+        if time.monotonic() > until:
+            if parent is not None:
+                os.kill(parent, signal.SIGKILL)
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def how_to_go_on(run_dir: Path, command: Sequence[str]) -> str:
+    """One line, where a checkpoint is there; "" where the run has to be made anew."""
+    checkpoint = run_dir / "last.ckpt"
+    if not checkpoint.is_file():
+        return ""
+    shown = short(checkpoint)
+    words = [word for word in command if not word.startswith(("ckpt_path=", "hydra.run.dir="))]
+    plainly = re.fullmatch(r"[\w./-]+", str(shown), re.ASCII)
+    words.append(f"ckpt_path={shown if plainly else quoted(shown)}")
+    return f"go on with: {shlex.join(['csd', *words])}"
 
 
 def _in_slurm() -> bool:
@@ -216,7 +268,7 @@ _calls = count()
 def together(started: Group | None, prepare: Callable[[], Place]) -> Place:
     """What the first process of a group prepares, which all the others wait for.
 
-    Where it raises an error, the others raise an InputError with the same words.
+    Where it raises an error, the others raise an InputError with the same words; RankLost where it is gone.
     """
     if started is None or started.size == 1:
         return prepare()
@@ -229,7 +281,8 @@ def together(started: Group | None, prepare: Callable[[], Place]) -> Place:
             told = json.loads(store.get(key))
             store.add(f"{key}/heard", 1)
         except RuntimeError as e:
-            raise InputError("The first process of this run has ended without a word.") from e
+            lost = FirstLost if is_second() else RankLost
+            raise lost("The first process of this run has ended without a word.") from e
         if isinstance(told, str):
             raise InputError(told)
         return Place(**told)
@@ -271,36 +324,57 @@ def _linger(done: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
+def _leave_reason(run_dir: Path, command: Sequence[str], lost: str) -> None:
+    """Say why this run ends, where no exception can say it, and leave that in the run's folder."""
+    if is_first() or is_second():
+        go_on = how_to_go_on(run_dir, command)
+        words = f"{lost.rstrip('.')}; {go_on}" if go_on else lost
+        say(words)
+        with suppress(OSError):
+            write_whole(run_dir / FAILED, f"{words}\n")
+
+
 @contextmanager
-def relaunchable(command: Sequence[str], run_dir: Path) -> Iterator[None]:
+def relaunchable(command: Sequence[str], run_dir: Path) -> Iterator["Watch"]:
     """Let Lightning start DDP's other processes as this very run, and leave no trace for the next one.
 
     Lightning relaunches `sys.argv`, which in a multirun names every job, in a folder of its own. Processes
     that something else has started go on, and so does their process group, up to their end.
-    command: the words after `csd`.
+    command: the words after `csd`. Yields the watch over those that this process has started, or over the one
+    that has started it.
     """
-    from csd_exp.ranks import part  # takes seconds
+    from lightning.pytorch.strategies.launchers import subprocess_script  # take seconds
 
-    started = group(lambda: 1)
+    from csd_exp.ranks import PATIENCE, Watch, part
+
+    tell = partial(_leave_reason, run_dir, command)
+    started, watch, patience = group(lambda: 1), Watch(_parent(), tell), 0.0
     relaunches = started is None or started.by == "NODE_RANK"
     main_module = sys.modules["__main__"]
     argv, spec, environ = sys.argv, main_module.__spec__, dict(os.environ)
-    hydra_config = HydraConfig.instance().cfg
+    hydra_config, observed = HydraConfig.instance().cfg, subprocess_script._launch_process_observer
     sys.argv = ["csd", *command, *Place(str(run_dir)).overrides]
     main_module.__spec__ = find_spec("csd_exp.__main__")
     HydraConfig.instance().cfg = None
-    if relaunches:
-        os.environ[CHILD] = str(run_dir)
+    subprocess_script._launch_process_observer = watch.begin
+    if is_child():
+        watch.start()
+    elif relaunches:
+        os.environ[CHILD] = str(os.getpid())
     if any(map(is_allow, command)):  # they have to find the user's package where this process does
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     try:
-        yield
+        yield watch
+        patience = PATIENCE
     finally:
         sys.argv, main_module.__spec__ = argv, spec
         HydraConfig.instance().cfg = hydra_config
+        subprocess_script._launch_process_observer = observed
         if relaunches:
             part()
         else:
             atexit.register(part)
+        watch.leave_none(patience)
+        watch.over.set()
         os.environ.clear()
         os.environ.update(environ)

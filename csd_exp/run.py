@@ -2,9 +2,7 @@
 
 import ctypes
 import re
-import shlex
 import signal
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning import Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -22,9 +19,9 @@ from torch.distributed import DistError
 from csd_exp.build import build_module, constructed
 from csd_exp.callbacks import CheckpointFiles, Interruption, Media, Memory, Provenance
 from csd_exp.config import check, composed, literal, quoted, resolved
-from csd_exp.errors import InputError, RankLost
+from csd_exp.errors import FirstLost, InputError, RankLost
 from csd_exp.evaluate import build_metrics, entries, write_metrics
-from csd_exp.files import short, too_large, unwritable, write_whole
+from csd_exp.files import too_large, unwritable, write_whole
 from csd_exp.identity import inputs
 from csd_exp.images import saved_pictures
 from csd_exp.interruption import SIGNALS, Interrupted, handled, ignored, stop
@@ -32,21 +29,22 @@ from csd_exp.launch import (
     Place,
     check_folder,
     group,
+    how_to_go_on,
     is_child,
     is_first,
+    is_second,
     made,
     placed,
     relaunchable,
+    silent,
     together,
 )
 from csd_exp.loggers import Wandb
 from csd_exp.module import ParticleModule
 from csd_exp.parts import built_trainer, check_parts
-from csd_exp.ranks import alone
+from csd_exp.ranks import PATIENCE, Watch, alone
 from csd_exp.report import write_report
 from csd_exp.saved import FAILED, FAILED_RANK
-
-PATIENCE = 5.0  # seconds for the other processes of a run to end by themselves
 
 
 @dataclass(frozen=True)
@@ -95,17 +93,20 @@ def run(
     returns the result and rank zero alone writes. Raises InputError for a configuration that cannot be used,
     and Interrupted where a signal ends it; the reason is left in the folder, see `csd_exp.saved.FAILED`.
     """
+    word = _changed(run_dir / FAILED)
     with handled(signals, ignored if is_child() else stop), _reason_kept(run_dir):
         try:
             return _run(config, run_dir, command, signals)
         except Interrupted as e:
-            go_on = _how_to_go_on(run_dir, command)
+            go_on = how_to_go_on(run_dir, command)
             raise Interrupted(e.signum, go_on and f"stopped; {go_on}") from None
         except RankLost as e:
-            go_on = _how_to_go_on(run_dir, command)
-            raise RankLost(f"{str(e).rstrip('.')}; {go_on}" if go_on else str(e)) from e
+            go_on = how_to_go_on(run_dir, command)
+            speaks = is_second() and silent(lambda: _changed(run_dir / FAILED) != word)
+            lost = FirstLost if speaks else RankLost
+            raise lost(f"{str(e).rstrip('.')}; {go_on}" if go_on else str(e)) from e
         except OSError as e:
-            raise unwritable(e, _how_to_go_on(run_dir, command)) from e
+            raise unwritable(e, how_to_go_on(run_dir, command)) from e
         except MisconfigurationException as e:
             raise InputError(f"trainer or a callback is not accepted: {' '.join(str(e).split())}") from e
         except (MemoryError, RuntimeError) as e:
@@ -115,21 +116,26 @@ def run(
 @contextmanager
 def _reason_kept(run_dir: Path) -> Iterator[None]:
     """Leave in the folder why its run did not finish; what one refuses before it goes on changes nothing."""
-    config, before = run_dir / "config.yaml", None
-    if config.is_file():
-        before = config.stat().st_mtime_ns
+    config = run_dir / "config.yaml"
+    before = _changed(config)
     try:
         yield
         if is_first():
             (run_dir / FAILED).unlink(missing_ok=True)
     except BaseException as e:
-        begun = before is None or config.stat().st_mtime_ns != before
-        own = is_first() or not isinstance(e, RankLost | Interrupted)
+        begun = before is None or _changed(config) != before
+        speaks = is_first() or isinstance(e, FirstLost)
+        own = speaks or not isinstance(e, RankLost | Interrupted)
         if own and begun and run_dir.is_dir():
-            file = FAILED if is_first() else FAILED_RANK.format(cast(Any, rank_zero_only).rank)
+            file = FAILED if speaks else FAILED_RANK.format(cast(Any, rank_zero_only).rank)
             with suppress(OSError):  # a full disk, which the run itself says
                 write_whole(run_dir / file, f"{_reason(e)}\n")
         raise
+
+
+def _changed(file: Path) -> int | None:
+    """When a file was last written; None where it is not there."""
+    return file.stat().st_mtime_ns if file.is_file() else None
 
 
 def _reason(error: BaseException) -> str:
@@ -137,18 +143,6 @@ def _reason(error: BaseException) -> str:
     said = isinstance(error, InputError | FloatingPointError | RankLost | Interrupted)
     words = " ".join(str(error).split())
     return words if said and words else f"{type(error).__name__}: {words}".rstrip(": ")
-
-
-def _how_to_go_on(run_dir: Path, command: Sequence[str]) -> str:
-    """One line, where a checkpoint is there; "" where the run has to be made anew."""
-    checkpoint = run_dir / "last.ckpt"
-    if not checkpoint.is_file():
-        return ""
-    shown = short(checkpoint)
-    words = [word for word in command if not word.startswith("ckpt_path=")]
-    plainly = re.fullmatch(r"[\w./-]+", str(shown), re.ASCII)
-    words.append(f"ckpt_path={shown if plainly else quoted(shown)}")
-    return f"go on with: {shlex.join(['csd', *words])}"
 
 
 def _run(config: DictConfig, run_dir: Path, command: Sequence[str], signals: tuple[int, ...]) -> Result:
@@ -170,9 +164,12 @@ def _run(config: DictConfig, run_dir: Path, command: Sequence[str], signals: tup
     )
     trainer.strategy.checkpoint_io = CheckpointFiles()
     metrics = build_metrics(config.metrics) if trainer.is_global_zero else {}
-    with relaunchable(command, run_dir), _let_go(module):
-        with _together(trainer, interruption, run_dir):
-            trainer.fit(module, range(trainer.max_steps), ckpt_path=config.ckpt_path or None)
+    with (
+        relaunchable(command, run_dir) as watch,
+        _let_go(module),
+        _together(trainer, interruption, watch, run_dir),
+    ):
+        trainer.fit(module, range(trainer.max_steps), ckpt_path=config.ckpt_path or None)
         with alone() as first:
             mine = entries(metrics, config.metrics, run_dir / "media") if first else None
         found = cast(dict[str, dict], trainer.strategy.broadcast(mine))
@@ -203,22 +200,18 @@ def _let_go(module: ParticleModule) -> Iterator[None]:
 
 
 @contextmanager
-def _together(trainer: Trainer, interruption: Interruption, run_dir: Path) -> Iterator[None]:
-    """End the processes of an interrupted run; put what Lightning cannot restore in one sentence."""
+def _together(trainer: Trainer, interruption: Interruption, watch: Watch, run_dir: Path) -> Iterator[None]:
+    """End the processes of a run that fails; put what Lightning cannot restore in one sentence."""
     try:
-        yield
+        with watch.heard():
+            yield
     except Interrupted:
-        launcher = trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher):
-            for process in launcher.procs if interruption.agreed else []:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(PATIENCE)
-            launcher.kill(signal.SIGKILL)
+        watch.leave_none(PATIENCE if interruption.agreed else 0)
         raise
     except Exception as e:
-        if trainer.world_size > 1 and _is_lost(e):
-            lost = _which_lost(trainer)
-            _end(trainer)
+        lost = watch.waited() if trainer.world_size > 1 and _is_lost(e) else None
+        watch.leave_none(0)
+        if lost:
             raise RankLost(_what_it_said(trainer, run_dir) or lost) from e
         if not interruption.restores or isinstance(e, InputError):
             raise
@@ -227,19 +220,10 @@ def _together(trainer: Trainer, interruption: Interruption, run_dir: Path) -> It
         ) from e
 
 
-def _end(trainer: Trainer) -> None:
-    """Leave no process behind that this one has started and that does not answer."""
-    launcher = trainer.strategy.launcher
-    if isinstance(launcher, _SubprocessScriptLauncher):
-        for process in launcher.procs:
-            process.kill()
-            process.wait()
-
-
 def _is_lost(error: Exception) -> bool:
     """Whether an exception says that another process does not answer any more."""
-    lost = r"gloo|Timed out|Connection (closed|reset) by peer|Broken pipe|Socket"
-    return isinstance(error, DistError) or (
+    lost = r"gloo|Timed out|pair closure|Connection (closed|reset) by peer|Broken pipe|Socket"
+    return isinstance(error, DistError | RankLost) or (
         isinstance(error, RuntimeError) and re.search(lost, str(error)) is not None
     )
 
@@ -253,18 +237,6 @@ def _what_it_said(trainer: Trainer, run_dir: Path) -> str | None:
             said = f"The process of rank {rank} has failed, and so this run does: {file.read_text().strip()}"
             file.unlink()
     return said
-
-
-def _which_lost(trainer: Trainer) -> str:
-    """Which process has ended and how, as far as this one has started it."""
-    launcher = trainer.strategy.launcher
-    procs = launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
-    for rank, process in enumerate(procs, 1):
-        with suppress(subprocess.TimeoutExpired):
-            code = process.wait(PATIENCE / len(procs))
-            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-            return f"The process of rank {rank} was ended {how}, and so this run is."
-    return "Another process of this run has ended or does not answer, and so this one ends."
 
 
 def check_run(config: DictConfig) -> None:

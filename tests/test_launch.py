@@ -3,10 +3,12 @@
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,8 @@ from torch import distributed
 import csd_exp
 from csd_exp import launch, ranks
 from csd_exp.config import composed, plain, quoted
-from csd_exp.errors import InputError
-from csd_exp.launch import Group, Place, group, is_first, made, relaunchable, together
+from csd_exp.errors import InputError, RankLost
+from csd_exp.launch import Group, Place, group, is_first, is_second, made, relaunchable, together
 from csd_exp.run import check_run
 
 RUN = [
@@ -54,27 +56,82 @@ def slurm(rank: int, job: str = "edits") -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("environment", "started", "first"),
+    ("environment", "started", "number"),
     [
-        ({}, None, True),
-        (torchrun(0, 2), ("torchrun", 2), True),
-        (torchrun(2, 4), ("torchrun", 4), False),
-        (slurm(0), ("Slurm", 4), True),
-        (slurm(2), ("Slurm", 4), False),
-        (slurm(0, "bash"), None, True),
-        (slurm(1) | torchrun(0, 8), ("torchrun", 8), True),
-        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"} | MEET, ("LOCAL_RANK", 2), False),
-        ({"LOCAL_RANK": "0"}, ("LOCAL_RANK", 1), True),
-        ({"NODE_RANK": "0"} | MEET, ("NODE_RANK", 3), True),
-        ({"NODE_RANK": "1"} | MEET, ("NODE_RANK", 3), False),
-        ({"LOCAL_RANK": "1", "NODE_RANK": "0", launch.CHILD: "folder", "WORLD_SIZE": "2"}, None, False),
+        ({}, None, 0),
+        (torchrun(0, 2), ("torchrun", 2), 0),
+        (torchrun(1, 4), ("torchrun", 4), 1),
+        (torchrun(2, 4), ("torchrun", 4), 2),
+        (slurm(0), ("Slurm", 4), 0),
+        (slurm(1), ("Slurm", 4), 1),
+        (slurm(2), ("Slurm", 4), 2),
+        (slurm(0, "bash"), None, 0),
+        (slurm(1) | torchrun(0, 8), ("torchrun", 8), 0),
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"} | MEET, ("LOCAL_RANK", 2), 1),
+        ({"LOCAL_RANK": "0"}, ("LOCAL_RANK", 1), 0),
+        ({"NODE_RANK": "0"} | MEET, ("NODE_RANK", 3), 0),
+        ({"NODE_RANK": "1"} | MEET, ("NODE_RANK", 3), 1),
+        ({"LOCAL_RANK": "1", "NODE_RANK": "0", launch.CHILD: "7", "WORLD_SIZE": "2"}, None, 1),
+        ({"LOCAL_RANK": "3", "NODE_RANK": "0", launch.CHILD: "7", "WORLD_SIZE": "4"}, None, 3),
     ],
 )
-def test_who_has_started_a_process_and_whether_it_is_the_first(alone, environment, started, first) -> None:
+def test_who_has_started_a_process_and_which_one_it_is(alone, environment, started, number) -> None:
     for name, value in environment.items():
         alone.setenv(name, value)
     assert group(lambda: 3) == (started and Group(*started))
-    assert is_first() == first
+    assert (is_first(), is_second()) == (number == 0, number == 1)
+
+
+@pytest.mark.parametrize(
+    ("codes", "lost"),
+    [
+        ({1: None, 2: 0}, None),
+        ({1: 2, 2: -9, 3: None}, "The process of rank 2 was ended by SIGKILL"),
+        ({1: 2, 2: 9}, "The process of rank 2 was ended with exit code 9"),
+        ({1: 0, 2: 2, 3: 2}, "The process of rank 2 was ended with exit code 2"),
+    ],
+)
+def test_of_several_processes_that_have_ended_the_one_to_blame_is_named(codes, lost) -> None:
+    said = ranks.first_lost(codes)
+    assert said == (lost and f"{lost}, and so this run is.")
+
+
+def test_a_process_that_ends_stops_whatever_the_first_is_doing(monkeypatch) -> None:
+    monkeypatch.setattr(ranks, "PATIENCE", 0.1)
+    before = signal.getsignal(signal.SIGCHLD)
+    watch = ranks.Watch(None, print)
+    watch.begin([subprocess.Popen(["sleep", "60"]), subprocess.Popen(["false"])])
+    with pytest.raises(RankLost, match="rank 2 was ended with exit code 1"), watch.heard():
+        time.sleep(30)
+    watch.over.set()
+    watch.leave_none(0)
+    assert [process.returncode for process in watch.children] == [-9, 1]
+    assert signal.getsignal(signal.SIGCHLD) is before
+
+
+def test_one_that_ends_as_it_should_stops_nobody() -> None:
+    watch = ranks.Watch(os.getppid(), print)
+    watch.begin([subprocess.Popen(["true"])])
+    with watch.heard():
+        watch.children[0].wait()
+        assert watch.lost() is None
+    watch.over.set()
+    watch.join(5)
+    assert not watch.is_alive()
+
+
+def test_the_first_process_is_silent_where_it_has_ended_without_a_word(alone) -> None:
+    assert not launch.silent(lambda: True)
+    alone.setattr(launch, "SILENCE", 0.1)
+    assert launch.silent(lambda: False)
+    with subprocess.Popen(["sleep", "60"]) as hangs:
+        alone.setenv(launch.CHILD, str(hangs.pid))
+        alone.setattr(os, "getppid", lambda: hangs.pid)
+        assert launch.silent(lambda: False)
+    assert hangs.returncode == -signal.SIGKILL
+    alone.setattr(launch, "SILENCE", 60)
+    alone.setattr(os, "getppid", lambda: 1)
+    assert launch.silent(lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -390,50 +447,135 @@ def test_the_first_process_says_why_another_has_failed(shared: Path) -> None:
     assert (shared / "refused/failed.txt").read_text() == f"{reason}\n"
 
 
-# `csd` whose processes wait ten seconds for each other, and whose first measures for fifteen.
+# Processes that wait ten seconds for each other, and of which the first measures for fifteen, or refuses to.
 IMPATIENT = """
-import sys, time
+import time
 from datetime import timedelta
-from lightning.pytorch.strategies import DDPStrategy
-from torch.distributed.distributed_c10d import _set_pg_timeout
-from csd_exp import cli, run
-met = DDPStrategy.setup_distributed
-DDPStrategy.setup_distributed = lambda self: (met(self), _set_pg_timeout(timedelta(seconds=10)))
-found = run.entries
-run.entries = lambda *args: time.sleep(15) or found(*args)
-cli.main()
+from pathlib import Path
+from lightning import Callback
+from torch import distributed
+from csd_exp import launch, run
+from csd_exp.errors import InputError
+
+class Impatient(Callback):
+    def __init__(self, dir, measures=True):
+        self.dir, self.measures, self.found = Path(dir), measures, run.entries
+    def on_fit_start(self, trainer, module):
+        distributed.set_timeout(timedelta(seconds=10))
+        launch.SILENCE = 8
+        run.entries = self.entries
+    def entries(self, *args):
+        (self.dir / "measuring").touch()
+        if not self.measures:
+            raise InputError("no number of pictures can be shown.")
+        time.sleep(15)
+        return self.found(*args)
 """
 
 
-def impatient(folder: Path, *args: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", IMPATIENT, *RUN, *TWO, *args]
+def impatient(folder: Path, name: str, *args: str) -> subprocess.Popen:
+    """`csd` of two such processes, in a folder of its own."""
+    (folder / "impatient.py").write_text(IMPATIENT)
+    mine = ["allow=[impatient]", "+callbacks.impatient={_target_: impatient.Impatient, dir: '${dir}'}"]
+    command = [sys.executable, "-m", "csd_exp", *RUN, *TWO, *mine, f"hydra.run.dir={name}", *args]
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment(), cwd=folder, **piped)
 
 
+def child_of(run: subprocess.Popen, there: Path | None = None) -> psutil.Process:
+    """The other process of a run, once it is there and a file, too."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until and run.poll() is None:
+        for child in psutil.Process(run.pid).children():
+            with suppress(psutil.NoSuchProcess):  # a short one, for what provenance says
+                if "csd_exp.__main__" in child.cmdline() and (there is None or there.exists()):
+                    return child
+        time.sleep(0.05)
+    raise AssertionError(run.communicate()[1])
+
+
+def wait_for_end(process: psutil.Process) -> None:
+    """Of one that may be nobody's child by now, and that nobody asks how it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        until = time.monotonic() + 10
+        while process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def one_line(run: subprocess.Popen, other: psutil.Process) -> str:
+    """What a run says that fails, once both its processes have ended."""
+    try:
+        said, why = run.communicate(timeout=120)
+        assert said == ""
+        assert "Traceback" not in why
+        (line,) = [line for line in why.splitlines() if line.startswith("csd: ")]
+        wait_for_end(other)
+    finally:
+        run.kill()
+    return line.removeprefix("csd: ")
+
+
 @pytest.mark.soak
 def test_the_first_process_may_measure_longer_than_others_wait_for_a_rank(shared: Path) -> None:
-    run = impatient(shared, "hydra.run.dir=patient", "steps=2")
+    run = impatient(shared, "patient", "steps=2")
     said, why = run.communicate(timeout=120)
     assert run.returncode == 0, why
     assert said == "run directory: patient\n"
     assert (shared / "patient/metrics.json").is_file()
 
 
+FIRST = "The first process of this run has ended, and so this one does"
+OTHER = "The process of rank 1 was ended by SIGKILL, and so this run is"
+HANGS = "Another process of this run has ended or does not answer, and so this one ends"
+# What happens to a run: while it steps, or while its first process measures; to which; how; what it says.
+LOSSES = {
+    "the second is killed": ("last.ckpt", 1, signal.SIGKILL, OTHER),
+    "the first is killed": ("last.ckpt", 0, signal.SIGKILL, FIRST),
+    "the second hangs": ("last.ckpt", 1, signal.SIGSTOP, HANGS),
+    "the first hangs": ("last.ckpt", 0, signal.SIGSTOP, HANGS),
+    "the second is killed as the first measures": ("measuring", 1, signal.SIGKILL, OTHER),
+    "the first is killed as it measures": ("measuring", 0, signal.SIGKILL, FIRST),
+    "the second hangs as the first measures": ("measuring", 1, signal.SIGSTOP, HANGS),
+    "the first hangs as it measures": ("measuring", 0, signal.SIGSTOP, HANGS),
+}
+
+
 @pytest.mark.soak
-def test_a_rank_that_hangs_ends_the_run_in_one_line_and_leaves_no_process(shared: Path) -> None:
-    run = impatient(shared, "hydra.run.dir=hangs", "steps=100000", "callbacks.checkpoint.every_n_steps=1")
-    until = time.monotonic() + 60
-    while not (shared / "hangs/last.ckpt").is_file() and time.monotonic() < until:
-        time.sleep(0.05)
-    (other,) = psutil.Process(run.pid).children()
-    other.suspend()
-    _, said = run.communicate(timeout=240)
+@pytest.mark.parametrize("what", LOSSES)
+def test_a_run_that_loses_a_process_says_so_in_one_line_and_leaves_none(shared: Path, what: str) -> None:
+    when, which, how, why = LOSSES[what]
+    name = what.replace(" ", "_")
+    steps = "steps=2" if when == "measuring" else "steps=100000"
+    run = impatient(shared, name, steps, "callbacks.checkpoint.every_n_steps=1")
+    other = child_of(run, shared / name / when)
+    began = time.monotonic()
+    (psutil.Process(run.pid), other)[which].send_signal(how)
+    line = one_line(run, other)
+    assert line.startswith(f"{why}; go on with: csd ")
+    assert line.endswith(f"ckpt_path={name}/last.ckpt")
+    assert (shared / name / "failed.txt").read_text() == f"{line}\n"
+    assert not (shared / name / "metrics.json").exists()
+    assert run.returncode == (2 if which else -signal.SIGKILL)
+    assert time.monotonic() - began < (15 if how is signal.SIGKILL else 60)
+
+
+@pytest.mark.soak
+def test_a_process_that_ends_before_it_has_met_the_first_ends_the_run(shared: Path) -> None:
+    run = impatient(shared, "alone")
+    other = child_of(run)
+    other.kill()
+    assert one_line(run, other) == f"{OTHER}."
     assert run.returncode == 2
-    (line,) = [line for line in said.splitlines() if line.startswith("csd: ")]
-    assert line.startswith("csd: Another process of this run has ended or does not answer")
-    assert line.endswith("ckpt_path=hangs/last.ckpt")
-    assert not other.is_running()
+
+
+@pytest.mark.soak
+def test_what_the_first_process_refuses_to_measure_is_all_that_is_said(shared: Path) -> None:
+    run = impatient(shared, "refuses", "steps=2", "+callbacks.impatient.measures=false")
+    other = child_of(run)
+    assert one_line(run, other) == "no number of pictures can be shown."
+    assert [file.name for file in (shared / "refuses").glob("failed*")] == ["failed.txt"]
+    assert run.returncode == 2
 
 
 @pytest.mark.parametrize(
