@@ -210,7 +210,8 @@ class Intervals:
 
 def _named(line: Line) -> str:
     name = ", ".join(line.names.values())
-    return name if line.at == END else f"{name} ({line.at})"
+    said = [*([] if line.at == END else [line.at]), *([f"{line.failed} failed"] if line.failed else [])]
+    return f"{name} ({', '.join(said)})" if said else name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from csd_exp.errors import InputError, closest
 from csd_exp.figures.drawing import Intervals, rendered
 from csd_exp.figures.results import Record, Results, Summary, logged, summary
-from csd_exp.figures.statistics import half_width, holm, paired
+from csd_exp.figures.statistics import Paired, half_width, holm, paired
 from csd_exp.figures.tables import END, Line, written
 from csd_exp.files import short, unwritable, write_whole
 from csd_exp.identity import compared
@@ -64,6 +64,28 @@ class Run:
         return int(self.settings.get("seed", 0))
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Two configurations, by their names, on one metric; p_holm: adjusted to all pairs of it."""
+
+    metric: str
+    first: str
+    second: str
+    test: Paired
+    p_holm: float
+
+    @property
+    def row(self) -> dict[str, object]:
+        """Its line in tests.csv."""
+        test = self.test
+        return {
+            **{"metric": self.metric, "first": self.first, "second": self.second, "seeds": test.seeds},
+            **{"difference": test.difference, "low": test.difference - test.half},
+            **{"high": test.difference + test.half, "t": test.t, "p": test.p, "test": TEST},
+            "p_holm": self.p_holm,
+        }
+
+
 def main() -> None:
     """The command line `csd-table`: exit code 2 and one sentence for anything a user got wrong."""
     try:
@@ -91,7 +113,7 @@ def table(arguments: Sequence[str]) -> Path:
     runs, titles = _one_setting_a_metric(runs)
     titles = _asked(titles, options.get("metrics"))
     columns = differing([run.settings for run in runs if run.settings])
-    records = [_record(run, runs, list(columns)) for run in runs if run.settings]
+    records = [(_record(run, runs, list(columns)), run) for run in runs if run.settings]
     results = Results([record for record, run in records if run.failed is None], list(columns))
     lines = list(_lines([record for record, _ in records], results, list(titles)))
     tests = _tests(results, lines, list(titles))
@@ -100,7 +122,7 @@ def table(arguments: Sequence[str]) -> Path:
     files: dict[str, str | bytes] = {
         "runs.csv": written([_row(run, records, columns, list(titles)) for run in runs]),
         "table.csv": written([_table_row(line, list(titles)) for line in lines]),
-        "tests.csv": written(tests),
+        "tests.csv": written([test.row for test in tests]),
         "table.md": "\n".join([*_markdown(lines, titles), *_markdown_of_tests(tests, lines), *about, ""]),
     }
     if titles and lines:
@@ -243,10 +265,10 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     return {first: others for first, *others in found}
 
 
-def _record(run: Run, runs: Sequence[Run], columns: Sequence[str]) -> tuple[Record, Run]:
+def _record(run: Run, runs: Sequence[Run], columns: Sequence[str]) -> Record:
     values = {name: float(entry["value"]) for name, entry in run.metrics.items()}
     place = {_head(key): _text(run, runs, key) for key in columns}
-    return Record(place, run.seed, values, run=run.folder if run.failed is None else None), run
+    return Record(place, run.seed, values, run=run.folder if run.failed is None else None)
 
 
 def _head(key: str) -> str:
@@ -272,8 +294,8 @@ def _lines(records: Sequence[Record], results: Results, metrics: Sequence[str]) 
         finished = [record for record in own if record.run is not None]
         failed = len(own) - len(finished)
         measured = {name: _interval(results.of_each_seed(finished, name)) for name in metrics}
-        at = f"{failed} of {len(own)} failed" if failed else END
-        yield Line(dict(zip(axes, key, strict=True)), at, measured, {})
+        said = f"{failed} of {len(own)}" if failed else ""
+        yield Line(dict(zip(axes, key, strict=True)), END, measured, {}, said)
 
 
 def _interval(values: Mapping[int, float]) -> Summary | None:
@@ -281,33 +303,28 @@ def _interval(values: Mapping[int, float]) -> Summary | None:
     return None if of is None else of._replace(error=half_width(list(values.values())))
 
 
-def _tests(results: Results, lines: Sequence[Line], metrics: Sequence[str]) -> list[dict[str, object]]:
+def _tests(results: Results, lines: Sequence[Line], metrics: Sequence[str]) -> list[Compared]:
     """Every pair of configurations on every metric where they share two seeds or more."""
-    rows: list[dict[str, object]] = []
+    every: list[Compared] = []
     axes = list(lines[0].names) if lines else []
     groups = results.groups(axes)
     for metric in metrics:
-        of = {key: results.of_each_seed(own, metric) for key, own in groups.items()}
-        tested: list[dict[str, object]] = []
-        for a, b in combinations([tuple(line.names.values()) for line in lines], 2):
-            shared = sorted(of.get(a, {}).keys() & of.get(b, {}).keys())
-            test = (
-                paired([of[a][seed] for seed in shared], [of[b][seed] for seed in shared]) if shared else None
-            )
-            if test is not None:
-                names = {
-                    "first": _name(dict(zip(axes, a, strict=True))),
-                    "second": _name(dict(zip(axes, b, strict=True))),
-                }
-                low, high = test.difference - test.half, test.difference + test.half
-                tested.append(
-                    {"metric": metric, **names, "seeds": test.seeds, "difference": test.difference}
-                    | {"low": low, "high": high, "t": test.t, "p": test.p, "test": TEST}
-                )
-        for row, adjusted in zip(tested, holm([float(str(row["p"])) for row in tested]), strict=True):
-            row["p_holm"] = adjusted
-        rows += tested
-    return rows
+        of: dict[tuple[str, ...], Mapping[int, float]] = {tuple(line.names.values()): {} for line in lines}
+        of |= {key: results.of_each_seed(own, metric) for key, own in groups.items()}
+        tested = [
+            (_name(dict(zip(axes, a, strict=True))), _name(dict(zip(axes, b, strict=True))), test)
+            for a, b in combinations([tuple(line.names.values()) for line in lines], 2)
+            if (test := _paired(of[a], of[b])) is not None
+        ]
+        adjusted = holm([test.p for _, _, test in tested])
+        every += [Compared(metric, *pair, p) for pair, p in zip(tested, adjusted, strict=True)]
+    return every
+
+
+def _paired(first: Mapping[int, float], second: Mapping[int, float]) -> Paired | None:
+    """The test over the seeds that both have."""
+    shared = sorted(first.keys() & second.keys())
+    return paired([first[seed] for seed in shared], [second[seed] for seed in shared])
 
 
 def _name(names: Mapping[str, str]) -> str:
@@ -333,7 +350,7 @@ def _row(
 
 
 def _table_row(line: Line, metrics: Sequence[str]) -> dict[str, object]:
-    row: dict[str, object] = {**line.names, "failed": "" if line.at == END else line.at}
+    row: dict[str, object] = {**line.names, "failed": line.failed}
     for name in metrics:
         value = line.measured[name]
         half = None if value is None else value.error
@@ -350,9 +367,8 @@ def _markdown(lines: Sequence[Line], titles: Mapping[str, str]) -> Iterator[str]
     yield "| ---: |" + " --- |" * (len(heads) - len(titles) - 1) + " ---: |" * len(titles)
     for number, line in enumerate(lines, 1):
         seeds = max((value.seeds for value in line.measured.values() if value), default=0)
-        failed = "" if line.at == END else line.at.removesuffix(" failed")
         cells = [_mean(line.measured[name]) for name in titles]
-        yield _cells([str(number), *_cut(line.names).values(), str(seeds), failed, *cells])
+        yield _cells([str(number), *_cut(line.names).values(), str(seeds), line.failed, *cells])
     yield ""
     yield "Means over seeds ± half the width of their 95 % confidence interval (Student's t, n - 1 degrees of"
     yield "freedom)."
@@ -364,7 +380,7 @@ def _mean(value: Summary | None) -> str:
     return f"{value.mean:.4g}" + ("" if value.error is None else f" ± {value.error:.2g}")
 
 
-def _markdown_of_tests(tests: Sequence[Mapping[str, Any]], lines: Sequence[Line]) -> Iterator[str]:
+def _markdown_of_tests(tests: Sequence[Compared], lines: Sequence[Line]) -> Iterator[str]:
     if not tests:
         return
     number = {_name(line.names): str(i) for i, line in enumerate(lines, 1)}
@@ -372,12 +388,12 @@ def _markdown_of_tests(tests: Sequence[Mapping[str, Any]], lines: Sequence[Line]
     yield "pairs of a metric (Holm).\n"
     yield "| metric | lines | seeds | second - first | t | p | p (Holm) |"
     yield "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
-    for row in tests[:SHOWN_TESTS]:
-        half = (row["high"] - row["low"]) / 2
+    for each in tests[:SHOWN_TESTS]:
+        test = each.test
         yield _cells(
-            [row["metric"], f"{number[row['first']]}, {number[row['second']]}", str(row["seeds"])]
-            + [f"{row['difference']:.4g} ± {half:.2g}", f"{row['t']:.3g}"]
-            + [f"{row[p]:.2g}" for p in ("p", "p_holm")]
+            [each.metric, f"{number[each.first]}, {number[each.second]}", str(test.seeds)]
+            + [f"{test.difference:.4g} ± {test.half:.2g}", f"{test.t:.3g}"]
+            + [f"{p:.2g}" for p in (test.p, each.p_holm)]
         )
     if len(tests) > SHOWN_TESTS:
         yield f"\n{len(tests) - SHOWN_TESTS} more are in tests.csv."

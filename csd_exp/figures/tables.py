@@ -29,12 +29,14 @@ class Line:
     """One line of a table: its name on each row axis, at what it was read off, and a cell for each column.
 
     at: `end`; the strength at which methods are compared; or `quoted`, a method that only the paper ran.
+    failed: how many of how many runs have; "" where none has.
     """
 
     names: Mapping[str, str]
     at: str
     measured: Mapping[str, Summary | None]
     paper: Mapping[str, float]
+    failed: str = ""
 
 
 def lines(results: Results, columns: Sequence[str], paper: Sequence[Mapping[str, Any]]) -> list[Line]:
