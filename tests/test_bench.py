@@ -323,6 +323,38 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(monkeypatch, capsys, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (InputError("repeats must be more."), "repeats must be more."),
+        (OSError(28, "No space left on device", "a.json.part"), "a.json cannot be written (No space left on"),
+        (RuntimeError("CUDA out of memory."), "This run does not fit in memory (CUDA out of memory.)"),
+        (MemoryError(), "This run does not fit in memory"),
+    ],
+)
+def test_what_a_measurement_meets_is_one_sentence_of_the_first_process(monkeypatch, capsys, error, said):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(bench, "bench", fails)
+    monkeypatch.setattr(sys, "argv", ["csd-bench"])
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            bench.main()
+        err = capsys.readouterr().err
+        assert (end.value.code, err.count("\n")) == (2, lines)
+        assert err.startswith(f"csd-bench: {said}" if lines else "")
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").touch()
+    for json_file in (tmp_path, tmp_path / "file/found.json"):
+        with pytest.raises(InputError, match=r"^json=.* cannot be written; give a file in a folder"):
+            bench.bench("step", [f"json={json_file}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_help_names_the_keys(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["csd-bench", "--help"])
     bench.main()

@@ -1,11 +1,13 @@
 """`csd-bench`: what a step costs beyond the network and the bare step, beside another code, at which size."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -14,6 +16,8 @@ from csd_exp.bench.noise import draw
 from csd_exp.build import silence_lightning
 from csd_exp.config import RunConfig, check, composed, literal
 from csd_exp.errors import InputError
+from csd_exp.files import too_large, unwritable
+from csd_exp.launch import is_first
 
 USAGE = """csd-bench [step | peer | scaling | overhead | memory] [KEY=VALUE ...]
 
@@ -83,8 +87,17 @@ def main() -> None:
         else:
             bench("step", words)
     except InputError as e:
-        print(f"csd-bench: {e}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(e)
+    except OSError as e:
+        _refuse(unwritable(e, "give another file, json=FILE"))
+    except (MemoryError, RuntimeError) as e:
+        _refuse(too_large(e))
+
+
+def _refuse(error: InputError) -> NoReturn:
+    if is_first():
+        print(f"csd-bench: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def bench(command: str, overrides: Sequence[str]) -> Any:
@@ -103,6 +116,10 @@ def bench(command: str, overrides: Sequence[str]) -> Any:
         )
     if config.extrapolate and command not in EXTRAPOLATED:
         raise InputError(f"extrapolate is for csd-bench {' and '.join(EXTRAPOLATED)}, not for {command}.")
+    file = Path(config.json).absolute()
+    there = next(folder for folder in file.parents if folder.exists())
+    if file.is_dir() or not (there.is_dir() and os.access(there, os.W_OK)):
+        raise InputError(f"json={config.json} cannot be written; give a file in a folder that can be.")
     with TemporaryDirectory() as folder:
         config.dir = literal(folder)  # where callbacks would write
         draw(config)
