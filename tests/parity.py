@@ -3,7 +3,8 @@
 python tests/parity.py [STEPS] [PROCESSES ...]
 
 Images, a panorama, a video, clips of it and a scene, in float64 to 1e-9 of what they moved and in float32 to
-1e-5, by gloo; media and metrics are written once. The cases are those of tests/ddp_worker.py.
+1e-5, by gloo. The cases are those of tests/ddp_worker.py; that media and metrics are written once is seen by
+tests/test_launch.py.
 """
 
 import os
