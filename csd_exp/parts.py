@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import timedelta
 from inspect import isabstract, isfunction
 from math import isfinite
 from typing import Any, get_args, get_origin, get_type_hints
@@ -15,6 +16,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -49,6 +51,15 @@ LOGGED = (
     ),
     *("residual_loss", "rows_per_second", "steps_per_second", "memory_gib"),
 )
+
+
+class DDP(DDPStrategy):
+    """Lightning's, by the time in which a process has to answer: minutes, above 0; all else is its own."""
+
+    def __init__(self, minutes: float = 30, **settings: Any):
+        if not minutes > 0:
+            raise InputError(f"trainer.strategy.minutes must be above 0, not {minutes}.")
+        super().__init__(timeout=timedelta(minutes=minutes), **settings)
 
 
 def check_parts(config: DictConfig) -> None:

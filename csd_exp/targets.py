@@ -39,6 +39,7 @@ ALLOWED_EXACT = (
     "lightning.Trainer",
     "lightning.pytorch.Trainer",
     "lightning.pytorch.trainer.trainer.Trainer",
+    "csd_exp.parts.DDP",
 )
 ALLOWED_HYDRA_KINDS = {
     "hydra._internal.": ("hydra.plugins.launcher.Launcher", "hydra.plugins.sweeper.Sweeper"),

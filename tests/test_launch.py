@@ -9,21 +9,24 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from PIL import Image
 from scenes import write_scene
 from torch import distributed
 
 import csd_exp
 from csd_exp import launch, ranks
-from csd_exp.config import composed, plain, quoted
+from csd_exp.config import check, composed, plain, quoted
 from csd_exp.errors import InputError, RankLost
 from csd_exp.launch import Group, Place, group, is_first, is_second, made, relaunchable, together
+from csd_exp.parts import DDP, built_trainer
 from csd_exp.run import check_run
 
 RUN = [
@@ -147,6 +150,22 @@ def test_processes_that_cannot_meet_are_refused(alone, environment, missing) -> 
         alone.setenv(name, value)
     with pytest.raises(InputError, match=missing):
         group(lambda: 2)
+
+
+def test_how_long_a_process_waits_for_another_is_a_key() -> None:
+    def built(*overrides: str) -> Strategy:
+        config = composed([*RUN, *TWO, *overrides])
+        config.dir = "run"
+        check(config)
+        return built_trainer(config.trainer).strategy
+
+    strategy = built("trainer.strategy.minutes=1.5", "+trainer.strategy.process_group_backend=gloo")
+    assert isinstance(strategy, DDP)
+    assert (strategy._timeout, strategy.num_processes) == (timedelta(seconds=90), 2)
+    assert type(built("trainer.strategy=ddp")) is DDPStrategy
+    for wrong in ("trainer.strategy.minutes=0", "trainer.strategy.minutes=x", "+trainer.strategy.minute=1"):
+        with pytest.raises(InputError, match=r"trainer\.strategy\.minute"):
+            built(wrong)
 
 
 def test_one_process_asks_nobody() -> None:
@@ -585,7 +604,7 @@ def test_what_the_first_process_refuses_to_measure_is_all_that_is_said(shared: P
             ["trainer=cpu"],
             "trainer.devices=1 on trainer.num_nodes=1 are 1 processes, and torchrun has started 2",
         ),
-        ([*TWO, "+trainer.num_nodes=2"], "trainer.num_nodes=2 are 4 processes"),
+        ([*TWO, "trainer.num_nodes=2"], "trainer.num_nodes=2 are 4 processes"),
         (["trainer.strategy=ddp", "trainer.devices=auto"], "are 1 processes, and torchrun"),
     ],
 )
