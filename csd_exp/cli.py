@@ -51,6 +51,7 @@ from csd_exp.interruption import SIGNALS, Interrupted, handle, handled, ignored,
 from csd_exp.launch import Place, group, is_child, is_first, made, placed, together
 from csd_exp.saved import FAILED, runs_below
 
+LAUNCHERS = ("joblib", "submitit", "ray")
 PROMPTS = ("prompt", "source_prompt", "negative_prompt")
 
 
@@ -205,12 +206,38 @@ def _multirun(overrides: Sequence[str], name: str) -> None:
         fixed += study
     handle(SIGNALS, stop)
     with made(runs, sweep_dir):
-        with _only(chosen), _searching(), _forgetting():
+        with _only(chosen), _searching(), _forgetting(), _outliving(searches):
             _hydra(["-m", *_named(name), *overrides, *fixed])
-        failed = [run for run in runs if (run / FAILED).is_file()]
-        reasons = [f"\n  {short(run)}: {(run / FAILED).read_text().strip()}" for run in failed]
+        measured = [not config.trainer.get("fast_dev_run") for config in configs]
+        reasons = {run: _reason(run, of) for run, of in zip(runs, measured, strict=not searches)}
+        failed = [f"\n  {short(run)}: {reason}" for run, reason in reasons.items() if reason]
     if failed:
-        raise InputError(f"{len(failed)} of {len(configs)} jobs failed:{''.join(reasons)}")
+        raise InputError(f"{len(failed)} of {len(configs)} jobs failed:{''.join(failed)}")
+
+
+def _reason(run: Path, measured: bool) -> str:
+    """Why a job has failed; "" where it has not. measured: whether one that has not leaves its metrics."""
+    if (run / FAILED).is_file():
+        return (run / FAILED).read_text().strip()
+    ended = not measured or (run / "metrics.json").is_file()
+    return "" if ended else "no metrics.json: stopped without a word, or still running"
+
+
+@contextmanager
+def _outliving(searches: bool) -> Iterator[None]:
+    """Go on where a launcher has lost a job that was killed, which it says by an exception of its own.
+
+    Raises InputError for a search, which cannot go on without its value.
+    """
+    try:
+        yield
+    except Exception as e:
+        if type(e).__module__.partition(".")[0] not in LAUNCHERS:
+            raise
+        if searches:
+            raise InputError(
+                f"A trial has ended without a word ({type(e).__name__}); the same command goes on."
+            ) from e
 
 
 def _job_config(job: Sequence[str], number: int, name: str, searches: bool = False) -> DictConfig:

@@ -173,6 +173,44 @@ def test_every_launcher_runs_the_jobs_and_tells_which_failed(folder: Path, launc
     assert torch.equal(latent(Path("sweep/0")), latent(csd_exp.edit(*RUN, "optimizer.lr=1").run_dir))
 
 
+# A callback that ends its process in the first step, as the system does where memory is short.
+DYING = """
+import os
+from lightning import Callback
+
+class Dying(Callback):
+    def on_train_batch_end(self, *_):
+        os._exit(9)
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("launcher", sorted(PLUGINS))
+def test_jobs_that_a_launcher_loses_have_failed(folder: Path, launcher: str) -> None:
+    needs(PLUGINS[launcher])
+    environment = slurm(folder / "bin") if launcher == "slurm" else {}
+    (folder / "dying.py").write_text(DYING)
+    dying = ["allow=[dying]", "+callbacks.dying._target_=dying.Dying"]
+    sweep = [*RUN, *dying, f"launcher={launcher}", "seed=1,2", "hydra.sweep.dir=sweep"]
+    done = csd("-m", *sweep, **environment)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if "jobs failed" in line or "sweep/" in line]
+    why = "no metrics.json: stopped without a word, or still running"
+    assert said == ["csd: 2 of 2 jobs failed:", *(f"  sweep/{number}: {why}" for number in range(2))]
+
+
+def test_what_a_launcher_raises_itself_ends_no_sweep_and_a_bug_does() -> None:
+    lost = type("TerminatedWorkerError", (RuntimeError,), {"__module__": "joblib.externals.loky"})
+    with cli._outliving(searches=False):
+        raise lost
+    said = r"has ended without a word \(TerminatedWorkerError\)"
+    with pytest.raises(InputError, match=said), cli._outliving(searches=True):
+        raise lost
+    with pytest.raises(ZeroDivisionError), cli._outliving(searches=False):
+        raise ZeroDivisionError
+
+
 @pytest.mark.parametrize("file", sorted(file.stem for file in (conf_dir() / "launcher").glob("*.yaml")))
 def test_every_launcher_composes_with_a_folder_of_ones_own(folder: Path, file: str) -> None:
     """What our own file says of how a sweep starts is not taken for what a file of others says."""
