@@ -5,22 +5,26 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from slurm import slurm
 
 import csd_exp
 from csd_exp import cli, identity
+from csd_exp.build import constructed
 from csd_exp.config import check_values, composed, conf_dir
 from csd_exp.errors import InputError
 from csd_exp.figures.runs import run_in
 from csd_exp.saved import FAILED, runs_below
+from csd_exp.svgd import NoKernel
 
 RUN = [
     *("experiment=panorama", "prior=analytic", "prior.window=16", "+prior.prompts.warm=[0,1]", "prompt=warm"),
@@ -298,9 +302,10 @@ def grid(study: Path) -> dict[str, list]:
     return {key: of["values"] for key, of in sweep["parameters"].items()}
 
 
-def trial(study: Path, number: int) -> list[str]:
-    """The overrides that `${args_no_hyphens}` stands for, each parameter at its value of this number."""
-    return [f"{key}={values[number % len(values)]}" for key, values in grid(study).items()]
+def trials(study: Path) -> list[dict[str, Any]]:
+    """Every point of the grid, of one seed: what `${args_no_hyphens}` stands for."""
+    values = grid(study) | {"seed": [0]}
+    return [dict(zip(values, point, strict=True)) for point in product(*values.values())]
 
 
 def command(study: Path, overrides: list[str]) -> list[str]:
@@ -311,24 +316,37 @@ def command(study: Path, overrides: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.stem)
-def test_every_parameter_of_a_study_composes(study: Path) -> None:
-    """Every value of it, and what it aims at is a metric of its runs."""
+def test_every_trial_of_a_study_can_be_run(study: Path) -> None:
+    """What it varies is there, each two trials differ, and what it aims at is a metric of its runs."""
     goal = yaml.safe_load(study.read_text())["metric"]["name"]
-    for number in range(max(map(len, grid(study).values()))):
-        words = trial(study, number)
-        config = composed(command(study, words)[2:])
+    of_groups: dict[tuple, DictConfig] = {}  # groups are chosen by composing, which takes long
+    different = set()
+    for trial in trials(study):
+        groups = {key: value for key, value in trial.items() if (conf_dir() / key).is_dir()}
+        if tuple(groups.values()) not in of_groups:
+            words = command(study, [f"{key}={value}" for key, value in trial.items()])[2:]
+            config = of_groups[tuple(groups.values())] = composed(words)
+            assert goal in config.metrics
+            chosen = {key: config.hydra.runtime.choices[key] for key in groups}
+            plain = {key: OmegaConf.select(config, key) for key in trial.keys() - groups.keys()}
+            assert chosen | plain == trial
+        config = of_groups[tuple(groups.values())].copy()
+        for key in trial.keys() - groups.keys():
+            OmegaConf.update(config, key, trial[key])
         check_values(config)
-        assert goal in config.metrics
-        for key, value in (word.split("=") for word in words):
-            chosen = config.hydra.runtime.choices.get(key)
-            assert str(chosen or OmegaConf.select(config, key)) == value
+        kernel, timestep = constructed(config.kernel), constructed(config.schedule.timestep)
+        scaled = isinstance(kernel, NoKernel) or config.kernel.normalize
+        said = [config.prior.guidance_scale, config.prior.image_guidance_scale, vars(timestep), scaled]
+        different.add(f"{type(kernel).__name__} {said}")
+    assert len(different) == len(trials(study))
 
 
 @pytest.mark.soak
 def test_a_trial_of_a_study_runs_without_a_network(folder: Path) -> None:
     (study,) = [study for study in STUDIES if study.stem == "kernel"]
     tiny = [word for word in RUN if not word.startswith(("experiment=", "logger=", "metrics="))]
-    words = command(study, [*trial(study, 0), *tiny, "~metrics/perceptual", "hydra.run.dir=run"])
+    first = [f"{key}={value}" for key, value in trials(study)[0].items()]
+    words = command(study, [*first, *tiny, "~metrics/perceptual", "hydra.run.dir=run"])
     done = subprocess.run(
         [sys.executable, *words],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "WANDB_MODE": "offline"},
