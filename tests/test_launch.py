@@ -580,6 +580,18 @@ def test_a_run_that_loses_a_process_says_so_in_one_line_and_leaves_none(shared: 
 
 
 @pytest.mark.soak
+def test_of_three_processes_the_one_that_was_killed_is_named(shared: Path) -> None:
+    run = impatient(shared, "three", "trainer.devices=3", "steps=100000")
+    child_of(run, shared / "three/metrics.csv")
+    others = psutil.Process(run.pid).children()
+    ranks_of = {other.environ()["LOCAL_RANK"]: other for other in others}
+    assert sorted(ranks_of) == ["1", "2"]
+    ranks_of["2"].kill()
+    assert one_line(run, ranks_of["1"]) == "The process of rank 2 was ended by SIGKILL, and so this run is."
+    assert run.returncode == 2
+
+
+@pytest.mark.soak
 def test_a_process_that_ends_before_it_has_met_the_first_ends_the_run(shared: Path) -> None:
     run = impatient(shared, "alone")
     other = child_of(run)
