@@ -345,7 +345,7 @@ def relaunchable(command: Sequence[str], run_dir: Path) -> Iterator["Watch"]:
     """
     from lightning.pytorch.strategies.launchers import subprocess_script  # take seconds
 
-    from csd_exp.ranks import PATIENCE, Watch, part
+    from csd_exp.ranks import GRACE, Watch, part
 
     tell = partial(_leave_reason, run_dir, command)
     started, watch, patience = group(lambda: 1), Watch(_parent(), tell), 0.0
@@ -365,7 +365,7 @@ def relaunchable(command: Sequence[str], run_dir: Path) -> Iterator["Watch"]:
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     try:
         yield watch
-        patience = PATIENCE
+        patience = GRACE
     finally:
         sys.argv, main_module.__spec__ = argv, spec
         HydraConfig.instance().cfg = hydra_config

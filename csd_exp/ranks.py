@@ -17,7 +17,7 @@ from csd_exp.errors import RankLost
 from csd_exp.interruption import handled
 
 BEAT = 1.0  # seconds between two signs of life of a process that works alone
-PATIENCE = 5.0  # seconds in which the processes of a run hear by themselves that it has ended
+GRACE = 5.0  # seconds in which the processes of a run hear by themselves that it has ended
 _patient: list[tuple[Any, Any]] = []  # the process group of this run, and one of the same on the host
 
 
@@ -113,7 +113,7 @@ class Watch(threading.Thread):
 
     def waited(self) -> str:
         """The same of one that is lost by now, and may be about to end."""
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + GRACE
         while not (lost := self.lost()) and (self.children or self.parent) and time.monotonic() < until:
             time.sleep(0.1)
         return lost or "Another process of this run has ended or does not answer, and so this one ends."
@@ -123,11 +123,11 @@ class Watch(threading.Thread):
         while not (lost := self.lost()):
             if self.over.wait(0.5):
                 return
-        if self.over.wait(PATIENCE):
+        if self.over.wait(GRACE):
             return
         self._lost = lost
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGCHLD)  # also out of a sleep
-        if not self.over.wait(3 * PATIENCE):
+        if not self.over.wait(3 * GRACE):
             self.tell(lost)
             self.leave_none(0)
             os._exit(2)

@@ -42,7 +42,7 @@ from csd_exp.launch import (
 from csd_exp.loggers import Wandb
 from csd_exp.module import ParticleModule
 from csd_exp.parts import built_trainer, check_parts
-from csd_exp.ranks import PATIENCE, Watch, alone
+from csd_exp.ranks import GRACE, Watch, alone
 from csd_exp.report import write_report
 from csd_exp.saved import FAILED, FAILED_RANK
 
@@ -206,7 +206,7 @@ def _together(trainer: Trainer, interruption: Interruption, watch: Watch, run_di
         with watch.heard():
             yield
     except Interrupted:
-        watch.leave_none(PATIENCE if interruption.agreed else 0)
+        watch.leave_none(GRACE if interruption.agreed else 0)
         raise
     except Exception as e:
         lost = watch.waited() if trainer.world_size > 1 and _is_lost(e) else None

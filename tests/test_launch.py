@@ -100,7 +100,7 @@ def test_of_several_processes_that_have_ended_the_one_to_blame_is_named(codes, l
 
 
 def test_a_process_that_ends_stops_whatever_the_first_is_doing(monkeypatch) -> None:
-    monkeypatch.setattr(ranks, "PATIENCE", 0.1)
+    monkeypatch.setattr(ranks, "GRACE", 0.1)
     before = signal.getsignal(signal.SIGCHLD)
     watch = ranks.Watch(None, print)
     watch.begin([subprocess.Popen(["sleep", "60"]), subprocess.Popen(["false"])])
