@@ -162,11 +162,13 @@ def _plot(found: dict[str, Any], file: Path) -> None:
             title=axis,
             ylabel="" if column else "seconds a step",
         )
-        memory.set(xscale=across, ylim=(0, None), ylabel="" if column else "peak memory, GiB")
+        highest = max((p["peak_memory_gib"] for p in points), default=1)
+        memory.set(xscale=across, ylim=(0, 1.1 * highest), ylabel="" if column else "peak memory, GiB")
         memory.set_xlabel(title.replace(", ", ",\n"), fontsize="small")
         ticks = [p["at"] for p in points]
         memory.set_xticks(ticks, [str(tick) for tick in ticks])
         memory.minorticks_off()
-    drawn[0][0].legend(fontsize="small")
+    handles, labels = drawn[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(lines), frameon=False)
     with whole(file) as partial:
         figure.savefig(partial, format="png", dpi=120)
