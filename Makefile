@@ -4,8 +4,9 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE :=
 INSTALLED := .venv/installed
 EXTRAS := .venv-extras
+RAY := .venv-ray
 
-.PHONY: demo test lint soak extras lock
+.PHONY: demo test lint soak extras ray lock
 
 demo: $(INSTALLED)
 	$(BIN)/csd experiment=demo
@@ -27,9 +28,15 @@ lint: $(INSTALLED)
 extras: $(EXTRAS)/installed
 	OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -n logical tests/test_sweeps.py tests/test_credentials.py
 
+# Ray's launcher holds back cloudpickle, which joblib's does not work with.
+ray: $(RAY)/installed
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest -m "soak or not soak" -k "launcher and ray" tests/test_sweeps.py
+
 $(INSTALLED): LOCK := requirements.lock
 $(EXTRAS)/installed: LOCK := requirements-extras.lock
-$(INSTALLED) $(EXTRAS)/installed: %/installed: requirements.lock requirements-extras.lock pyproject.toml
+$(RAY)/installed: LOCK := requirements-ray.lock
+LOCKS := requirements.lock requirements-extras.lock requirements-ray.lock
+$(INSTALLED) $(EXTRAS)/installed $(RAY)/installed: %/installed: $(LOCKS) pyproject.toml
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$*/bin/uv pip install --quiet --python $*/bin/python -r $(LOCK)
@@ -42,3 +49,4 @@ lock:
 	$(COMPILE) --extra dev --output-file requirements.lock pyproject.toml
 	$(COMPILE) --extra dev --extra extras --constraint requirements.lock \
 		--output-file requirements-extras.lock pyproject.toml
+	$(COMPILE) --extra dev --extra ray --output-file requirements-ray.lock pyproject.toml
