@@ -120,6 +120,7 @@ def test_every_method_can_be_cited():
         assert cited(f"method={method}", "prior=analytic")
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("group", ["experiment", "preset", "update"])
 def test_every_experiment_cites_its_method_and_its_prior(group):
     for name in sorted(file.stem for file in (conf_dir() / group).glob("*.yaml")):

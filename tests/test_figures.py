@@ -379,7 +379,12 @@ class TestPlan:
             cells(axes)
 
 
-@pytest.mark.parametrize("figure", FIGURES)
+MANY = ("advice", "bias")  # of whose values seconds are composed
+
+
+@pytest.mark.parametrize(
+    "figure", [pytest.param(name, marks=pytest.mark.soak) if name in MANY else name for name in FIGURES]
+)
 def test_every_value_of_every_axis_of_every_figure_is_accepted(figure, no_strips):
     known = set()
     for scale in ("embedded", "paper"):

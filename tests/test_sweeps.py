@@ -315,6 +315,7 @@ def command(study: Path, overrides: list[str]) -> list[str]:
     return [own for word in words[2:] for own in (overrides if word == "${args_no_hyphens}" else [word])]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.stem)
 def test_every_trial_of_a_study_can_be_run(study: Path) -> None:
     """What it varies is there, each two trials differ, and what it aims at is a metric of its runs."""
