@@ -257,6 +257,12 @@ def how_to_go_on(run_dir: Path, command: Sequence[str]) -> str:
     return f"go on with: {shlex.join(['csd', *words])}"
 
 
+def with_way_on(words: str, run_dir: Path, command: Sequence[str]) -> str:
+    """A sentence, and how to go on where that can be."""
+    go_on = how_to_go_on(run_dir, command)
+    return f"{words.rstrip('.')}; {go_on}" if go_on else words
+
+
 def _in_slurm() -> bool:
     """As Lightning sees it: srun has started this process, other than by an interactive shell."""
     return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
@@ -327,8 +333,7 @@ def _linger(done: Callable[[], bool]) -> None:
 def _leave_reason(run_dir: Path, command: Sequence[str], lost: str) -> None:
     """Say why this run ends, where no exception can say it, and leave that in the run's folder."""
     if is_first() or is_second():
-        go_on = how_to_go_on(run_dir, command)
-        words = f"{lost.rstrip('.')}; {go_on}" if go_on else lost
+        words = with_way_on(lost, run_dir, command)
         say(words)
         with suppress(OSError):
             write_whole(run_dir / FAILED, f"{words}\n")

@@ -31,25 +31,25 @@ def alone() -> Iterator[bool]:
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         yield True
         return
-    group = _waiting()
+    _waiting()  # is made by all of them together
     if distributed.get_rank() == 0:
-        with _telling(group):
+        with _telling():
             yield True
     else:
         yield False
-    while _someone_works(False, group):
+    while anyone(False):
         pass
 
 
 @contextmanager
-def _telling(group: Any) -> Iterator[None]:
+def _telling() -> Iterator[None]:
     """Let the others know during a block that this process is at work."""
     done = threading.Event()
 
     def tell() -> None:
         with suppress(RuntimeError):  # which the next collective raises again, where it can be answered
             while not done.wait(BEAT):
-                _someone_works(True, group)
+                anyone(True)
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
@@ -62,10 +62,13 @@ def _telling(group: Any) -> Iterator[None]:
         thread.join(BEAT)  # no longer: what has failed is not to wait for a process that hangs
 
 
-def _someone_works(here: bool, group: Any) -> bool:
-    works = torch.tensor(int(here))
-    distributed.all_reduce(works, distributed.ReduceOp.MAX, group)
-    return bool(works)
+def anyone(here: bool) -> bool:
+    """Whether any process of the run says so: a question from host to host, for which no GPU is waited."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return here
+    answer = torch.tensor(int(here))
+    distributed.all_reduce(answer, distributed.ReduceOp.MAX, _waiting())
+    return bool(answer)
 
 
 def _waiting() -> Any:

@@ -38,6 +38,7 @@ from csd_exp.launch import (
     relaunchable,
     silent,
     together,
+    with_way_on,
 )
 from csd_exp.loggers import Wandb
 from csd_exp.module import ParticleModule
@@ -101,10 +102,9 @@ def run(
             go_on = how_to_go_on(run_dir, command)
             raise Interrupted(e.signum, go_on and f"stopped; {go_on}") from None
         except RankLost as e:
-            go_on = how_to_go_on(run_dir, command)
             speaks = is_second() and silent(lambda: _changed(run_dir / FAILED) != word)
             lost = FirstLost if speaks else RankLost
-            raise lost(f"{str(e).rstrip('.')}; {go_on}" if go_on else str(e)) from e
+            raise lost(with_way_on(str(e), run_dir, command)) from e
         except OSError as e:
             raise unwritable(e, how_to_go_on(run_dir, command)) from e
         except MisconfigurationException as e:

@@ -36,11 +36,9 @@ def test_a_row_goes_through_a_prior_of_full_size(cls, size, latent, text, column
     )
     for clean in (False, True):
         assert predict(prior, [Query(x, 100, [[(1.0, known)]], clean)])[0].shape == x.shape
-    views = prior.views
-    view = ([1 + (views.frames - 1) // views.period] if prior.clips else []) + [views.window] * 2
     found = {
         "weights": memory.weights(prior),
-        "a row": memory.counted(prior, view),
+        "a row": memory.counted(prior, prior.views.native),
         "a text encoder, while a text is new": memory.held(prior.encoders["text_encoder"]),
     }
     page = (Path(__file__).parents[1] / "docs/priors.md").read_text(encoding="utf-8")

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 import weakref
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from PIL import Image
 from torch import distributed
 
 import csd_exp
+from csd_exp import ranks
 from csd_exp.callbacks import Interruption, Media
 from csd_exp.errors import InputError
 from csd_exp.interruption import Interrupted, handled, stop
@@ -255,29 +258,26 @@ def test_a_signal_whose_exception_python_drops_comes_again(where: str) -> None:
     assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
 
 
-@pytest.mark.parametrize("backend", ["gloo", "nccl"])
-def test_ranks_agree_on_the_end_from_host_to_host(backend: str, monkeypatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ranks_agree_on_the_end_from_host_to_host(device: str, monkeypatch) -> None:
     asked, made, others = [], [], [0]
 
     def all_reduce(answer, op, group):
         asked.append((answer.device.type, op, group))
         answer.fill_(max(int(answer), *others))
 
-    there = {
-        "is_initialized": lambda: True,
-        "get_world_size": lambda: 2,
-        "get_backend": lambda group: backend,
-    }
-    for name, fake in (there | {"all_reduce": all_reduce}).items():
+    options = SimpleNamespace(options=SimpleNamespace(_timeout=timedelta(minutes=7)))
+    world = SimpleNamespace(_device_types=[device], _get_backend=lambda asked: options)
+    there = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "all_reduce": all_reduce}
+    there |= {"group": SimpleNamespace(WORLD=world), "new_group": lambda **how: made.append(how) or "hosts"}
+    for name, fake in there.items():
         monkeypatch.setattr(distributed, name, fake)
-    monkeypatch.setattr(distributed, "new_group", lambda backend: made.append(backend) or "hosts")
-    callback = Interruption()
+    monkeypatch.setattr(ranks, "_patient", [])
     for own, other, agreed in ((False, 0, False), (False, 1, True), (True, 0, True)):
         others[:] = [other]
-        assert callback._any(own) is agreed
-    group = distributed.group.WORLD if backend == "gloo" else "hosts"
-    assert asked == [("cpu", distributed.ReduceOp.MAX, group)] * 3
-    assert made == ([] if backend == "gloo" else ["gloo"])
+        assert ranks.anyone(own) is agreed
+    assert asked == [("cpu", distributed.ReduceOp.MAX, "hosts")] * 3
+    assert made == [{"backend": "gloo", "timeout": timedelta(minutes=7)}]
     monkeypatch.setattr(distributed, "get_world_size", lambda: 1)
-    assert callback._any(True) is True
+    assert ranks.anyone(True) is True
     assert len(asked) == 3

@@ -45,7 +45,8 @@ def bench(config: DictConfig) -> dict[str, Any]:
     keys = cast(dict[str, Any], OmegaConf.to_container(config.prior, resolve=True))
     keys = {str(key): value for key, value in keys.items() if not str(key).startswith("_")}
     priors = [unloaded(cls, keys | {"dtype": dtype}) for dtype in DTYPES]
-    view = _view(priors[0][0], config.modality.get("window"))
+    view, window = priors[0][0].views.native, config.modality.get("window")
+    view[-2:] = [window] * 2 if window else view[-2:]
     found = {
         "prior": cls.__name__,
         "size": priors[0][1],
@@ -60,20 +61,13 @@ def bench(config: DictConfig) -> dict[str, Any]:
     return found
 
 
-def _view(prior: NetworkPrior, window: int | None) -> list[int]:
-    """The sides of a view in latents, of a clip its length before them."""
-    views = prior.views
-    length = [1 + (views.frames - 1) // views.period] if prior.clips else []
-    return [*length, *[window or views.window] * 2]
-
-
 def _size(network: torch.nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
 def _need(prior: NetworkPrior, view: Sequence[int]) -> Need:
     weights, row = memory.weights(prior), memory.counted(prior, view)
-    texts = max(memory.held(encoder) for encoder in prior.encoders.values())
+    texts = memory.largest_encoder(prior)
     rows = prior.row_chunk * row
     return Need(str(prior.dtype).removeprefix("torch."), weights, texts, row, rows, weights + rows)
 

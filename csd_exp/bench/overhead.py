@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from csd_exp.bench.step import built, fitted, machine, now, precision, write
+from csd_exp.bench.step import built, circumstances, fitted, now, write
 from csd_exp.build import constructed
 from csd_exp.callbacks import Interruption
 from csd_exp.module import CSDModule
@@ -82,18 +82,13 @@ def bench(config: DictConfig) -> dict[str, Any]:
     with turns.kept_noise():
         fitted(config, module, turns, *turns.callbacks, logger=loggers, **others)
     blocks = [seconds[config.warmup :] for seconds in turns.seconds]
-    prior: Any = module.prior
     found = {
         "ways": [asdict(_over(way.name, s, blocks[0])) for way, s in zip(WAYS, blocks, strict=True)],
         "block": BLOCK,
         "rows": module.rows // (steps + 1),
-        "repeats": config.repeats,
         "loggers": sorted(config.logger or {}),
         "callbacks": sorted(config.callbacks or {}),
-        "device": machine(prior.device),
-        "dtype": precision(prior),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **circumstances(config, module.prior),
     }
     write(config, found)
     _print(found)

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from csd_exp.bench.step import (
     built,
+    circumstances,
     fitted,
-    machine,
     now,
     peak_flops,
-    precision,
     recorded,
     row_flops,
     write,
@@ -74,16 +73,11 @@ def bench(config: DictConfig) -> dict[str, Any]:
         for name, s in seconds.items()
     ]
     ways += [_alone(config, name, overrides, first) for name, overrides in _others(config)]
-    prior: Any = module.prior
     found = {
         "ways": [asdict(way) for way in ways],
         "views": rounds.views,
         "difference": rounds.difference,
-        "device": machine(prior.device),
-        "dtype": precision(prior),
-        "threads": torch.get_num_threads(),
-        "repeats": config.repeats,
-        "torch": torch.__version__,
+        **circumstances(config, module.prior),
     }
     write(config, found)
     _print(found)

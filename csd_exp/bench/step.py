@@ -130,13 +130,20 @@ def measured(config: DictConfig) -> Cost:
         row_flops=flops,
         peak_flops=peak,
         limit_seconds=clock.rows * flops / peak,
-        repeats=config.repeats,
-        device=machine(prior.device),
-        dtype=precision(prior),
         parameters=sum(p.numel() for p in network.parameters()),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
+        **circumstances(config, prior),
     )
+
+
+def circumstances(config: DictConfig, prior: Any) -> dict[str, Any]:
+    """On what, how often and how precisely it was measured."""
+    return {
+        "repeats": config.repeats,
+        "device": machine(prior.device),
+        "dtype": precision(prior),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def built(config: DictConfig, steps: int | None = None) -> CSDModule:

@@ -1,14 +1,12 @@
 """What a run does about signals, and what it has to make up for after one."""
 
 import signal
-from typing import Any
 
 import lightning as L
-import torch
-from torch import distributed
 
 from csd_exp.callbacks.checkpoint import LastCheckpoint
 from csd_exp.interruption import SIGNALS, Interrupted, Noted, handle, stop
+from csd_exp.ranks import anyone
 
 
 class Interruption(L.Callback):
@@ -23,7 +21,6 @@ class Interruption(L.Callback):
     def __init__(self, signals: tuple[int, ...] = SIGNALS):
         self.signals, self.noted = signals, Noted()
         self._trained = self.agreed = self.restores = False
-        self._hosts: Any = None  # the process group in which hosts are asked
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.restores = True
@@ -42,7 +39,7 @@ class Interruption(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
         if trainer.global_step == self._step:  # gradients of this step are still being accumulated
             return
-        self.agreed = self._any(self.noted.signum is not None)
+        self.agreed = anyone(self.noted.signum is not None)
         for checkpoint in _checkpoints(trainer):
             checkpoint.wanted = self.agreed
 
@@ -57,18 +54,6 @@ class Interruption(L.Callback):
         for hook in ("on_train_start", "on_train_end"):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 getattr(callback, hook)(trainer, module)
-
-    def _any(self, asks: bool) -> bool:
-        """Whether any process asks: a question from host to host, for which no GPU is waited."""
-        if not distributed.is_initialized() or distributed.get_world_size() == 1:
-            return asks
-        if self._hosts is None:
-            world = distributed.group.WORLD
-            own = distributed.get_backend(world) == "gloo"
-            self._hosts = world if own else distributed.new_group(backend="gloo")
-        answer = torch.tensor(int(asks))
-        distributed.all_reduce(answer, distributed.ReduceOp.MAX, self._hosts)
-        return bool(answer)
 
     def _end(self, trainer: L.Trainer, last: bool = False) -> None:
         for checkpoint in _checkpoints(trainer):

@@ -50,7 +50,7 @@ def against(results: Results, reference: Key, columns: Sequence[str]) -> list[Di
 
 def _column(results: Results, reference: Key, column: str, at: float | None) -> list[Difference]:
     axes = methods(results)
-    groups = {key: _by_rest(own, axes) for key, own in results.groups(axes).items()}
+    groups = {key: results.besides(axes, own) for key, own in results.groups(axes).items()}
     base, found = groups.pop(reference, {}), []
     for key, own in groups.items():
         rests = [rest for rest in own if rest in base]
@@ -62,12 +62,6 @@ def _column(results: Results, reference: Key, column: str, at: float | None) -> 
             found.append(Difference(named, column, shown, test, len(rests), lower, test.p))
     adjusted = holm([one.test.p for one in found])
     return [replace(one, p=p) for one, p in zip(found, adjusted, strict=True)]
-
-
-def _by_rest(records: Sequence[Record], axes: Sequence[str]) -> dict[Key, Record]:
-    """Records by their seed and their values on all other axes."""
-    places = [[f"{axis}={name}" for axis, name in r.place.items() if axis not in axes] for r in records]
-    return {(str(r.seed), *place): r for r, place in zip(records, places, strict=True)}
 
 
 def _read(results: Results, record: Record, strength: float | None) -> Mapping[str, float]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ from csd_exp.facts import read_facts
 from csd_exp.figures.drawing import captioned, rendered
 from csd_exp.figures.forms import Files, Shown, file_name
 from csd_exp.figures.plan import Cell
-from csd_exp.figures.results import Key, Record, Results
+from csd_exp.figures.results import Key, Results
 from csd_exp.figures.tables import written
 from csd_exp.images import saved_pictures
 from csd_exp.metrics.answers import Answers
@@ -91,25 +92,27 @@ class Bias:
         found: dict[tuple[str, str], Landing] = {}
         lines, runs = [], []
         for (edit, *place), records in results.groups([self.edit, *self.within]).items():
-            own = {
-                method: {_paired(record): landed(record.run, edit) for record in made if record.run}
-                for (method,), made in results.groups([self.method], records).items()
+            made = {
+                method: results.besides([self.method], [record for record in own if record.run])
+                for (method,), own in results.groups([self.method], records).items()
             }
-            for (method,), made in results.groups([self.method], records).items():
-                counted = [(record, own[method][_paired(record)]) for record in made if record.run]
-                runs += [{**r.place, "seed": r.seed} | {k: n for k, n in c.items() if n} for r, c in counted]
-                if counted and own[self.reference]:
-                    of = landing(edit, own[method], own[self.reference])
-                    named = {
-                        self.edit: edit,
-                        **dict(zip(self.within, place, strict=True)),
-                        self.method: method,
-                    }
-                    found[edit, ", ".join([*place, method])] = of
-                    measured = {name: results.at_end([r for r, _ in counted], name) for name in titles}
-                    lines.append(
-                        named | _line(edit, of) | {k: v and round(v.mean, 4) for k, v in measured.items()}
-                    )
+            counted = {
+                method: {key: landed(cast(Path, record.run), edit) for key, record in own.items()}
+                for method, own in made.items()
+            }
+            for method, counts in counted.items():
+                runs += [
+                    {**record.place, "seed": record.seed} | {name: n for name, n in counts[key].items() if n}
+                    for key, record in made[method].items()
+                ]
+                if not counts or not counted[self.reference]:
+                    continue
+                of = landing(edit, counts, counted[self.reference])
+                found[edit, ", ".join([*place, method])] = of
+                named = dict(zip([self.edit, *self.within, self.method], [edit, *place, method], strict=True))
+                ends = {name: results.at_end(list(made[method].values()), name) for name in titles}
+                measured = {name: end and round(end.mean, 4) for name, end in ends.items()}
+                lines.append(named | _line(edit, of) | measured)
         name = file_name(figure)
         drawn = captioned(shares_and_divergences(found), about)
         keys = dict.fromkeys(key for run in runs for key in run)
@@ -119,11 +122,6 @@ class Bias:
             f"{name}.csv": written([{key: run.get(key, "") for key in keys} for run in runs]),
             f"{name}_table.csv": written(lines),
         }
-
-
-def _paired(record: Record) -> Key:
-    """What a run shares with one of the reference: its picture and its seed."""
-    return record.place.get("picture", ""), str(record.seed)
 
 
 def answers_of(edit: str) -> dict[str, list[int]]:

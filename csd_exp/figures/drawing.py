@@ -15,6 +15,7 @@ from torch import Tensor
 
 from csd_exp.figures.against import against
 from csd_exp.figures.results import Key, Record, Results, Summary
+from csd_exp.figures.statistics import Paired
 from csd_exp.figures.strength import Curve, at_strength
 from csd_exp.figures.tables import END, Line, methods
 from csd_exp.formats.labels import UNLABELLED, Label
@@ -219,8 +220,7 @@ class Differences:
     """Every method less one, with the 95 % interval over pairs of runs, see `csd_exp.figures.against`.
 
     against: the one, by its values on the axes that tell methods apart. metrics: a panel for each; they are
-    read off at equal strength where runs go along their steps, else at the end. `strength` and what was
-    spent are always those of the end.
+    read off at equal strength where runs go along their steps, else, as the strength always, at the end.
     """
 
     against: Sequence[str]
@@ -234,23 +234,23 @@ class Differences:
         panels = figure.subplots(1, len(self.metrics), squeeze=False, sharey=True)[0]
         for axes, metric in zip(panels, self.metrics, strict=True):
             own = [row for row in rows if row.metric == metric]
-            last = END if metric == _strength(results) else own[-1].at if own else END
-            own = [row for row in own if row.at == last]
-            places = [names.index(", ".join(row.method.values())) for row in own]
-            halves = [row.test.half for row in own]
-            differences = [row.test.difference for row in own]
-            axes.errorbar(differences, places, xerr=halves, fmt="o", markersize=3, linewidth=1, color="C0")
-            axes.axvline(0, color="gray", linewidth=0.8)
-            axes.set_title(titles.get(metric, metric) + ("" if last == END else f" at {last}"), fontsize=7)
-            axes.tick_params(labelsize=7)
-            axes.grid(alpha=0.3)
+            strength = results.equal is not None and metric == results.equal.strength
+            at = END if strength or not own else own[-1].at
+            shown = {names.index(", ".join(row.method.values())): row.test for row in own if row.at == at}
+            _differences(axes, shown)
+            axes.set_title(titles.get(metric, metric) + ("" if at == END else f" at {at}"), fontsize=7)
         panels[0].set_yticks(range(len(names)), names, fontsize=7)
         panels[0].set_ylim(len(names) - 0.5, -0.5)
         return figure
 
 
-def _strength(results: Results) -> str | None:
-    return None if results.equal is None else results.equal.strength
+def _differences(axes: Axes, tests: Mapping[int, Paired]) -> None:
+    """Each at its place, from above."""
+    differences, halves = ([getattr(test, key) for test in tests.values()] for key in ("difference", "half"))
+    axes.errorbar(differences, list(tests), xerr=halves, fmt="o", markersize=3, linewidth=1, color="C0")
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.3)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,6 +101,11 @@ class Results:
             groups.setdefault(tuple(record.place.get(axis, "") for axis in axes), []).append(record)
         return groups
 
+    def besides(self, axes: Sequence[str], records: Sequence[Record]) -> dict[Key, Record]:
+        """Records by their seed and their values on all other axes: what runs to be paired have in common."""
+        places = [[f"{axis}={name}" for axis, name in r.place.items() if axis not in axes] for r in records]
+        return {(str(r.seed), *place): r for r, place in zip(records, places, strict=True)}
+
     def at_end(self, records: Sequence[Record], column: str) -> Summary | None:
         """A metric of the final pictures: for each seed the mean over its runs, then over the seeds."""
         return summary(list(self.of_each_seed(records, column).values()))

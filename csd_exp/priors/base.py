@@ -73,6 +73,11 @@ class ViewShape(NamedTuple):
     frames: int = 0
     period: int = 1
 
+    @property
+    def native(self) -> list[int]:
+        """The sides of a view in latents, of a clip its length before them."""
+        return [*([1 + (self.frames - 1) // self.period] if self.frames else []), self.window, self.window]
+
 
 class Prior(ABC):
     """A frozen diffusion model that scores views. Latents are whatever its network was trained on.

@@ -52,7 +52,12 @@ def weights(prior: NetworkPrior) -> int:
 def texts(prior: NetworkPrior) -> int:
     """Bytes on the prior's device while its first text is embedded: an encoder, beside the autoencoder."""
     beside = [held(network) for name, network in prior.networks.items() if name == "vae"]
-    return sum(beside) + max((held(encoder) for encoder in prior.encoders.values()), default=0)
+    return sum(beside) + largest_encoder(prior)
+
+
+def largest_encoder(prior: NetworkPrior) -> int:
+    """Bytes of the text encoder that takes most; 0 where there is none."""
+    return max((held(encoder) for encoder in prior.encoders.values()), default=0)
 
 
 def held(network: nn.Module) -> int:

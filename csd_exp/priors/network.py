@@ -283,9 +283,7 @@ class NetworkPrior(Prior):
         if more:
             seen, t = (torch.cat([rows, rows[-1:].expand(more, *rows.shape[1:])]) for rows in (seen, t))
             conds = [*conds, *[conds[-1]] * more]
-        if (
-            self._mode is not None
-        ):  # a graph that is replayed writes where its last output was, which is used up
+        if self._mode is not None:  # a replayed graph writes where its last output was, which is used up
             torch.compiler.cudagraph_mark_step_begin()
         out = self.network(self.held(seen), t, conds)
         return self.returned(out[:n], x)
